@@ -1,0 +1,176 @@
+"""Named recipes: functions that return a complete run configuration.
+
+`stage1`, `stage2` and `stage3` carry the values of Table 8 of the Qwen-VL paper (arXiv 2308.12966) and the data
+mixture of Tables 2 and 3; `tiny_stage1..3` are the same architecture small enough for a laptop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .schema import (
+    AdapterConfig,
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    RuntimeConfig,
+    SourceConfig,
+    TrainConfig,
+    VisionConfig,
+)
+
+
+def _mixture(samples: dict[str, float], chinese: tuple[str, ...] = ()) -> tuple[SourceConfig, ...]:
+    """Sources whose weights are their sample counts (in millions), named after their directories."""
+    return tuple(
+        SourceConfig(name=name, path=name, weight=millions, language="zh" if name in chinese else "en")
+        for name, millions in samples.items()
+    )
+
+
+def stage1() -> RunConfig:
+    """Pre-training of ViT and adapter on image-text pairs at 224, decoder frozen."""
+    mixture = {  # Table 2, millions of pairs after cleaning
+        "laion_en": 280, "laion_coco": 300, "datacomp": 300, "coyo": 200, "cc12m": 8, "cc3m": 3,
+        "sbu": 0.8, "coco_caption": 0.6, "laion_zh": 105, "in_house_zh": 220,
+    }  # fmt: skip
+    return RunConfig(
+        name="stage1",
+        stage="stage1",
+        run_dir="runs/stage1",
+        data=DataConfig(
+            sources=_mixture(mixture, chinese=("laion_zh", "in_house_zh")),
+            image_size=224,
+            global_batch_size=30720,
+            packing="isolated",
+            max_sample_length=512,
+            pack_length=4096,
+        ),
+        train=TrainConfig(steps=50_000, frozen=("decoder",), gradient_accumulation=6),
+        optimizer=OptimizerConfig(lr=2e-4, min_lr=1e-6, warmup_steps=500, vit_layer_decay=0.95),
+    )
+
+
+def stage2() -> RunConfig:
+    """Multi-task pre-training of everything at 448 on interleaved sequences of 2048."""
+    mixture = {  # Table 3, millions of samples
+        "captioning": 19.7, "vqa": 3.6, "grounding": 3.5, "referring_grounding": 8.7,
+        "grounded_captioning": 8.7, "ocr": 24.8, "pure_text": 7.8,
+    }  # fmt: skip
+    return RunConfig(
+        name="stage2",
+        stage="stage2",
+        run_dir="runs/stage2",
+        data=DataConfig(
+            sources=_mixture(mixture),
+            image_size=448,
+            global_batch_size=4096,
+            packing="interleaved",
+            max_sample_length=2048,
+            pack_length=2048,
+        ),
+        train=TrainConfig(steps=19_000, frozen=(), gradient_accumulation=8),
+        optimizer=OptimizerConfig(lr=5e-5, min_lr=1e-5, warmup_steps=400, vit_layer_decay=0.95),
+        parallel=ParallelConfig(tensor=2, sequence_parallel=True),
+    )
+
+
+def stage3() -> RunConfig:
+    """Supervised fine-tuning of adapter and decoder on dialogues at 448, ViT frozen."""
+    return RunConfig(
+        name="stage3",
+        stage="stage3",
+        run_dir="runs/stage3",
+        data=DataConfig(
+            sources=_mixture({"dialogues": 0.35}),
+            image_size=448,
+            global_batch_size=128,
+            packing="isolated",
+            max_sample_length=2048,
+            pack_length=2048,
+        ),
+        train=TrainConfig(steps=8_000, frozen=("vit",), gradient_accumulation=8),
+        optimizer=OptimizerConfig(lr=1e-5, min_lr=1e-6, warmup_steps=3000, vit_layer_decay=1.0),
+        parallel=ParallelConfig(tensor=2, sequence_parallel=True),
+    )
+
+
+def _tiny(base: RunConfig, data: dict, train: dict, optimizer: dict) -> RunConfig:
+    """A recipe of the same stage with a model of the same architecture, a laptop's data and fp32."""
+    model = ModelConfig(
+        vision=VisionConfig(layers=4, width=128, heads=4, mlp_hidden=384, position_grid=4),
+        adapter=AdapterConfig(query_grid=4, heads=4),
+        decoder=DecoderConfig(layers=4, hidden=128, heads=4, ffn_hidden=384, vocab_size=512),
+        init_std=0.05,
+    )
+    return base.model_copy(
+        update={
+            "name": f"tiny_{base.stage}",
+            "run_dir": f"runs/tiny/{base.stage}",
+            "model": model,
+            "data": base.data.model_copy(update={"workers": 1, "shuffle_window": 4, "root": "data/demo", **data}),
+            "train": base.train.model_copy(update={"precision": "fp32", "validation_samples": 64, **train}),
+            "optimizer": base.optimizer.model_copy(update=optimizer),
+            "parallel": ParallelConfig(),
+            "runtime": RuntimeConfig(threads=1),
+            "checkpoint": CheckpointConfig(interval=200, keep_last=2),
+        }
+    )
+
+
+def tiny_stage1() -> RunConfig:
+    """Stage 1 for a laptop."""
+    return _tiny(
+        stage1(),
+        data={
+            "sources": _mixture({"caption": 1.0}),
+            "image_size": 56,
+            "global_batch_size": 32,
+            "max_sample_length": 256,
+            "pack_length": 1024,
+        },
+        train={"steps": 100, "validation_interval": 50},
+        optimizer={"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 20},
+    )
+
+
+def tiny_stage2() -> RunConfig:
+    """Stage 2 for a laptop."""
+    return _tiny(
+        stage2(),
+        data={
+            "sources": _mixture({"caption": 1.0, "vqa": 3.0, "grounding": 1.0, "ocr": 1.0, "text": 0.5}),
+            "image_size": 112,
+            "global_batch_size": 32,
+            "max_sample_length": 512,
+            "pack_length": 1024,
+        },
+        train={"steps": 600, "validation_interval": 200},
+        optimizer={"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 20},
+    )
+
+
+def tiny_stage3() -> RunConfig:
+    """Stage 3 for a laptop."""
+    return _tiny(
+        stage3(),
+        data={
+            "sources": _mixture({"chat": 1.0}),
+            "image_size": 112,
+            "global_batch_size": 32,
+            "max_sample_length": 512,
+            "pack_length": 1024,
+        },
+        train={"steps": 100, "validation_interval": 50},
+        optimizer={"lr": 5e-4, "min_lr": 5e-5, "warmup_steps": 10},
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    function.__name__: function
+    for function in (stage1, stage2, stage3, tiny_stage1, tiny_stage2, tiny_stage3)
+}

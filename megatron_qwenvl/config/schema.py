@@ -1,0 +1,265 @@
+"""The one configuration schema: every field that a run can be given, with its meaning and unit.
+
+Section order is reading order: what is trained (`model`), on what (`data`), how (`train`, `optimizer`),
+on which machines (`parallel`, `runtime`) and what is kept (`checkpoint`, `logging`). The string below a
+field is its documentation and is what `python -m megatron_qwenvl.train --help` prints.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Stage = Literal["stage1", "stage2", "stage3"]
+FreezableGroup = Literal["vit", "adapter", "adapter_output", "decoder"]
+Packing = Literal["none", "isolated", "interleaved"]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, strict about unknown keys, documented by attribute strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class VisionConfig(Section):
+    """The ViT (OpenCLIP ViT-bigG/14 trunk without class token and without `ln_post`)."""
+
+    layers: int = Field(48, ge=1)
+    """Number of transformer layers."""
+    width: int = Field(1664, ge=1)
+    """Hidden size."""
+    heads: int = Field(16, ge=1)
+    """Attention heads; must divide `width` and be divisible by tensor parallelism."""
+    mlp_hidden: int = Field(8192, ge=1)
+    """Hidden size of the MLP."""
+    patch_size: int = Field(14, ge=1)
+    """Side of a square patch in pixels."""
+    position_grid: int = Field(16, ge=1)
+    """Side of the learned position table; the table has position_grid^2 rows."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of every LayerNorm."""
+
+
+class AdapterConfig(Section):
+    """The position-aware adapter: one cross-attention from learned queries to the image's patches."""
+
+    query_grid: int = Field(16, ge=1)
+    """Side of the square grid of learned queries; an image becomes query_grid^2 decoder tokens."""
+    heads: int = Field(32, ge=1)
+    """Attention heads over the decoder's hidden size."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of every LayerNorm."""
+
+
+class DecoderConfig(Section):
+    """The language model (Qwen-7B)."""
+
+    layers: int = Field(32, ge=1)
+    """Number of transformer layers."""
+    hidden: int = Field(4096, ge=1)
+    """Hidden size; also the adapter's width."""
+    heads: int = Field(32, ge=1)
+    """Attention heads; must divide `hidden` into even head sizes."""
+    ffn_hidden: int = Field(11008, ge=1)
+    """Hidden size of the SwiGLU MLP (half of the published `intermediate_size`)."""
+    vocab_size: int = Field(151936, ge=1)
+    """Rows of the embedding and of the untied output layer, padding included."""
+    rotary_base: int = Field(10000, ge=1)
+    """Base of the rotary frequencies."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of every RMSNorm."""
+
+
+class ModelConfig(Section):
+    """Shape of the model. The defaults are the published 9.6B-parameter Qwen-VL."""
+
+    vision: VisionConfig = VisionConfig()
+    """The ViT."""
+    adapter: AdapterConfig = AdapterConfig()
+    """The adapter."""
+    decoder: DecoderConfig = DecoderConfig()
+    """The decoder."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of freshly initialised linear layers and embeddings."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Decoder positions filled by one image, without its `<img>` and `</img>` markers."""
+        return self.adapter.query_grid**2
+
+
+class SourceConfig(Section):
+    """One data set: a directory of indexed WebDataset shards."""
+
+    name: str
+    """Short unique name, used in logs and metrics."""
+    path: str
+    """Directory that holds the shards (`*.tar`) and their index; relative to `data.root`."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the samples drawn from this source, relative to the other sources' weights."""
+    language: Literal["en", "zh"] = "en"
+    """Language of the caption prompt for samples that do not say theirs (img2dataset shards)."""
+
+
+class DataConfig(Section):
+    """What a step is made of."""
+
+    root: str = "data"
+    """Directory that relative source paths start from."""
+    sources: tuple[SourceConfig, ...] = ()
+    """The training mixture."""
+    validation_sources: tuple[SourceConfig, ...] = ()
+    """Held-out sources for periodic validation; empty: no validation."""
+    tokenizer: str | None = None
+    """Path of a `qwen.tiktoken` vocabulary; none: the embedded byte-level encoding."""
+    image_size: int = Field(224, ge=1)
+    """Side in pixels that every image is resized to; a multiple of the patch size."""
+    global_batch_size: int = Field(30720, ge=1)
+    """Samples per optimizer step over all ranks."""
+    packing: Packing = "isolated"
+    """`none`: one sample a row, padded; `isolated`: packed, samples do not see each other;
+    `interleaved`: samples of one task packed into one sequence under plain causal attention."""
+    max_sample_length: int = Field(512, ge=8)
+    """Longest sample in tokens (image slots included); longer ones are skipped and counted."""
+    pack_length: int = Field(4096, ge=8)
+    """Tokens of one pack; a packed micro-batch is one pack. Unused with `packing: none`."""
+    max_image_pixels: int = Field(50_000_000, ge=1)
+    """Images with more pixels (width x height) than this are skipped and counted."""
+    shuffle_window: int = Field(8, ge=1)
+    """Shards that are open for shuffling at a time; 1 keeps reads most sequential."""
+    workers: int = Field(4, ge=0)
+    """Worker processes per rank that read and decode ahead of the step; 0: in the main process."""
+    prefetch: int = Field(4, ge=1)
+    """Micro-batches that each worker prepares ahead."""
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    steps: int = Field(50_000, ge=1)
+    """Optimizer steps of the whole run."""
+    stop_after: int | None = Field(None, ge=1)
+    """Stop (with a checkpoint) after this step although the schedule goes on; none: run to `steps`."""
+    frozen: tuple[FreezableGroup, ...] = ()
+    """Parts that are not trained. `adapter_output` is the adapter's final norm and projection alone."""
+    gradient_accumulation: int = Field(6, ge=1)
+    """Micro-batches per step and data-parallel rank with `packing: none`. With packing the packs of the
+    step decide: ceil(packs / data-parallel size)."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Parameter and activation type; gradients and optimizer state are fp32 in both."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, attention scores only, or whole layers."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global L2 norm of the gradient; 0: no clipping."""
+    max_skipped_steps: int = Field(10, ge=0)
+    """Consecutive steps skipped for a non-finite loss or gradient before the run stops."""
+    validation_interval: int = Field(1000, ge=0)
+    """Steps between validations; 0: never."""
+    validation_samples: int = Field(4096, ge=1)
+    """Samples of one validation."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with a cosine schedule."""
+
+    lr: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = Field(500, ge=0)
+    """Steps of linear warm-up from zero."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.98, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-6, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay; not applied to biases, norms and other 1-D parameters."""
+    vit_layer_decay: float = Field(0.95, gt=0, le=1)
+    """Learning-rate multiplier per ViT layer counted down from the adapter: the layer nearest the adapter
+    has multiplier 1, the patch embedding and positions vit_layer_decay^layers; 1: no decay."""
+    sharded: bool = True
+    """Shard optimizer state over data-parallel ranks (distributed optimizer)."""
+
+
+class ParallelConfig(Section):
+    """How the model is cut. Data parallelism is what remains of the world size."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel size of ViT, adapter and decoder."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline-parallel size."""
+    sequence_parallel: bool = False
+    """Shard activations between tensor-parallel regions along the sequence, in both towers."""
+    layout: tuple[int, ...] | None = None
+    """Index of the first layer of pipeline stages 2..N in the list patch embedding, ViT layers, adapter,
+    word embedding, decoder layers, head; none: chosen by cost."""
+    overlap_grad_reduce: bool = False
+    """Overlap the gradient reduction with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the parameter all-gather of the distributed optimizer with the forward pass."""
+
+
+class RuntimeConfig(Section):
+    """Devices, kernels and processes."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto`: CUDA with NCCL when a GPU is visible, otherwise CPU with gloo."""
+    kernels: Literal["auto", "te", "apex", "torch"] = "auto"
+    """GEMM layers, norms and optimizer: Transformer Engine, apex norms and optimizer, or plain torch.
+    `auto`: the first of te, apex, torch that works on the device."""
+    timeout_minutes: float = Field(10, gt=0)
+    """Time after which a collective that does not finish ends the run."""
+    threads: int = Field(0, ge=0)
+    """CPU threads per process; 0: OMP_NUM_THREADS or torch's default."""
+
+
+class CheckpointConfig(Section):
+    """Saving and loading."""
+
+    init_from: str | None = None
+    """Checkpoint directory whose weights start the run when the run has no checkpoint of its own."""
+    interval: int = Field(500, ge=0)
+    """Steps between saves; 0: only at the end."""
+    keep_last: int = Field(3, ge=1)
+    """Checkpoints kept; older ones are removed after a newer save is complete."""
+
+
+class LoggingConfig(Section):
+    """What a run tells."""
+
+    interval: int = Field(1, ge=1)
+    """Steps between progress lines and metric records."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside the JSONL metrics."""
+
+
+class RunConfig(Section):
+    """A complete run."""
+
+    name: str = "stage1"
+    """Name of the run, shown in logs."""
+    stage: Stage = "stage1"
+    """Training stage; recorded in checkpoints and checked by stage transitions."""
+    run_dir: str = "runs/stage1"
+    """Directory for the resolved configuration, metrics and checkpoints."""
+    seed: int = Field(1234, ge=0)
+    """Seed of initialisation and of the data order."""
+    model: ModelConfig = ModelConfig()
+    """Shape of the model."""
+    data: DataConfig = DataConfig()
+    """What a step is made of."""
+    train: TrainConfig = TrainConfig()
+    """The training loop."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and schedule."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is cut."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Devices and kernels."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and loading."""
+    logging: LoggingConfig = LoggingConfig()
+    """What a run tells."""

@@ -1,0 +1,72 @@
+"""The typed micro-batch: the one thing that `data/` makes and `model/` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED_TASK = 255
+"""Task id of positions that carry no loss."""
+
+
+@dataclass
+class Batch:
+    """One packed micro-batch of T decoder positions and `num_images` images.
+
+    A field that needs sample bytes is None on a pipeline stage that does not use it (see `DataNeeds`).
+
+    Attributes:
+        cu_seqlens: int32 `[segments + 1]`, boundaries of the attention segments, first 0, last T. Padding at
+            the end is a segment of its own (or belongs to the last one under interleaved packing).
+        position_ids: int64 `[T]`, rotary position of every token; restarts at 0 with each segment.
+        num_images: images in the micro-batch.
+        image_starts: int64 `[num_images]`, position of the first of the `image_tokens` slots of each image,
+            in the order of `pixels`.
+        tokens: int64 `[T]`; image slots hold `<imgpad>`. Needed where the word embedding lives.
+        labels: int64 `[T]`, the next token of each position; needed where the loss is.
+        loss_mask: float32 `[T]`, 1 where the position's label is supervised.
+        task_ids: uint8 `[T]`, index into `data.tasks.TASKS` of a supervised position, else `IGNORED_TASK`.
+        sample_ids: int32 `[T]`, ordinal of the sample within the micro-batch, -1 for padding. Lets the loss
+            be taken out for a sample whose image turned out to be unreadable.
+        pixels: float32 `[num_images, 3, S, S]`, normalised; needed where the patch embedding lives.
+        bad_samples: ordinals of samples of this micro-batch that could not be read on this rank; their loss
+            must be masked on every rank.
+    """
+
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    num_images: int
+    image_starts: Tensor
+    num_samples: int
+    tokens: Tensor | None = None
+    labels: Tensor | None = None
+    loss_mask: Tensor | None = None
+    task_ids: Tensor | None = None
+    sample_ids: Tensor | None = None
+    pixels: Tensor | None = None
+    bad_samples: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Decoder positions T, padding included."""
+        return self.position_ids.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy every tensor to `device`."""
+        fields = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**fields)
+
+
+@dataclass(frozen=True)
+class DataNeeds:
+    """What the pipeline stage of a rank reads from a sample."""
+
+    pixels: bool = True
+    """The stage holds the patch embedding."""
+    tokens: bool = True
+    """The stage holds the word embedding or the loss (tokens and labels come from the same bytes)."""
