@@ -30,9 +30,11 @@ class Batch:
         task_ids: uint8 `[T]`, index into `data.tasks.TASKS` of a supervised position, else `IGNORED_TASK`.
         sample_ids: int32 `[T]`, ordinal of the sample within the micro-batch, -1 for padding. Lets the loss
             be taken out for a sample whose image turned out to be unreadable.
-        pixels: float32 `[num_images, 3, S, S]`, normalised; needed where the patch embedding lives.
+        pixels: uint8 RGB `[num_images, 3, S, S]`, resized but not normalised (a quarter of the bytes between
+            processes; the patch embedding normalises); needed where the patch embedding lives.
         bad_samples: ordinals of samples of this micro-batch that could not be read on this rank; their loss
             must be masked on every rank.
+        max_segment: length of the longest segment; found from `cu_seqlens` while that is on the CPU.
     """
 
     cu_seqlens: Tensor
@@ -47,6 +49,11 @@ class Batch:
     sample_ids: Tensor | None = None
     pixels: Tensor | None = None
     bad_samples: tuple[int, ...] = ()
+    max_segment: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.max_segment:
+            self.max_segment = int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
 
     @property
     def length(self) -> int:

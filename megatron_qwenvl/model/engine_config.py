@@ -1,0 +1,116 @@
+"""megatron-core configurations of the two towers and the adapter, derived from the run configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime import Kernels
+
+
+@dataclass(frozen=True)
+class StageLayers:
+    """The layers of one tower that a pipeline stage holds, in the form that megatron-core asks for.
+
+    Stands in for megatron-core's own pipeline layout, which knows decoder layers only.
+    """
+
+    offset: int
+    count: int
+
+    def get_layer_offset(self, layer_type: LayerType | None = None, vp_stage: int | None = None) -> int:
+        """Layers of the tower on earlier pipeline stages."""
+        return self.offset
+
+    def get_num_layers_to_build(
+        self, layer_type: LayerType | None = None, vp_stage: int | None = None, pp_rank: int | None = None
+    ) -> int:
+        """Layers of the tower on this pipeline stage."""
+        return self.count
+
+
+@dataclass(frozen=True)
+class EngineConfigs:
+    """One megatron-core configuration for each part of the model."""
+
+    vit: TransformerConfig
+    unscattered: TransformerConfig
+    """For the adapter and the output layer, which see whole sequences also under sequence parallelism."""
+    decoder: TransformerConfig
+    """Also the configuration that the pipeline schedule and DDP read."""
+
+
+def _common(config: RunConfig, kernels: Kernels, on_gpu: bool) -> dict[str, Any]:
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    recompute: dict[str, Any] = {"recompute_granularity": None}
+    if config.train.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif config.train.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {
+        "tensor_model_parallel_size": config.parallel.tensor,
+        "pipeline_model_parallel_size": config.parallel.pipeline,
+        "sequence_parallel": config.parallel.sequence_parallel and config.parallel.tensor > 1,
+        "pipeline_dtype": dtype,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "variable_seq_lengths": True,  # micro-batches differ in images, so boundary shapes travel first
+        "moe_token_dispatcher_type": "alltoall",  # variable lengths are refused otherwise, also without experts
+        "batch_p2p_sync": False,
+        "deallocate_pipeline_outputs": on_gpu,
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": not on_gpu,
+        "perform_initialization": False,  # weights come from `initialize_weights` or a checkpoint
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": on_gpu,
+        "apply_rope_fusion": kernels.name == "te",
+        "attention_softmax_in_fp32": True,
+        **recompute,
+    }
+
+
+def build_engine_configs(config: RunConfig, kernels: Kernels, on_gpu: bool) -> EngineConfigs:
+    """Configurations of ViT, adapter and decoder for a run on the given kernels."""
+    model, common = config.model, _common(config, kernels, on_gpu)
+    vit = TransformerConfig(
+        num_layers=model.vision.layers,
+        hidden_size=model.vision.width,
+        num_attention_heads=model.vision.heads,
+        ffn_hidden_size=model.vision.mlp_hidden,
+        normalization="LayerNorm",
+        layernorm_epsilon=model.vision.norm_eps,
+        activation_func=F.gelu,  # exact GELU; the fused bias-GELU is the tanh approximation
+        add_bias_linear=True,
+        bias_activation_fusion=False,
+        **common,
+    )
+    unscattered = TransformerConfig(
+        num_layers=1,
+        hidden_size=model.decoder.hidden,
+        num_attention_heads=model.adapter.heads,
+        **{**common, "sequence_parallel": False, "recompute_granularity": None},
+    )
+    decoder = TransformerConfig(
+        num_layers=model.decoder.layers,
+        hidden_size=model.decoder.hidden,
+        num_attention_heads=model.decoder.heads,
+        ffn_hidden_size=model.decoder.ffn_hidden,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.decoder.norm_eps,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        bias_activation_fusion=on_gpu,
+        **common,
+    )
+    return EngineConfigs(vit, unscattered, decoder)

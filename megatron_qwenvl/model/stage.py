@@ -1,0 +1,247 @@
+"""The model as one pipeline stage: whatever contiguous slice of ViT, adapter and decoder a rank holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor, nn
+
+from megatron_qwenvl.config.schema import ModelConfig
+from megatron_qwenvl.data.batch import Batch
+from megatron_qwenvl.runtime import Kernels
+
+from .adapter import Adapter
+from .engine_config import EngineConfigs, StageLayers
+from .layers import Layer, LayerKind
+from .patch_embedding import PatchEmbedding
+from .positions import rotary_frequencies
+from .specs import block_spec
+
+
+class WordEmbedding(MegatronModule):
+    """Vocabulary-parallel word embedding with the images' features put into their slots."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, groups: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.word_embeddings = VocabParallelEmbedding(
+            model.decoder.vocab_size,
+            model.decoder.hidden,
+            init_method=config.init_method,
+            config=config,
+            tp_group=groups.tp,
+        )
+
+    def forward(self, tokens: Tensor, features: Tensor | None, image_starts: Tensor) -> Tensor:
+        """Embed tokens and overwrite every image's slots.
+
+        Args:
+            tokens: `[T]`.
+            features: `[slots, images, hidden]`, or None without images.
+            image_starts: `[images]`, first slot of each image.
+
+        Returns:
+            `[T, 1, hidden]`, the same on every tensor-parallel rank.
+        """
+        x = self.word_embeddings(tokens[None])[0]  # [T, hidden]
+        if features is not None:
+            slots = image_starts[:, None] + torch.arange(features.shape[0], device=tokens.device)
+            x = x.index_copy(0, slots.flatten(), features.transpose(0, 1).flatten(0, 1).to(x.dtype))
+        return x[:, None, :]
+
+
+class QwenVLStage(MegatronModule):
+    """A contiguous slice of the layer list, run by megatron-core's pipeline schedules.
+
+    Between stages travels one 3-D tensor: `[patches, images, width]` inside the ViT, `[slots, images, hidden]`
+    after the adapter, `[T, 1, hidden]` inside the decoder; the first and the last divided by the tensor-parallel
+    size under sequence parallelism. A micro-batch without images sends `[1, 1, 1]` zeros through the vision
+    layers instead, connected to their parameters so that every expected gradient message and bucket fires.
+
+    Args:
+        layers: this stage's slice of `list_layers(model)`.
+        trained_before: whether a parameter on an earlier stage is trained; if not, the received tensor is
+            detached and no gradient is sent back.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        configs: EngineConfigs,
+        layers: tuple[Layer, ...],
+        kernels: Kernels,
+        groups: ProcessGroupCollection,
+        trained_before: bool = True,
+    ) -> None:
+        super().__init__(config=configs.decoder)
+        self.model = model
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.trained_before = trained_before
+        self.input_tensor: Tensor | None = None
+        self._groups, self._kernels = groups, kernels
+        kinds = {layer.kind for layer in layers}
+        self.pre_process = "patch_embed" in kinds
+        self.post_process = "head" in kinds
+        self.vision_sequence_parallel = configs.vit.sequence_parallel
+        self.patch_embed = PatchEmbedding(configs.vit, model.vision) if self.pre_process else None
+        self.vit = self._block(configs.vit, layers, "vit", causal=False, ends_here=False)
+        self.adapter = Adapter(configs.unscattered, model, groups) if "adapter" in kinds else None
+        self.embedding = WordEmbedding(configs.decoder, model, groups) if "embedding" in kinds else None
+        self.decoder = self._block(configs.decoder, layers, "decoder", causal=True, ends_here=self.post_process)
+        self.output_layer = self._head(configs.unscattered) if self.post_process else None
+
+    def _block(
+        self, config: TransformerConfig, layers: tuple[Layer, ...], kind: LayerKind, causal: bool, ends_here: bool
+    ) -> TransformerBlock | None:
+        own = [layer.index for layer in layers if layer.kind == kind]
+        if not own and not ends_here:
+            return None
+        config.pipeline_model_parallel_layout = StageLayers(own[0] if own else config.num_layers, len(own))
+        return TransformerBlock(
+            config,
+            block_spec(config, self._kernels, len(own), causal),
+            post_layer_norm=ends_here,
+            pre_process=True,
+            post_process=ends_here,
+            pg_collection=self._groups,
+        )
+
+    def _head(self, config: TransformerConfig) -> ColumnParallelLinear:
+        decoder = self.model.decoder
+        return ColumnParallelLinear(
+            decoder.hidden,
+            decoder.vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            tp_group=self._groups.tp,
+        )
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
+        """Take the tensor received from the previous stage; called by the schedule."""
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if received is not None and not self.trained_before:
+            received = received.detach()
+        self.input_tensor = received
+
+    def forward(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+        """Run this stage's layers.
+
+        Args:
+            batch: the micro-batch on the device.
+            positions: int64 `[m]`, the decoder positions whose losses or logits are wanted; read by the last
+                stage only.
+
+        Returns:
+            The boundary tensor; on the last stage float32 `[m]` losses of `batch.labels` at `positions`, or,
+            for a batch without labels, logits `[m, vocab / tensor-parallel size]`.
+        """
+        x = self.input_tensor
+        vision = self.patch_embed is not None or self.vit is not None or self.adapter is not None
+        if vision:
+            x = self._see(batch, x) if batch.num_images else self._see_nothing(x)
+        if self.embedding is not None:
+            x = self._read(batch, x)
+        if self.decoder is not None:
+            x = self._decode(batch, x)
+        if self.output_layer is not None:
+            return self._predict(batch, x, positions)
+        return make_viewless_tensor(x.contiguous(), requires_grad=x.requires_grad, keep_graph=True)
+
+    def _see(self, batch: Batch, x: Tensor | None) -> Tensor:
+        if self.patch_embed is not None:
+            x = self.patch_embed(batch.pixels)
+        if self.vit is not None:
+            x = self.vit(_ready_for_recompute(x, self.vit), attention_mask=None)
+        if self.adapter is not None:
+            if self.vision_sequence_parallel:
+                # Every rank computes on all patches, so gradients are already complete on each of them.
+                x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+            x = self.adapter(x)
+        return x
+
+    def _see_nothing(self, x: Tensor | None) -> Tensor:
+        """Zeros that depend on the received tensor and on every trained vision parameter of this stage."""
+        reference = next(self.parameters())
+        nothing = torch.zeros(1, 1, 1, dtype=self.config.params_dtype, device=reference.device)
+        if x is not None:
+            nothing = nothing + 0.0 * x.sum()
+        for module in (self.patch_embed, self.vit, self.adapter):
+            for parameter in module.parameters() if module is not None else ():
+                if parameter.requires_grad:
+                    nothing = nothing + 0.0 * parameter.sum()
+        return nothing
+
+    def _read(self, batch: Batch, x: Tensor | None) -> Tensor:
+        features = x if batch.num_images else None
+        out = self.embedding(batch.tokens, features, batch.image_starts)
+        if features is None and x is not None:
+            out = out + 0.0 * x.sum()
+        return scatter_to_sequence_parallel_region(out) if self.config.sequence_parallel else out
+
+    def _decode(self, batch: Batch, x: Tensor) -> Tensor:
+        packed, rotary = self._attention_inputs(batch)
+        return self.decoder(
+            _ready_for_recompute(x, self.decoder), attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed
+        )
+
+    def _attention_inputs(self, batch: Batch) -> tuple[PackedSeqParams, Tensor]:
+        """Segments and rotary angles in the form of the kernels in use.
+
+        Transformer Engine's fused kernels restart positions at every segment by themselves. The local attention
+        takes one angle per token; it is given the plain sequence layout so that megatron-core does not split
+        the sequence once more for the rotary embedding.
+        """
+        head_dim, base = self.model.decoder.hidden // self.model.decoder.heads, self.model.decoder.rotary_base
+        fused = self._kernels.name == "te"
+        positions = torch.arange(batch.length, device=batch.position_ids.device) if fused else batch.position_ids
+        longest = batch.max_segment
+        packed = PackedSeqParams(
+            qkv_format="thd" if fused else "sbhd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        return packed, rotary_frequencies(positions, head_dim, base)
+
+    def _predict(self, batch: Batch, x: Tensor, positions: Tensor) -> Tensor:
+        if self.config.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        logits = self.output_layer(x.index_select(0, positions))[0]  # [m, 1, vocab / tp]
+        if batch.labels is None:
+            return logits[:, 0]
+        labels = batch.labels.index_select(0, positions)[:, None]
+        return vocab_parallel_cross_entropy(logits.float(), labels)[:, 0]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Sharded tensors under layout-independent keys: one per layer, numbered over the whole tower."""
+        metadata = {**(metadata or {}), "non_homogeneous_layers": True}
+        tensors = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        # Linear layers offer an extra state for fp8 scaling; there is none here.
+        return {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
+
+
+def _ready_for_recompute(x: Tensor, block: nn.Module) -> Tensor:
+    """Recomputation drops the gradients of trained parameters when its input needs none; make it need one."""
+    if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in block.parameters()):
+        return x.detach().requires_grad_()
+    return x

@@ -1,0 +1,190 @@
+"""Start and stop of the parallel engine: device, process groups, megatron-core's parallel state, kernels."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_qwenvl.config.schema import RunConfig
+
+from .engine_on_cpu import adapt_engine
+from .kernels import Kernels, choose_kernels
+from .processes import LaunchError, ProcessInfo, detect_process
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a run knows about its processes and devices; passed explicitly to whoever needs it."""
+
+    process: ProcessInfo
+    """Place of this process in the run."""
+    device: torch.device
+    """Device of parameters, activations and gradients."""
+    kernels: Kernels
+    """Chosen kernels."""
+    groups: ProcessGroupCollection
+    """megatron-core's process groups."""
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Global rank 0: the one that logs and writes what is written once."""
+        return self.process.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """The pipeline stage that holds the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def on_gpu(self) -> bool:
+        """True on CUDA."""
+        return self.device.type == "cuda"
+
+    def all_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place; `values` lives on `device`."""
+        dist.all_reduce(values)
+        return values
+
+    def model_parallel_max(self, values: torch.Tensor) -> torch.Tensor:
+        """Maximum over the ranks of one model replica (tensor x pipeline), in place."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.groups.mp)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.on_gpu:
+            dist.barrier(device_ids=[self.device.index])
+        else:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait for the device's queued work."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory allocated on the device (GPU), or resident in this process (CPU), so far."""
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated()
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """`auto`: CUDA where a GPU is visible, else CPU.
+
+    Raises:
+        LaunchError: CUDA was asked for and is not there, or there are fewer GPUs than local ranks.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise LaunchError("runtime.device: cuda was asked for but no GPU is visible")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise LaunchError(f"local rank {local_rank} needs a GPU of its own but this node shows {count}")
+    return torch.device("cuda", local_rank)
+
+
+def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
+    """Join the run: choose the device, create the process groups and megatron-core's parallel state.
+
+    The configuration has been validated against the world size before.
+
+    Raises:
+        LaunchError: the environment contradicts itself or has no rendezvous.
+        KernelError: the asked-for kernels cannot be used.
+        EngineVersionError: CPU run on an untested megatron-core.
+    """
+    process = process or detect_process()
+    device = choose_device(config.runtime.device, process.local_rank)
+    kernels = choose_kernels(config.runtime.kernels, on_gpu=device.type == "cuda")
+    _prepare_device(device, config)
+    _join_processes(process, device, config)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        distributed_timeout_minutes=max(1, round(config.runtime.timeout_minutes)),
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+    runtime = Runtime(
+        process=process,
+        device=device,
+        kernels=kernels,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+    if runtime.is_main:
+        logger.info("%d process(es) by %s on %s", process.world_size, process.launcher, device.type)
+        logger.info(kernels.describe())
+    return runtime
+
+
+def stop() -> None:
+    """Leave the run: destroy process groups and parallel state."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _prepare_device(device: torch.device, config: RunConfig) -> None:
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        adapt_engine()
+    torch.manual_seed(config.seed)
+
+
+def _join_processes(process: ProcessInfo, device: torch.device, config: RunConfig) -> None:
+    if process.world_size == 1 and not process.init_method:
+        store: dist.Store | None = dist.HashStore()
+        init_method = None
+    else:
+        store, init_method = None, process.init_method
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        store=store,
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout=timedelta(minutes=config.runtime.timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def configure_logging(rank: int) -> None:
+    """Log to stderr: rank 0 from INFO, other ranks from WARNING with their rank in front.
+
+    Libraries speak from WARNING on. Set MEGATRON_QWENVL_LOG to another level for this package.
+    """
+    level = os.environ.get("MEGATRON_QWENVL_LOG", "INFO" if rank == 0 else "WARNING")
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"%(asctime)s {prefix}%(message)s", force=True)
+    logging.getLogger("megatron_qwenvl").setLevel(level)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
