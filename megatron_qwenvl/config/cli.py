@@ -1,0 +1,110 @@
+"""The command-line arguments of a run, shared by the trainer and the tools.
+
+Needs neither torch nor megatron-core, so that `--help` and every configuration error come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from .fields import describe_default, describe_type, is_section, walk_fields
+from .load import ConfigError, dump_yaml, load_config
+from .recipes import RECIPES
+from .schema import RunConfig, SourceConfig
+
+USAGE_ERROR = 2
+"""Exit code for arguments or configurations that cannot be used."""
+
+
+def parse_run_arguments(
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    world_size: int | None = None,
+    quiet: bool = False,
+) -> RunConfig:
+    """Read `--recipe NAME|FILE.yaml [--print-config] [--help] [--section.field value ...]`.
+
+    Exits with 0 after `--help` or `--print-config`, with 2 and a message on standard error for bad input.
+
+    Args:
+        argv: arguments without the program's name.
+        prog: how the program is called, for the usage line.
+        description: what the program does, for `--help`.
+        world_size: number of processes, checked against the parallel layout if given. `--print-config` runs
+            nothing and does not check it.
+        quiet: say nothing about a bad configuration: for all processes of a run but the first.
+    """
+    parser = _make_parser(prog, description)
+    options, overrides = parser.parse_known_args(argv)
+    if options.help:
+        _print_and_exit(parser.format_help() + "\n" + describe_fields())
+    if options.recipe is None:
+        parser.error("the following arguments are required: --recipe")
+    try:
+        config = load_config(options.recipe, overrides, None if options.print_config else world_size)
+    except ConfigError as error:
+        parser.exit(USAGE_ERROR, None if quiet else f"{prog}: {error}\n")
+    if options.print_config:
+        _print_and_exit(dump_yaml(config))
+    return config
+
+
+def describe_fields() -> str:
+    """Every field of the schema with its type, default and meaning."""
+    title = "fields (defaults are the schema's; --print-config shows a recipe's values):"
+    source = [f"a source of data.sources and data.validation_sources: {SourceConfig.__doc__}"]
+    for name, field in walk_fields(SourceConfig):
+        source += _describe(name, describe_type(field.annotation), describe_default(field), field.description)
+    return "\n".join([title, "", *_describe_run_fields(), "", *source, ""])
+
+
+def _describe_run_fields() -> Iterator[str]:
+    for path, field in walk_fields(RunConfig):
+        if is_section(field):
+            yield f"\n{path}: {field.annotation.__doc__}"  # type: ignore[union-attr]
+        else:
+            yield from _describe(
+                f"--{path}", describe_type(field.annotation), describe_default(field), field.description
+            )
+
+
+def _describe(name: str, kind: str, default: str, meaning: str | None) -> list[str]:
+    text = " ".join((meaning or "").replace("`", "").split())
+    return [
+        f"  {name}  {kind}  (default {default})",
+        *textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      "),
+    ]
+
+
+def _make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} --recipe NAME|FILE.yaml [--print-config] [--section.field value ...]",
+        add_help=False,  # printed by `_print_and_exit`, with every field
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help=f"a YAML file or one of {', '.join(RECIPES)}")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="explain every field and exit")
+    return parser
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    """Print and exit with 0, also into a pipe whose reader has seen enough."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else the interpreter's last flush fails
+    sys.exit(0)
