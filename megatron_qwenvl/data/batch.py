@@ -34,6 +34,7 @@ class Batch:
             processes; the patch embedding normalises); needed where the patch embedding lives.
         bad_samples: ordinals of samples of this micro-batch that could not be read on this rank; their loss
             must be masked on every rank.
+        real_tokens: positions that are not padding.
         max_segment: length of the longest segment; found from `cu_seqlens` while that is on the CPU.
     """
 
@@ -49,6 +50,7 @@ class Batch:
     sample_ids: Tensor | None = None
     pixels: Tensor | None = None
     bad_samples: tuple[int, ...] = ()
+    real_tokens: int = 0
     max_segment: int = 0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,226 @@
+"""One training step: micro-batches through megatron-core's schedule, exact token-mean loss, one update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.batch import Batch
+from megatron_qwenvl.data.tasks import TASKS
+from megatron_qwenvl.model.build import build_stage, trains_before
+from megatron_qwenvl.model.flops import Workload
+from megatron_qwenvl.model.partition import Partition
+from megatron_qwenvl.model.stage import QwenVLStage
+from megatron_qwenvl.runtime import Runtime
+
+from .communicator import FrozenPrefixCommunicator
+from .optimizer import apply_gradients, tag_parameters
+
+
+@dataclass
+class StepReport:
+    """What a step did, the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy per supervised token of the global batch, in nats."""
+    task_losses: dict[str, float]
+    """The same per task, for tasks with supervised tokens in the step."""
+    loss_tokens: int
+    tokens: int
+    """Decoder positions without padding."""
+    padded_tokens: int
+    """Decoder positions with padding."""
+    images: int
+    samples: int
+    skipped_samples: int
+    """Samples whose loss was masked because they could not be read."""
+    attention_pairs: int
+    grad_norm: float = 0.0
+    applied: bool = True
+
+    def workload(self, patches: int) -> Workload:
+        """The step's workload for FLOP accounting, without padding."""
+        return Workload(self.images, patches, self.tokens, self.attention_pairs, self.loss_tokens)
+
+
+def wrap_model(config: RunConfig, runtime: Runtime, stage: QwenVLStage) -> DistributedDataParallel:
+    """Wrap a frozen and tagged stage in megatron-core's DDP with fp32 gradients."""
+    tag_parameters(stage, config)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.optimizer.sharded,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        check_for_nan_in_grad=False,  # a non-finite gradient skips the step instead of ending the run
+    )
+    model = DistributedDataParallel(stage.config, settings, stage, pg_collection=runtime.groups)
+    stage.config.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        stage.config.no_sync_func = model.no_sync
+    model.train()
+    return model
+
+
+@dataclass
+class StepRunner:
+    """Runs micro-batches of a step through the pipeline; knows nothing of data sources or files."""
+
+    config: RunConfig
+    runtime: Runtime
+    model: DistributedDataParallel
+    communicator: FrozenPrefixCommunicator
+    _schedule: object = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._schedule = get_forward_backward_func()
+
+    @classmethod
+    def build(cls, config: RunConfig, runtime: Runtime, partition: Partition, stage: QwenVLStage) -> StepRunner:
+        """Wrap a stage and connect it to its neighbours."""
+        rank = runtime.pipeline_rank
+        through = rank + 1 == runtime.pipeline_size or trains_before(config, partition, rank + 1)
+        communicator = FrozenPrefixCommunicator(
+            runtime.groups.pp,
+            stage.config,
+            trained_before=trains_before(config, partition, rank),
+            trained_through=through,
+        )
+        return cls(config, runtime, wrap_model(config, runtime, stage), communicator)
+
+    def accumulate(self, batches: Sequence[Batch]) -> StepReport:
+        """Forward and backward over this rank's micro-batches; leaves mean gradients in the model.
+
+        `batches` has the same length on every rank.
+        """
+        self.model.zero_grad_buffer()
+        return self._report(batches, self._run(batches, forward_only=False))
+
+    def train(self, batches: Sequence[Batch], optimizer: MegatronOptimizer) -> StepReport:
+        """One optimizer step over the global batch of which `batches` is this rank's share."""
+        optimizer.zero_grad()
+        report = self.accumulate(batches)
+        update = apply_gradients(optimizer, self.config.train.clip_grad, math.isfinite(report.loss))
+        return replace(report, grad_norm=update.grad_norm, applied=update.applied)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> StepReport:
+        """Loss over `batches` without gradients."""
+        self.model.eval()
+        try:
+            return self._report(batches, self._run(batches, forward_only=True))
+        finally:
+            self.model.train()
+
+    def _run(self, batches: Sequence[Batch], forward_only: bool) -> Tensor:
+        masked = self._mask_unreadable(batches)
+        outputs = self._schedule(  # type: ignore[operator]
+            forward_step_func=self._forward_step,
+            data_iterator=iter(masked),
+            model=[self.model],
+            num_microbatches=len(masked),
+            seq_length=1,  # boundary shapes travel with the tensors
+            micro_batch_size=1,
+            forward_only=forward_only,
+            p2p_communicator=self.communicator,
+            pg_collection=self.runtime.groups,
+        )
+        return torch.stack(outputs).sum(0) if outputs else self._no_sums()
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.runtime.device)
+
+    def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, object]:
+        batch = next(batches)
+        positions, weights, tasks = _supervised(batch) if self.runtime.is_last_stage else (None, None, None)
+        device = self.runtime.device
+        output = model(batch.to(device), positions.to(device) if positions is not None else None)
+
+        def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            assert weights is not None and tasks is not None
+            weight = weights.to(device)
+            weighted = losses * weight
+            sums = self._no_sums()
+            index = tasks.to(device)
+            sums[0].index_add_(0, index, weighted.detach().double())
+            sums[1].index_add_(0, index, weight.double())
+            return weighted.sum(), weight.sum().int(), sums
+
+        return output, loss
+
+    def _mask_unreadable(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Take the loss out of samples that any rank of the model replica could not read."""
+        counts = [batch.num_samples for batch in batches]
+        flags = torch.zeros(max(1, sum(counts)), dtype=torch.uint8)
+        offset = 0
+        for batch, count in zip(batches, counts, strict=True):
+            for ordinal in batch.bad_samples:
+                flags[offset + ordinal] = 1
+            offset += count
+        agreed = self.runtime.model_parallel_max(flags.to(self.runtime.device)).cpu()
+        masked = []
+        for batch, bad in zip(batches, agreed[: sum(counts)].split(counts), strict=True):
+            masked.append(_without_loss_of(batch, tuple(bad.nonzero().flatten().tolist())))
+        return masked
+
+    def _report(self, batches: Sequence[Batch], sums: Tensor) -> StepReport:
+        """Reduce counts and losses over all ranks, each quantity contributed once per data-parallel rank."""
+        counts_here = self.runtime.is_last_stage and self.runtime.tensor_rank == 0
+        counts = torch.tensor([_counts(batches)], dtype=torch.float64, device=self.runtime.device)[0]
+        values = torch.cat([sums.flatten(), counts])
+        totals = self.runtime.all_sum(values if counts_here else torch.zeros_like(values)).tolist()
+        losses, tokens = totals[: len(TASKS)], totals[len(TASKS) : 2 * len(TASKS)]
+        rest = [int(value) for value in totals[2 * len(TASKS) :]]
+        return StepReport(
+            loss=sum(losses) / max(1.0, sum(tokens)),
+            task_losses={t: s / n for t, s, n in zip(TASKS, losses, tokens, strict=True) if n},
+            loss_tokens=int(sum(tokens)),
+            tokens=rest[0],
+            padded_tokens=rest[1],
+            images=rest[2],
+            samples=rest[3],
+            skipped_samples=rest[4],
+            attention_pairs=rest[5],
+        )
+
+
+def _supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions with loss, their weights and tasks; one position of weight 0 where there is none."""
+    assert batch.loss_mask is not None and batch.task_ids is not None
+    positions = batch.loss_mask.nonzero().flatten()
+    if not len(positions):
+        return torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    return positions, batch.loss_mask[positions], batch.task_ids[positions].long()
+
+
+def _without_loss_of(batch: Batch, bad: tuple[int, ...]) -> Batch:
+    if not bad:
+        return batch
+    if batch.loss_mask is None or batch.sample_ids is None:
+        return replace(batch, bad_samples=bad)
+    lost = torch.isin(batch.sample_ids, torch.tensor(bad, dtype=batch.sample_ids.dtype))
+    return replace(batch, bad_samples=bad, loss_mask=batch.loss_mask.masked_fill(lost, 0.0))
+
+
+def _counts(batches: Sequence[Batch]) -> list[float]:
+    """Tokens, padded tokens, images, samples, unreadable samples, attention pairs."""
+    bounds = [batch.cu_seqlens.clamp(max=batch.real_tokens).double() for batch in batches]
+    return [
+        sum(batch.real_tokens for batch in batches),
+        sum(batch.length for batch in batches),
+        sum(batch.num_images for batch in batches),
+        sum(batch.num_samples for batch in batches),
+        sum(len(batch.bad_samples) for batch in batches),
+        sum(float((bound.diff() ** 2).sum()) for bound in bounds),
+    ]
