@@ -1,0 +1,56 @@
+# The two commands of the README are `make demo` and `make test`; both install what they need into .venv first.
+
+PYTHON ?= python3
+TP ?= 2
+PP ?= 2
+# Where the CPU build of torch comes from: PyPI's build for Linux brings several gigabytes of CUDA libraries.
+# `make setup TORCH_INDEX=https://pypi.org/simple` takes that one where PyTorch's own index is out of reach.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_VERSION := 2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := megatron_qwenvl tools tests
+
+.PHONY: demo test lint setup gpu-check clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo 'make demo [TP=2 PP=2]  train a tiny model through the three stages on CPU and question it'
+	@echo 'make test              linters and all tests that need no GPU'
+	@echo 'make lint              ruff and mypy'
+	@echo 'make setup             install everything into $(VENV)'
+	@echo 'make gpu-check         tests on one GPU, in the current Python environment ($(PYTHON))'
+	@echo 'make clean             remove $(VENV) and caches'
+
+demo: $(INSTALLED)
+	$(BIN)/python tools/demo.py --tensor $(TP) --pipeline $(PP)
+
+test: lint
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+gpu-check:
+	$(PYTHON) -m pytest -m gpu -s tests/gpu
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements/cpu.txt requirements/te-contract.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, found: $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "Python's venv module is missing; on Debian or Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps --retries 1 --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION)
+	$(BIN)/pip install --quiet --constraint requirements/cpu.txt --editable '.[test,lint]'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/te-contract --requirement requirements/te-contract.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

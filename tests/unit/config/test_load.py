@@ -1,0 +1,163 @@
+"""Recipes, files and overrides become one configuration, or one message with everything that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_qwenvl.config.load import ConfigError, dump_yaml, load_config
+from megatron_qwenvl.config.recipes import RECIPES
+from megatron_qwenvl.config.schema import RunConfig
+
+
+def problems(recipe: str, *overrides: str, world_size: int | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, overrides, world_size)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write_file
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_dumped_configuration_reads_back_equal(name: str, write) -> None:
+    config = load_config(name, ["--parallel.layout", "[3]", "--parallel.pipeline", "2", "--name", "漢字"])
+    assert load_config(write(dump_yaml(config))) == config
+    assert config != RECIPES[name]()
+
+
+def test_overrides_in_both_forms_and_the_last_one_wins() -> None:
+    overrides = "--train.steps=7000 --train.steps 9_000 --optimizer.lr 3e-4 --train.frozen [vit,decoder] "
+    overrides += (
+        "--parallel.sequence_parallel true --parallel.tensor=2 --data.tokenizer=a=b --optimizer.eps 1"
+    )
+    config = load_config("stage1", overrides.split())
+    assert (config.train.steps, config.optimizer.lr, config.train.frozen) == (9000, 3e-4, ("vit", "decoder"))
+    assert (config.data.tokenizer, config.optimizer.eps) == ("a=b", 1.0)
+
+
+def test_a_section_can_be_overridden_by_a_mapping_and_keeps_its_other_fields() -> None:
+    config = load_config("stage1", ["--train", "{steps: 9000, recompute: full}"])
+    assert (config.train.steps, config.train.recompute, config.train.frozen) == (9000, "full", ("decoder",))
+
+
+def test_a_file_changes_what_it_names_and_keeps_the_rest_of_its_base(write) -> None:
+    config = load_config(
+        write("base: stage2\ntrain: {steps: 5000}\noptimizer:\n  lr: 2e-5\n"), ["--seed", "1"]
+    )
+    expected = RECIPES["stage2"]()
+    assert (config.train.steps, config.optimizer.lr, config.seed) == (5000, 2e-5, 1)
+    assert (config.data, config.train.gradient_accumulation) == (expected.data, 8)
+
+
+def test_a_file_without_a_base_starts_from_the_schema(write) -> None:
+    config = load_config(write("data: {sources: [{name: a, path: b}]}\n"))
+    assert config.model == RunConfig().model
+    assert config.data.sources[0].path == "b"
+
+
+def test_everything_wrong_is_in_one_message(write) -> None:
+    text = problems(
+        write("base: stage1\ntrain: {stpes: 5}\noptimizer: {min_lr: 1}\n"),
+        *("--train.precision", "fp16", "--steps=3", "--parallel.tensor", "3", "stray", "--name"),
+        world_size=4,
+    )
+    for expected in (
+        "13 problems",
+        "train.stpes: unknown key",
+        "did you mean train.steps?",
+        "steps: unknown key (--steps); did you mean train.steps?",
+        "train.precision: expected 'bf16' or 'fp32', found \"fp16\"",
+        "unexpected argument 'stray'",
+        "--name: expected a value, found none",
+        "optimizer.min_lr: expected at most optimizer.lr (0.0002), found 1.0",
+        "model.vision.heads: expected a multiple of parallel.tensor (3), found 16",
+        "found 4",
+    ):
+        assert expected in text, expected
+    assert all(line.startswith("  ") for line in text.splitlines()[1:])
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        (("--train.steps", "abc"), 'train.steps: expected a valid integer, found "abc"'),
+        (("--train.steps", "2.5"), "train.steps: expected a valid integer, found 2.5"),
+        (("--train.steps", "true"), "train.steps: expected a valid integer, found true"),
+        (("--train.steps", "010"), 'train.steps: expected a valid integer, found "010"'),
+        (("--train.steps", "0"), "train.steps: expected greater than or equal to 1, found 0"),
+        (("--train.steps="), "train.steps: expected a valid integer, found null"),
+        (("--optimizer.lr", "fast"), 'optimizer.lr: expected a valid number, found "fast"'),
+        (("--optimizer.beta2", "1"), "optimizer.beta2: expected less than 1, found 1"),
+        (("--logging.tensorboard", "yes"), 'logging.tensorboard: expected a valid boolean, found "yes"'),
+        (("--name", "5"), "name: expected a valid string, found 5"),
+        (("--train.frozen", "vit"), 'train.frozen: expected a list, such as [a, b], found "vit"'),
+        (
+            ("--train.frozen", "[vit, head]"),
+            "train.frozen.1: expected 'vit', 'adapter', 'adapter_output' or 'decoder'",
+        ),
+        (("--data.sources", "[{name: a, paht: b}]"), "data.sources.0.paht: unknown key; did you mean path?"),
+        (("--data.sources", "[{name: a}]"), "data.sources.0.path: required but not given"),
+        (("--data.sources", "[a, b"), "--data.sources: '[a, b' is not valid YAML"),
+        (("--train", "5"), "train: expected a mapping of fields, found 5"),
+        (("--trian.steps", "5"), "trian.steps: unknown key (--trian.steps); did you mean train.steps?"),
+        (("--train.steps.more", "5"), "train.steps.more: unknown key"),
+        (
+            ("--train.stesp", "--seed"),
+            "--train.stesp: expected a value, found none; did you mean train.steps?",
+        ),
+        (("--train", "{steps: 1, steps: 2}"), "key 'steps' appears twice"),
+    ],
+)
+def test_a_bad_override_is_explained(override: tuple[str, ...] | str, found: str) -> None:
+    arguments = (override,) if isinstance(override, str) else override
+    assert found in problems("stage1", *arguments)
+
+
+def test_a_contradiction_with_an_unreadable_value_is_not_reported() -> None:
+    text = problems("stage1", "--parallel.tensor", "two", "--parallel.sequence_parallel", "true")
+    assert "1 problem\n" in text
+    assert "parallel.tensor: expected a valid integer" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("base: stage4\n", "base: unknown recipe 'stage4': expected one of stage1, "),
+        ("train: [\n", "not valid YAML: "),
+        ("a: 1\na: 2\n", "key 'a' appears twice in line 2, column 1"),
+        ("- 1\n", "expected a mapping of sections, found [1]"),
+        ("", "expected a mapping of sections, found null"),
+        ("train:\nbase: stage1\n", "train: expected a mapping of fields, found null"),
+        ("base: stage1\n5: 6\n", "5: unknown key"),
+        (
+            "base: stage1\nname: 2024-01-01\nseed: 2024-01-01\n",
+            'seed: expected a valid integer, found "2024-01-01"',
+        ),
+    ],
+)
+def test_a_bad_file_is_explained(text: str, found: str, write) -> None:
+    path = write(text)
+    message = problems(path)
+    assert found in message
+    assert path in message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert "No such file" in problems(str(tmp_path / "absent.yaml"))
+    (tmp_path / "folder.yaml").mkdir()
+    assert "folder.yaml: cannot be read" in problems(str(tmp_path / "folder.yaml"))
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    assert "latin.yaml: cannot be read" in problems(str(tmp_path / "latin.yaml"))
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    assert problems("stgae1").endswith("or a .yaml file; did you mean stage1?")
