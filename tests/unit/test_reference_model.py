@@ -84,15 +84,21 @@ def test_packed_segments_equal_the_samples_alone() -> None:
 
 
 @torch.no_grad()
-def test_both_position_tables_are_resized() -> None:
-    model = random_model()
-    tower = model.transformer.visual
-    small, large = (torch.randint(256, (1, 3, side, side), dtype=torch.uint8) for side in (56, 112))
-    assert tower(small).shape == tower(large).shape == (1, 4, 32)
-    blank = torch.full((1, 3, 112, 112), 99, dtype=torch.uint8)
-    before = tower(blank)
-    tower.attn_pool.pos_embed.mul_(2)
-    assert not torch.allclose(before, tower(blank))
+def test_any_multiple_of_the_patch_gives_the_same_number_of_image_tokens() -> None:
+    tower = random_model().transformer.visual
+    for side in (28, 56, 112):
+        assert tower(torch.randint(256, (1, 3, side, side), dtype=torch.uint8)).shape == (1, 4, 32)
+
+
+@torch.no_grad()
+def test_adapter_adds_positions_to_keys_but_not_to_values() -> None:
+    pool = random_model().transformer.visual.attn_pool
+    patches = torch.randn(1, 16, 24)
+    shuffled = patches[:, torch.randperm(16, generator=torch.Generator().manual_seed(1))]
+    assert not torch.allclose(pool(patches, 4), pool(shuffled, 4))
+    pool.attn.in_proj_weight[:32] = 0  # the same attention from every query to every key ..
+    pool.attn.in_proj_bias[:32] = 0
+    torch.testing.assert_close(pool(patches, 4), pool(shuffled, 4))  # .. leaves the mean of the values
 
 
 def test_resizing_keeps_a_constant_table_and_is_the_identity_on_the_same_grid() -> None:
