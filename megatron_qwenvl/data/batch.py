@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class Batch:
         position_ids: int64 `[T]`, rotary position of every token; restarts at 0 with each segment.
         num_images: images in the micro-batch.
         image_starts: int64 `[num_images]`, position of the first of the `image_tokens` slots of each image,
-            in the order of `pixels`.
+            in the order of `pixels`; comes with `tokens`.
         tokens: int64 `[T]`; image slots hold `<imgpad>`. Needed where the word embedding lives.
         labels: int64 `[T]`, the next token of each position; needed where the loss is.
         loss_mask: float32 `[T]`, 1 where the position's label is supervised.
@@ -34,6 +36,7 @@ class Batch:
             processes; the patch embedding normalises); needed where the patch embedding lives.
         bad_samples: ordinals of samples of this micro-batch that could not be read on this rank; their loss
             must be masked on every rank.
+        bad_reasons: name of the sample and reason, for each of `bad_samples`.
         real_tokens: positions that are not padding.
         max_segment: length of the longest segment; found from `cu_seqlens` while that is on the CPU.
     """
@@ -41,7 +44,7 @@ class Batch:
     cu_seqlens: Tensor
     position_ids: Tensor
     num_images: int
-    image_starts: Tensor
+    image_starts: Tensor | None
     num_samples: int
     tokens: Tensor | None = None
     labels: Tensor | None = None
@@ -50,6 +53,7 @@ class Batch:
     sample_ids: Tensor | None = None
     pixels: Tensor | None = None
     bad_samples: tuple[int, ...] = ()
+    bad_reasons: tuple[str, ...] = ()
     real_tokens: int = 0
     max_segment: int = 0
 
@@ -64,8 +68,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy every tensor to `device`."""
-        fields = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Copy every tensor to page-locked memory, from where a GPU fetches it without waiting."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        fields: dict[str, Any] = {
+            name: function(value) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
         return Batch(**fields)

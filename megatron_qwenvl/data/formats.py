@@ -5,7 +5,7 @@ both, inference only the first, so the two cannot diverge. `=>` marks where one 
 
     <img>..</img>Generate the caption in English: => the beautiful flowers for design.<eos>
     <img>..</img>Does the bandage have a different color? Answer: => No, both are white.<eos>
-    <img>..</img>Generate the caption in English with grounding: => Shot of <ref>bees</ref><box>..</box>..<eos>
+    <img>..</img>Generate the caption in English with grounding: => <ref>Bees</ref><box>..</box> fly<eos>
     <img>..</img><ref>the ear on a giraffe</ref> => <box>(176,106),(232,160)</box><eos>
     <img>..</img><ref>This</ref><box>(360,542),(476,705)</box> is => Yellow gloves<eos>
     <img>..</img>OCR with grounding: => <ref>It is managed</ref> <quad>(568,121),..</quad><ref>..<eos>

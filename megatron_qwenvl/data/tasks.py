@@ -27,6 +27,7 @@ record that is only asked about; training needs them.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -165,3 +166,17 @@ def parse_sample(record: Any) -> Sample:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise SampleError(f"malformed record: {where + ': ' if where else ''}{first['msg']}") from error
+
+
+def decode_record(suffix: str, data: bytes) -> Sample:
+    """The record of a `json` member, or the plain caption of a `txt` member.
+
+    Raises:
+        SampleError: malformed.
+    """
+    try:
+        if suffix == "txt":
+            return parse_sample({"task": "caption", "caption": data.decode("utf-8")})
+        return parse_sample(json.loads(data))
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"malformed {suffix}: {error}") from error

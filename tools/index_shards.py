@@ -1,0 +1,123 @@
+"""python tools/index_shards.py DIR... [--tokenizer qwen.tiktoken] [--workers N] [--verify-images] [--force]
+
+Writes the index of every WebDataset shard (`*.tar`) of the directories, and their manifests. Shards whose index is
+current are left alone. Runs in N processes, or over all ranks when started by mpirun or srun (needs mpi4py).
+`--check` reads every shard and compares its digest instead. Exits with 1 when a shard could not be indexed; the
+others are indexed all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.indexing import IndexJob, ShardResult, index_directory
+from megatron_qwenvl.data.manifest import open_directory
+from megatron_qwenvl.data.tokenizer import load_tokenizer
+
+RANK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of *.tar shards")
+    parser.add_argument("--tokenizer", help="qwen.tiktoken file; left out: the byte-level vocabulary")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (without MPI)")
+    parser.add_argument(
+        "--verify-images", action="store_true", help="decode every picture, not its header only"
+    )
+    parser.add_argument("--force", action="store_true", help="index again what is current")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the digests of all shards; write nothing"
+    )
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def executor(workers: int) -> Iterator[Executor | None]:
+    """What runs the shards: MPI ranks, a process pool, or (none) this process.
+
+    Under MPI only rank 0 comes through; the others work for it until it is done, and then end.
+    """
+    if max(int(os.environ.get(name, 1)) for name in RANK_COUNTS) > 1:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+
+        with MPICommExecutor(MPI.COMM_WORLD, root=0) as ranks:
+            if ranks is None:
+                sys.exit(0)
+            yield ranks
+    elif workers > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            yield pool
+    else:
+        yield None
+
+
+def progress(directory: Path) -> Callable[[ShardResult, int], None]:
+    """Prints failures at once, and a line with rate and time left at most every two seconds."""
+    start = shown = time.monotonic()
+    done = 0
+
+    def show(result: ShardResult, total: int) -> None:
+        nonlocal done, shown
+        done += 1
+        now = time.monotonic()
+        if result.error:
+            print(f"error: {result.error}", file=sys.stderr, flush=True)
+        if done == total or now - shown > 2:
+            shown = now
+            rate = done / max(now - start, 1e-9)
+            left = (total - done) / rate
+            print(f"{directory}: {done}/{total} shards, {rate:.1f} shards/s, {left:.0f} s left", flush=True)
+
+    return show
+
+
+def summarise(directory: Path, results: list[ShardResult]) -> int:
+    """Print what a directory holds; the number of shards that failed."""
+    entries = [result.entry for result in results if result.entry]
+    failed = len(results) - len(entries)
+    print(
+        f"{directory}: {sum(e.samples for e in entries)} samples with {sum(e.images for e in entries)} pictures in "
+        f"{len(entries)} shards ({sum(r.fresh for r in results)} indexed now), "
+        f"{sum(e.skipped for e in entries)} samples skipped, {failed} shards failed"
+    )
+    return failed
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    job = IndexJob(arguments.tokenizer, arguments.verify_images, arguments.force)
+    failed = 0
+    try:
+        if arguments.check:
+            fingerprint = load_tokenizer(arguments.tokenizer).fingerprint
+            for directory in arguments.directories:
+                open_directory(directory, fingerprint, verify_digests=True)
+                print(f"{directory}: every shard is as it was indexed")
+            return 0
+        with executor(arguments.workers) as pool:
+            for directory in arguments.directories:
+                results = index_directory(directory, job, pool, progress(directory))
+                failed += summarise(directory, results)
+    except (DataError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
