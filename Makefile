@@ -11,7 +11,6 @@ TORCH_VERSION := 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := megatron_qwenvl tools tests
 
 .PHONY: demo test lint setup gpu-check clean
 .DEFAULT_GOAL := help
@@ -32,8 +31,8 @@ test: lint
 	$(BIN)/python -m pytest -m 'not gpu'
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 gpu-check:
@@ -46,6 +45,7 @@ $(INSTALLED): pyproject.toml requirements/cpu.txt requirements/te-contract.txt
 	  echo "Python 3.11 or newer is needed, found: $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "Python's venv module is missing; on Debian or Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+	@echo 'Installing into $(VENV): about 400 MB to download, some minutes the first time'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps --retries 1 --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION)
 	$(BIN)/pip install --quiet --constraint requirements/cpu.txt --editable '.[test,lint]'
