@@ -33,7 +33,9 @@ class Adapter(MegatronModule):
         self.heads = model.adapter.heads // config.tensor_model_parallel_size
         parallel = {"config": config, "init_method": config.init_method, "tp_group": groups.tp}
         self.query = nn.Parameter(torch.empty(model.image_tokens, hidden, **kwargs))
-        self.kv_proj = ColumnParallelLinear(model.vision.width, hidden, bias=False, gather_output=True, **parallel)
+        self.kv_proj = ColumnParallelLinear(
+            model.vision.width, hidden, bias=False, gather_output=True, **parallel
+        )
         self.ln_q = nn.LayerNorm(hidden, eps=eps, **kwargs)
         self.ln_kv = nn.LayerNorm(hidden, eps=eps, **kwargs)
         self.linear_q = ColumnParallelLinear(hidden, hidden, **parallel)

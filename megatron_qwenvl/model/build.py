@@ -12,10 +12,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
-from megatron_qwenvl.runtime import Runtime
+from megatron_qwenvl.runtime.engine import Runtime
 
 from .engine_config import build_engine_configs
-from .layers import is_frozen, layer_of, list_layers
+from .layers import is_frozen, layer_of
 from .partition import Partition
 from .stage import QwenVLStage
 

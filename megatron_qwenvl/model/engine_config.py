@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.runtime import Kernels
+from megatron_qwenvl.runtime.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,11 @@ def _common(config: RunConfig, kernels: Kernels, on_gpu: bool) -> dict[str, Any]
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     recompute: dict[str, Any] = {"recompute_granularity": None}
     if config.train.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     elif config.train.recompute == "selective":
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {

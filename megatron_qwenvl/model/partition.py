@@ -33,7 +33,9 @@ class Partition:
         for index, cost in enumerate(self.costs):
             stage = self.stage(index)
             span = stage[0].name if len(stage) == 1 else f"{stage[0].name} .. {stage[-1].name}"
-            lines.append(f"pipeline stage {index}: {span} ({len(stage)} layers, {cost / slowest:.0%} of the slowest)")
+            lines.append(
+                f"pipeline stage {index}: {span} ({len(stage)} layers, {cost / slowest:.0%} of the slowest)"
+            )
         return "\n".join(lines)
 
 

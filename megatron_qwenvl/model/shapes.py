@@ -91,6 +91,8 @@ def describe_parameters(config: RunConfig) -> str:
             return "frozen"
         return "trained" if trained == total else f"{trained:,} trained"
 
-    parts = ", ".join(f"{part} {total:,} ({state(total, trained)})" for part, (total, trained) in counts.items())
+    parts = ", ".join(
+        f"{part} {total:,} ({state(total, trained)})" for part, (total, trained) in counts.items()
+    )
     total, trained = (sum(count[i] for count in counts.values()) for i in (0, 1))
     return f"parameters: {total:,} in all, {trained:,} trained: {parts}"

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from megatron_qwenvl.runtime import Kernels
+from megatron_qwenvl.runtime.kernels import Kernels
 
 
 class Norm:
@@ -48,7 +48,9 @@ class ScaledDotProductAttention(nn.Module):
     Same constructor and call as megatron-core's DotProductAttention, which refuses packed sequences.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: Any
+    ) -> None:
         super().__init__()
         self.causal = attn_mask_type == AttnMaskType.causal
 
@@ -163,7 +165,9 @@ def norm_module(config: TransformerConfig, kernels: Kernels) -> Any:
     return Norm
 
 
-def block_spec(config: TransformerConfig, kernels: Kernels, layers: int, causal: bool) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, kernels: Kernels, layers: int, causal: bool
+) -> TransformerBlockSubmodules:
     """Spec of `layers` consecutive layers of a tower and of its final norm (built only where the tower ends)."""
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     norm = norm_module(config, kernels)

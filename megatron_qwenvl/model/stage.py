@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from megatron_qwenvl.config.schema import ModelConfig
 from megatron_qwenvl.data.batch import Batch
-from megatron_qwenvl.runtime import Kernels
+from megatron_qwenvl.runtime.kernels import Kernels
 
 from .adapter import Adapter
 from .engine_config import EngineConfigs, StageLayers
@@ -102,11 +102,18 @@ class QwenVLStage(MegatronModule):
         self.vit = self._block(configs.vit, layers, "vit", causal=False, ends_here=False)
         self.adapter = Adapter(configs.unscattered, model, groups) if "adapter" in kinds else None
         self.embedding = WordEmbedding(configs.decoder, model, groups) if "embedding" in kinds else None
-        self.decoder = self._block(configs.decoder, layers, "decoder", causal=True, ends_here=self.post_process)
+        self.decoder = self._block(
+            configs.decoder, layers, "decoder", causal=True, ends_here=self.post_process
+        )
         self.output_layer = self._head(configs.unscattered) if self.post_process else None
 
     def _block(
-        self, config: TransformerConfig, layers: tuple[Layer, ...], kind: LayerKind, causal: bool, ends_here: bool
+        self,
+        config: TransformerConfig,
+        layers: tuple[Layer, ...],
+        kind: LayerKind,
+        causal: bool,
+        ends_here: bool,
     ) -> TransformerBlock | None:
         own = [layer.index for layer in layers if layer.kind == kind]
         if not own and not ends_here:
@@ -198,7 +205,10 @@ class QwenVLStage(MegatronModule):
     def _decode(self, batch: Batch, x: Tensor) -> Tensor:
         packed, rotary = self._attention_inputs(batch)
         return self.decoder(
-            _ready_for_recompute(x, self.decoder), attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed
+            _ready_for_recompute(x, self.decoder),
+            attention_mask=None,
+            rotary_pos_emb=rotary,
+            packed_seq_params=packed,
         )
 
     def _attention_inputs(self, batch: Batch) -> tuple[PackedSeqParams, Tensor]:
@@ -210,7 +220,9 @@ class QwenVLStage(MegatronModule):
         """
         head_dim, base = self.model.decoder.hidden // self.model.decoder.heads, self.model.decoder.rotary_base
         fused = self._kernels.name == "te"
-        positions = torch.arange(batch.length, device=batch.position_ids.device) if fused else batch.position_ids
+        positions = (
+            torch.arange(batch.length, device=batch.position_ids.device) if fused else batch.position_ids
+        )
         longest = batch.max_segment
         packed = PackedSeqParams(
             qkv_format="thd" if fused else "sbhd",

@@ -36,7 +36,9 @@ class AdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         if not adam_w_mode:
-            raise ValueError("AdamW: expected adam_w_mode=True, found False (L2 regularisation is not supported)")
+            raise ValueError(
+                "AdamW: expected adam_w_mode=True, found False (L2 regularisation is not supported)"
+            )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
         super().__init__(params, defaults)
 

@@ -185,6 +185,8 @@ def configure_logging(rank: int) -> None:
     """
     level = os.environ.get("MEGATRON_QWENVL_LOG", "INFO" if rank == 0 else "WARNING")
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"%(asctime)s {prefix}%(message)s", force=True)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format=f"%(asctime)s {prefix}%(message)s", force=True
+    )
     logging.getLogger("megatron_qwenvl").setLevel(level)
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -49,7 +49,9 @@ def _why_not_apex(on_gpu: bool) -> str | None:
         import_module("apex.optimizers")
         import_module("apex.normalization.fused_layer_norm")
     except Exception as error:
-        return f"NVIDIA apex does not import ({error}); build it from github.com/NVIDIA/apex or use an NGC image"
+        return (
+            f"NVIDIA apex does not import ({error}); build it from github.com/NVIDIA/apex or use an NGC image"
+        )
     return None
 
 

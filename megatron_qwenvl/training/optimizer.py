@@ -23,7 +23,7 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.model.build import parameter_keys
 from megatron_qwenvl.model.layers import layer_of, vit_depth_from_adapter
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime import Runtime
+from megatron_qwenvl.runtime.engine import Runtime
 
 
 def tag_parameters(stage: QwenVLStage, config: RunConfig) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.batch import Batch
 from megatron_qwenvl.data.tasks import TASKS
-from megatron_qwenvl.model.build import build_stage, trains_before
+from megatron_qwenvl.model.build import trains_before
 from megatron_qwenvl.model.flops import Workload
 from megatron_qwenvl.model.partition import Partition
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime import Runtime
+from megatron_qwenvl.runtime.engine import Runtime
 
 from .communicator import FrozenPrefixCommunicator
 from .optimizer import apply_gradients, tag_parameters
@@ -87,7 +87,9 @@ class StepRunner:
         self._schedule = get_forward_backward_func()
 
     @classmethod
-    def build(cls, config: RunConfig, runtime: Runtime, partition: Partition, stage: QwenVLStage) -> StepRunner:
+    def build(
+        cls, config: RunConfig, runtime: Runtime, partition: Partition, stage: QwenVLStage
+    ) -> StepRunner:
         """Wrap a stage and connect it to its neighbours."""
         rank = runtime.pipeline_rank
         through = rank + 1 == runtime.pipeline_size or trains_before(config, partition, rank + 1)
@@ -141,7 +143,9 @@ class StepRunner:
     def _no_sums(self) -> Tensor:
         return torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.runtime.device)
 
-    def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, object]:
+    def _forward_step(
+        self, batches: Iterator[Batch], model: DistributedDataParallel
+    ) -> tuple[Tensor, object]:
         batch = next(batches)
         positions, weights, tasks = _supervised(batch) if self.runtime.is_last_stage else (None, None, None)
         device = self.runtime.device

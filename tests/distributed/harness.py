@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import megatron_qwenvl.training.step  # noqa: F401  (imports the engine before forking)
-from megatron_qwenvl.runtime import ProcessInfo
+from megatron_qwenvl.runtime.processes import ProcessInfo
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:

@@ -9,7 +9,6 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
-from megatron_qwenvl import runtime as rt
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import (
     AdapterConfig,
@@ -21,7 +20,8 @@ from megatron_qwenvl.config.schema import (
 from megatron_qwenvl.data.batch import IGNORED_TASK, Batch
 from megatron_qwenvl.model.build import build_stage, initialize_weights
 from megatron_qwenvl.model.partition import make_partition
-from megatron_qwenvl.runtime import ProcessInfo
+from megatron_qwenvl.runtime import engine as rt
+from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.step import StepReport, StepRunner
 
 SMALL = ModelConfig(
@@ -40,7 +40,12 @@ def small_config(frozen: Sequence[str] = (), image_size: int = 56, **parallel: A
         {
             **base.model_dump(),
             "model": SMALL.model_dump(),
-            "data": {**base.data.model_dump(), "image_size": image_size, "pack_length": 48, "max_sample_length": 48},
+            "data": {
+                **base.data.model_dump(),
+                "image_size": image_size,
+                "pack_length": 48,
+                "max_sample_length": 48,
+            },
             "train": {**base.train.model_dump(), "frozen": tuple(frozen)},
             "parallel": parallel,
             "optimizer": {**base.optimizer.model_dump(), "sharded": False},
@@ -55,9 +60,16 @@ def make_batch(seed: int, images: int, config: RunConfig, length: int = 48) -> B
     bounds = [0, 20, 38, length]
     starts = [1 + (slots + 2) * i for i in range(3)] + [21 + (slots + 2) * i for i in range(3)]
     order = [starts[i] for i in (0, 3, 1, 4, 2, 5)][:images]
-    sample_ids = torch.cat([torch.full((b - a,), i, dtype=torch.int32) for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))])
+    sample_ids = torch.cat(
+        [
+            torch.full((b - a,), i, dtype=torch.int32)
+            for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
+        ]
+    )
     loss_mask = (torch.rand(length, generator=generator) < 0.4).float()
-    task_ids = torch.where(loss_mask > 0, sample_ids.to(torch.uint8), torch.tensor(IGNORED_TASK, dtype=torch.uint8))
+    task_ids = torch.where(
+        loss_mask > 0, sample_ids.to(torch.uint8), torch.tensor(IGNORED_TASK, dtype=torch.uint8)
+    )
     size = config.data.image_size
     return Batch(
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
@@ -121,7 +133,9 @@ def assemble(shards: Sequence[tuple[str, tuple[int, ...], tuple[int, ...], Tenso
         full = whole.setdefault(key, torch.full(shape, float("nan")))
         window = tuple(slice(o, o + n) for o, n in zip(offset, shard.shape, strict=True))
         known = ~full[window].isnan()
-        torch.testing.assert_close(full[window][known], shard[known], rtol=1e-4, atol=1e-6, msg=f"replicas of {key}")
+        torch.testing.assert_close(
+            full[window][known], shard[known], rtol=1e-4, atol=1e-6, msg=f"replicas of {key}"
+        )
         full[window] = shard
     for key, full in whole.items():
         assert not full.isnan().any(), f"{key} is not covered by the ranks' shards"

@@ -11,7 +11,12 @@ import torch
 from .harness import run_ranks
 from .model_cases import assemble, gradients_of, make_batch, small_config
 
-FROZEN = {"stage1": ("decoder",), "stage2": (), "stage3": ("vit",), "published_sft": ("vit", "adapter_output")}
+FROZEN = {
+    "stage1": ("decoder",),
+    "stage2": (),
+    "stage3": ("vit",),
+    "published_sft": ("vit", "adapter_output"),
+}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor": 2}),
     "tp2_sp": (2, {"tensor": 2, "sequence_parallel": True}),
@@ -49,7 +54,11 @@ def assert_equal(result: list[dict[str, Any]], expected: dict[str, Any]) -> None
     assert gradients.keys() == expected["gradients"].keys()
     for key, gradient in gradients.items():
         torch.testing.assert_close(
-            gradient, expected["gradients"][key], atol=ABSOLUTE, rtol=RELATIVE, msg=lambda m, key=key: f"{key}: {m}"
+            gradient,
+            expected["gradients"][key],
+            atol=ABSOLUTE,
+            rtol=RELATIVE,
+            msg=lambda m, key=key: f"{key}: {m}",
         )
 
 

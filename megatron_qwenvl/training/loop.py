@@ -1,0 +1,271 @@
+"""The training loop of one stage."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_qwenvl.checkpoint.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
+from megatron_qwenvl.config.load import dump_yaml
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.batch import Batch, DataNeeds
+from megatron_qwenvl.data.loader import Step, StepLoader, build_loader
+from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.model.build import build_stage, initialize_weights
+from megatron_qwenvl.model.partition import make_partition
+from megatron_qwenvl.model.shapes import describe_parameters
+from megatron_qwenvl.model.stage import QwenVLStage
+from megatron_qwenvl.runtime.engine import Runtime
+
+from .errors import TrainingError
+from .metrics import MetricsLog, step_metrics
+from .optimizer import Schedule, build_optimizer
+from .step import StepReport, StepRunner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Counters of a run; saved with every checkpoint."""
+
+    step: int = 0
+    """Steps done, skipped ones included."""
+    samples: int = 0
+    """Samples seen."""
+    skipped_steps: int = 0
+    """Steps without an update because the loss or the gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """The same, since the last update."""
+    unreadable_samples: int = 0
+    """Samples whose loss was masked because they could not be read."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates made."""
+        return self.step - self.skipped_steps
+
+    def after(self, report: StepReport) -> Progress:
+        """Counters after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + report.samples,
+            skipped_steps=self.skipped_steps + (not report.applied),
+            skipped_in_a_row=0 if report.applied else self.skipped_in_a_row + 1,
+            unreadable_samples=self.unreadable_samples + report.skipped_samples,
+        )
+
+
+@dataclass
+class Trainer:
+    """One training stage on this rank, from its start or from its newest checkpoint to its end."""
+
+    config: RunConfig
+    runtime: Runtime
+    runner: StepRunner
+    optimizer: MegatronOptimizer
+    schedule: Schedule
+    checkpoints: CheckpointManager
+    loader: StepLoader
+    validation: StepLoader | None
+    metrics: MetricsLog
+    progress: Progress
+    _saved_step: int = field(default=-1)
+
+    @classmethod
+    def build(cls, config: RunConfig, runtime: Runtime) -> Trainer:
+        """Set the stage up: partition, model, data, optimizer, and the state of the newest checkpoint.
+
+        Raises:
+            CheckpointError: no usable checkpoint where one is needed.
+            DataError: data that does not fit the configuration.
+        """
+        partition = make_partition(config, runtime.data_size)
+        _announce(config, runtime, partition.describe())
+        stage = build_stage(config, runtime, partition)
+        checkpoints = CheckpointManager(Path(config.run_dir) / "checkpoints", config)
+        newest = checkpoints.latest()
+        if newest is None:
+            _first_weights(config, runtime, stage)
+        runner = StepRunner.build(config, runtime, partition, stage)
+        optimizer = build_optimizer(runner.model, config, runtime)
+        progress = Progress() if newest is None else _resume(newest, checkpoints, stage, optimizer, runtime)
+        loader, validation = _loaders(config, runtime, stage, progress.step)
+        return cls(
+            config=config,
+            runtime=runtime,
+            runner=runner,
+            optimizer=optimizer,
+            schedule=Schedule(optimizer, config),
+            checkpoints=checkpoints,
+            loader=loader,
+            validation=validation,
+            metrics=MetricsLog(config, runtime.is_main, progress.step),
+            progress=progress,
+        )
+
+    def run(self) -> Progress:
+        """Train to the configured end; returns the final counters.
+
+        Raises:
+            TrainingError: too many steps in a row without a finite loss and gradient.
+            DataError: a shard cannot be read.
+            CheckpointError: a checkpoint could not be saved.
+        """
+        try:
+            for batches, waited, began in self._steps():
+                report = self._train(batches, waited, began)
+                self._guard(report)
+                if self._due(self.config.train.validation_interval):
+                    self._validate()
+                if self._due(self.config.checkpoint.interval):
+                    self._save()
+            if self._saved_step != self.progress.step:
+                self._save()
+        finally:
+            self.metrics.close()
+        return self.progress
+
+    def _steps(self) -> Iterator[tuple[list[Batch], float, float]]:
+        """Micro-batches of every step still to do, the time waited for them and the time the step began."""
+        last = min(self.config.train.steps, self.config.train.stop_after or self.config.train.steps)
+        if self.progress.step >= last:
+            return
+        began = time.monotonic()
+        for step in self.loader:
+            batches = list(step)
+            self._name_skipped(step, batches)
+            yield batches, time.monotonic() - began, began
+            if self.progress.step >= last:
+                return
+            began = time.monotonic()
+
+    def _train(self, batches: list[Batch], waited: float, began: float) -> StepReport:
+        step = self.progress.step
+        lr = self.schedule.set_step(step)
+        report = self.runner.train(batches, self.optimizer)
+        self.progress = self.progress.after(report)
+        self.runtime.synchronize()
+        seconds = time.monotonic() - began
+        world = self.runtime.process.world_size
+        self.metrics.train(step_metrics(self.config, report, step, seconds, waited, lr, world))
+        return report
+
+    def _guard(self, report: StepReport) -> None:
+        limit = self.config.train.max_skipped_steps
+        if self.progress.skipped_in_a_row > limit:
+            raise TrainingError(
+                f"step {self.progress.step}: loss {report.loss} and gradient norm {report.grad_norm} are not finite, "
+                f"for {self.progress.skipped_in_a_row} steps in a row (train.max_skipped_steps {limit})"
+            )
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.progress.step % interval == 0
+
+    def _validate(self) -> None:
+        if self.validation is not None:
+            for step in self.validation:
+                self.metrics.validation(self.progress.step, self.runner.evaluate(list(step)))
+
+    def _save(self) -> None:
+        # Fused optimizers do not count steps in groups without parameters, and rank 0's count is what is saved.
+        for group in self.optimizer.param_groups:
+            group["step"] = self.progress.updates
+        model = model_state(self.runner.model.module)
+        optimizer = self.optimizer.sharded_state_dict(model, metadata=dict(OPTIMIZER_METADATA))
+        saved = self.checkpoints.save(self.progress.step, model, optimizer, asdict(self.progress))
+        self._saved_step = self.progress.step
+        if saved is not None and self.runtime.is_main:
+            self.metrics.event(
+                "save", step=saved.step, seconds=saved.total_seconds, stall=saved.stall_seconds
+            )
+            logger.info(
+                "step %d saved: %.1f MB in %.1f s", saved.step, saved.bytes / 1e6, saved.total_seconds
+            )
+
+    def _name_skipped(self, step: Step, batches: list[Batch]) -> None:
+        if self.runtime.is_main:
+            for skipped in step.info.skipped:
+                logger.warning("step %d: sample left out: %s", step.info.step + 1, skipped)
+        if self.runtime.tensor_rank == 0:
+            for reason in (reason for batch in batches for reason in batch.bad_reasons):
+                logger.warning("step %d: loss of an unreadable sample masked: %s", step.info.step + 1, reason)
+
+
+def _announce(config: RunConfig, runtime: Runtime, partition: str) -> None:
+    if not runtime.is_main:
+        return
+    logger.info("run %s (%s) in %s", config.name, config.stage, config.run_dir)
+    logger.info(describe_parameters(config))
+    for line in partition.splitlines():
+        logger.info(line)
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+
+
+def _first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage) -> None:
+    if config.checkpoint.init_from is None:
+        initialize_weights(stage, config.model, config.seed)
+        source = f"fresh, seed {config.seed}"
+    else:
+        load_weights(Path(config.checkpoint.init_from), config, stage)
+        source = config.checkpoint.init_from
+    if runtime.is_main:
+        logger.info("weights: %s", source)
+
+
+def _resume(
+    checkpoint: Path,
+    manager: CheckpointManager,
+    stage: QwenVLStage,
+    optimizer: MegatronOptimizer,
+    runtime: Runtime,
+) -> Progress:
+    model = model_state(stage)
+    with torch.no_grad():
+        state = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(OPTIMIZER_METADATA))
+        loaded = manager.load(checkpoint, model, state)
+        fill_model(stage, loaded.model)
+        optimizer.load_state_dict(loaded.optimizer)
+    progress = Progress(**_known(loaded.manifest.progress))
+    if runtime.is_main:
+        logger.info("resumed from %s at step %d", checkpoint, progress.step)
+    return progress
+
+
+def _known(saved: dict[str, Any]) -> dict[str, Any]:
+    return {name: saved[name] for name in Progress.__dataclass_fields__ if name in saved}
+
+
+def _loaders(
+    config: RunConfig, runtime: Runtime, stage: QwenVLStage, first_step: int
+) -> tuple[StepLoader, StepLoader | None]:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    needs = DataNeeds(
+        pixels=stage.patch_embed is not None,
+        tokens=stage.embedding is not None or stage.output_layer is not None,
+    )
+
+    def build(**kwargs: Any) -> StepLoader:
+        return build_loader(
+            config,
+            tokenizer=tokenizer,
+            dp_rank=runtime.data_rank,
+            dp_size=runtime.data_size,
+            needs=needs,
+            pin_memory=runtime.on_gpu,
+            **kwargs,
+        )
+
+    validated = bool(config.data.validation_sources) and config.train.validation_interval > 0
+    return build(first_step=first_step), build(split="validation") if validated else None
