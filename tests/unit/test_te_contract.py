@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl import runtime as rt
 from megatron_qwenvl.config.schema import RuntimeConfig
 from megatron_qwenvl.model.build import build_stage, named_tensors, parameter_keys
 from megatron_qwenvl.model.partition import make_partition
-from megatron_qwenvl.runtime import ProcessInfo
+from megatron_qwenvl.runtime import engine as rt
 from megatron_qwenvl.runtime.kernels import KernelName
+from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import small_config
 
