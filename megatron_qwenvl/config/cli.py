@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -19,6 +20,8 @@ from .schema import RunConfig, SourceConfig
 
 USAGE_ERROR = 2
 """Exit code for arguments or configurations that cannot be used."""
+HEAD_START_SECONDS = 1.0
+"""Launchers end all processes once one has ended; the one that speaks must be first."""
 
 
 def parse_run_arguments(
@@ -49,6 +52,8 @@ def parse_run_arguments(
     try:
         config = load_config(options.recipe, overrides, None if options.print_config else world_size)
     except ConfigError as error:
+        if quiet:
+            time.sleep(HEAD_START_SECONDS)
         parser.exit(USAGE_ERROR, None if quiet else f"{prog}: {error}\n")
     if options.print_config:
         _print_and_exit(dump_yaml(config))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 
-from megatron_qwenvl.config.cli import describe_fields, parse_run_arguments
+from megatron_qwenvl.config.cli import HEAD_START_SECONDS, describe_fields, parse_run_arguments
 from megatron_qwenvl.config.fields import leaf_paths
 from megatron_qwenvl.config.load import load_config
 
@@ -95,8 +96,10 @@ def test_bad_input_is_explained_without_a_traceback(arguments: list[str], messag
     assert "Traceback" not in result.stderr
 
 
-def test_only_one_process_needs_to_speak(capsys) -> None:
+def test_only_one_process_needs_to_speak_and_the_others_let_it_finish(capsys) -> None:
+    began = time.monotonic()
     with pytest.raises(SystemExit) as stopped:
         parse_run_arguments(["--recipe", "stage1", "--seed", "x"], "train", "", quiet=True)
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", "")
+    assert time.monotonic() - began >= HEAD_START_SECONDS
