@@ -152,6 +152,10 @@ def _append(
     """Add the row of one sample; nothing is added when it raises SampleError."""
     if sample.duplicate:
         raise SampleError(f"two files named .{sample.duplicate}")
+    try:
+        "".join((sample.key, *sample.members)).encode()
+    except UnicodeEncodeError:
+        raise SampleError("a file name is not UTF-8") from None
     suffix = _text_suffix(sample, read)
     record = decode_record(suffix, read(sample.members[suffix]))
     images = [_describe(name, read(sample.members[name]), verify_images) for name in _image_names(sample)]

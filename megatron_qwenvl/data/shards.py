@@ -105,5 +105,6 @@ def read_member(descriptor: int, path: Path, name: str, member: Member) -> bytes
 
 
 def _same_name(found: str, name: str) -> bool:
-    """A plain header holds 100 bytes of a name; longer and non-ASCII ones stand in an extension before it."""
-    return found == name or found.encode("ascii", "replace") == name.encode("ascii", "replace")[:100]
+    """A plain header holds 100 bytes of a name; what is longer or not ASCII stands in an extension before it."""
+    header = found.encode("utf-8", "surrogateescape")
+    return header in (name.encode(), name.encode()[:100], name.encode("ascii", "replace")[:100])

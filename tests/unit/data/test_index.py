@@ -1,0 +1,336 @@
+"""Shards, their indices and manifests, and what is said when they do not fit together."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_qwenvl.data import indexing
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.formats import render_sample
+from megatron_qwenvl.data.index import index_path, load_index
+from megatron_qwenvl.data.indexing import IndexJob, build_index, index_directory
+from megatron_qwenvl.data.manifest import open_directory
+from megatron_qwenvl.data.shards import Member, read_member, split_name
+from megatron_qwenvl.data.tasks import TASKS, parse_sample
+from megatron_qwenvl.data.tokenizer import Tokenizer
+from megatron_qwenvl.data.writer import ImageInfo
+
+from .conftest import QWEN_VOCABULARY
+from .shards import mixed_samples, picture, sample, write_shard, write_source
+from .test_images import absurd_png
+
+VQA = {"task": "vqa", "question": "q?", "answer": "a"}
+
+
+def test_index_describes_every_sample(tmp_path: Path, byte_level: Tokenizer) -> None:
+    samples = mixed_samples(27)
+    path = write_shard(tmp_path / "s.tar", samples)
+    index = build_index(path, byte_level)
+    assert [index.key(row) for row in range(len(index))] == [item["__key__"] for item in samples]
+    for row, item in enumerate(samples):
+        record = parse_sample(json.loads(item["json"]))
+        infos = [ImageInfo("png", 20, 10)] if "png" in item else []
+        assert index.arrays["tasks"][row] == TASKS.index(record.task)
+        assert [info for info, _ in index.images(row)] == infos
+        for slots in (0, 16, 256):
+            length = len(render_sample(record, infos, byte_level, slots).tokens)
+            assert index.arrays["text_tokens"][row] + slots * index.image_counts[row] == length
+
+
+def test_offsets_lead_to_the_members(tmp_path: Path, byte_level: Tokenizer) -> None:
+    samples = mixed_samples(9)
+    path = write_shard(tmp_path / "s.tar", samples)
+    index = build_index(path, byte_level)
+    descriptor = os.open(path, os.O_RDONLY)
+    for row, item in enumerate(samples):
+        assert read_member(descriptor, path, *index.text_member(row)) == item["json"]
+        for info, member in index.images(row):
+            assert read_member(descriptor, path, f"{index.key(row)}.{info.name}", member) == item["png"]
+    name, member = index.text_member(3)
+    for wrong in (
+        ("00004.json", member),
+        (name, Member(member.offset + 512, member.size)),
+        (name, Member(10**9, 9)),
+    ):
+        with pytest.raises(DataError, match=r"s\.tar: the index does not match the shard: expected"):
+            read_member(descriptor, path, *wrong)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_and_foreign_names_are_found(tmp_path: Path, byte_level: Tokenizer, format_: int) -> None:
+    key = "d/" + "x" * 90 if format_ == tarfile.USTAR_FORMAT else "d/" + "图" * 60
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=format_) as tar:
+        for name, data in ((f"{key}.0.png", picture()), (f"{key}.json", json.dumps(VQA).encode())):
+            (tmp_path / "f").write_bytes(data)
+            tar.add(tmp_path / "f", name)
+    index = build_index(path, byte_level)
+    descriptor = os.open(path, os.O_RDONLY)
+    assert index.key(0) == key
+    assert json.loads(read_member(descriptor, path, *index.text_member(0))) == VQA
+    os.close(descriptor)
+
+
+def test_a_name_that_is_not_utf8_skips_the_sample(tmp_path: Path, byte_level: Tokenizer) -> None:
+    path = write_shard(
+        tmp_path / "s.tar", [sample("good", VQA, png=picture()), sample("evil", VQA, png=picture())]
+    )
+    path.write_bytes(path.read_bytes().replace(b"evil.", b"e\xff\xffl."))
+    data = bytearray(path.read_bytes())
+    for at in (data.find(b"e\xff\xffl.json"), data.find(b"e\xff\xffl.png")):
+        header = bytes(data[at : at + 148]) + b" " * 8 + bytes(data[at + 156 : at + 512])
+        data[at + 148 : at + 156] = b"%06o\0 " % sum(header)
+    path.write_bytes(data)
+    index = build_index(path, byte_level)
+    assert [index.key(row) for row in range(len(index))] == ["good"]
+    assert index.arrays["skipped_reasons"].tolist() == [b"a file name is not UTF-8"]
+
+
+def test_names_split_like_webdataset() -> None:
+    assert split_name("a.b/c.0.jpg") == ("a.b/c", "0.jpg")
+    assert split_name("c") == ("c", "")
+
+
+def test_saved_index_is_the_built_one_and_holds_no_pickles(tmp_path: Path, byte_level: Tokenizer) -> None:
+    write_source(tmp_path / "s", [*mixed_samples(9), sample("bad", b"{")])
+    path = tmp_path / "s" / "000000.tar"
+    stored, built = load_index(path), build_index(path, byte_level)
+    assert stored.arrays.keys() == built.arrays.keys()
+    for name, values in built.arrays.items():
+        np.testing.assert_array_equal(stored.arrays[name], values)
+    assert (stored.digest, stored.size, stored.tokenizer) == (
+        built.digest,
+        path.stat().st_size,
+        byte_level.fingerprint,
+    )
+    with np.load(index_path(path), allow_pickle=False) as arrays:
+        assert all(arrays[name].dtype != object for name in arrays.files)
+
+
+def test_pictures_are_indexed_in_the_order_of_the_text(tmp_path: Path, byte_level: Tokenizer) -> None:
+    turns = [
+        {"from": "user", "value": "<img>10.png</img><img>2.png</img>?"},
+        {"from": "assistant", "value": "y"},
+    ]
+    pictures = {"_10_png": picture(10, 10), "_2_png": picture(2, 2)}
+    chat = sample("chat", {"task": "chat", "conversations": turns}, **pictures)
+    vqa = sample("vqa", VQA, **pictures)
+    index = build_index(write_shard(tmp_path / "s.tar", [chat, vqa]), byte_level)
+    assert [info.name for info, _ in index.images(0)] == ["10.png", "2.png"]
+    assert [info.name for info, _ in index.images(1)] == ["2.png", "10.png"]
+    assert index.largest_images.tolist() == [100, 100]
+
+
+def test_unusable_samples_are_left_out_by_name(tmp_path: Path, byte_level: Tokenizer) -> None:
+    samples = [
+        sample("json", b'{"task": '),
+        sample("record", {"task": "vqa"}, png=picture()),
+        sample("none", VQA),
+        sample("image", VQA, png=b"no picture"),
+        sample("absurd", VQA, png=absurd_png(100_000, 100_000)),
+        sample("good", VQA, png=picture()),
+        {"__key__": "lonely", "png": picture()},
+    ]
+    index = build_index(write_shard(tmp_path / "s.tar", samples), byte_level)
+    assert [index.key(row) for row in range(len(index))] == ["good"]
+    skipped = dict(zip(index.arrays["skipped_keys"], index.arrays["skipped_reasons"], strict=True))
+    assert sorted(skipped) == [b"absurd", b"image", b"json", b"lonely", b"none", b"record"]
+    assert skipped[b"json"].startswith(b"malformed json")
+    assert b"question: Field required" in skipped[b"record"]
+    assert b"1 or more pictures, found 0" in skipped[b"none"]
+    assert b"png: not a readable picture" in skipped[b"image"]
+    assert b"exceeds limit" in skipped[b"absurd"]
+    assert skipped[b"lonely"] == b"neither .json nor .txt, only png"
+
+
+def test_verifying_pictures_finds_truncated_ones(tmp_path: Path, byte_level: Tokenizer) -> None:
+    path = write_shard(tmp_path / "s.tar", [sample("half", VQA, png=picture(50, 50)[:-40])])
+    assert len(build_index(path, byte_level)) == 1
+    verified = build_index(path, byte_level, verify_images=True)
+    assert len(verified) == 0
+    assert b"cannot decode" in verified.arrays["skipped_reasons"][0]
+
+
+def test_img2dataset_shards_are_captions(tmp_path: Path, byte_level: Tokenizer) -> None:
+    meta = {
+        "caption": "a red square",
+        "url": "http://x",
+        "key": "000000000",
+        "status": "success",
+        "width": 20,
+    }
+    samples = [
+        {"__key__": "000000000", "jpg": picture(), "txt": b"a red square", "json": json.dumps(meta).encode()},
+        {"__key__": "000000001", "jpg": picture(), "txt": b"a blue square"},
+        {"__key__": "000000002", "jpg": picture(), "txt": b"  "},
+    ]
+    index = build_index(write_shard(tmp_path / "s.tar", samples), byte_level)
+    assert index.arrays["tasks"].tolist() == [TASKS.index("caption")] * 2
+    assert index.text_member(0)[0] == "000000000.txt"
+    assert index.arrays["text_tokens"][0] == len(b"Generate the caption in English: a red square") + 3
+    assert index.arrays["skipped_keys"].tolist() == [b"000000002"]
+
+
+# ---- directories
+
+
+def test_opening_reads_the_manifest_only(tmp_path: Path, byte_level: Tokenizer) -> None:
+    root = write_source(tmp_path / "s", mixed_samples(25))
+    for index in root.glob("*.npz"):
+        index.unlink()
+    directory = open_directory(root, byte_level.fingerprint)
+    assert directory.counts.tolist() == [10, 10, 5]
+    with pytest.raises(DataError, match=r"000001\.index\.npz: no index"):
+        directory.load_index(1)
+
+
+def test_current_shards_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_source(tmp_path / "s", mixed_samples(25))
+    built: list[str] = []
+    real = indexing.build_index
+
+    def counting(path: Path, *arguments: object) -> object:
+        built.append(path.name)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(indexing, "build_index", counting)
+    index_directory(root, IndexJob())
+    assert built == []
+    write_shard(root / "000001.tar", mixed_samples(8, seed=9))
+    index_directory(root, IndexJob())
+    assert built == ["000001.tar"]
+    index_directory(root, IndexJob(verify_images=True))
+    index_directory(root, IndexJob())
+    assert len(built) == 4
+    index_directory(root, IndexJob(tokenizer=QWEN_VOCABULARY))
+    index_directory(root, IndexJob(tokenizer=QWEN_VOCABULARY, force=True))
+    assert len(built) == 10
+
+
+@pytest.mark.parametrize("cut", ["inside a file", "between two files", "inside a header"])
+def test_truncated_shard_is_named_and_the_others_are_indexed(
+    tmp_path: Path, byte_level: Tokenizer, cut: str
+) -> None:
+    root = write_source(tmp_path / "s", mixed_samples(20))
+    path = root / "000000.tar"
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    ends = {
+        "inside a file": last.offset_data + last.size // 2,
+        "between two files": last.offset,
+        "inside a header": last.offset + 100,
+    }
+    os.truncate(path, ends[cut])
+    results = index_directory(root, IndexJob())
+    assert [bool(result.error) for result in results] == [True, False]
+    assert "000000.tar: damaged or truncated tar" in results[0].error
+    with pytest.raises(DataError, match=r"000000\.tar: shard is not in manifest"):
+        open_directory(root, byte_level.fingerprint)
+    path.unlink()
+    assert open_directory(root, byte_level.fingerprint).counts.tolist() == [10]
+
+
+def test_not_a_tar_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"something else" * 100)
+    (tmp_path / "y.tar").write_bytes(b"")
+    results = index_directory(tmp_path, IndexJob())
+    assert all("damaged or truncated tar" in result.error for result in results)
+
+
+def _remove_shard(root: Path) -> None:
+    (root / "000001.tar").unlink()
+
+
+def _add_shard(root: Path) -> None:
+    write_shard(root / "000009.tar", mixed_samples(3))
+
+
+def _grow_shard(root: Path) -> None:
+    with (root / "000001.tar").open("ab") as file:
+        file.write(bytes(512))
+
+
+def _remove_manifest(root: Path) -> None:
+    (root / "manifest.json").unlink()
+
+
+def _break_manifest(root: Path) -> None:
+    (root / "manifest.json").write_text('{"format": 1, "shards": [{}]}')
+
+
+def _age_manifest(root: Path) -> None:
+    path = root / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
+
+
+def _empty(root: Path) -> None:
+    for path in root.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_remove_shard, r"000001\.tar: shard of the manifest cannot be read: No such file"),
+        (_add_shard, r"000009\.tar: shard is not in manifest"),
+        (_grow_shard, r"000001\.tar: expected \d+ bytes as indexed, found \d+"),
+        (_remove_manifest, r"manifest\.json: no manifest; run tools/index_shards\.py"),
+        (_break_manifest, r"manifest\.json: damaged manifest"),
+        (_age_manifest, r"manifest\.json: expected manifest format 1, found 0"),
+        (_empty, r"s: no shards"),
+    ],
+)
+def test_opening_names_what_does_not_fit(
+    tmp_path: Path, byte_level: Tokenizer, damage: object, reason: str
+) -> None:
+    root = write_source(tmp_path / "s", mixed_samples(25))
+    damage(root)  # type: ignore[operator]
+    with pytest.raises(DataError, match=reason):
+        open_directory(root, byte_level.fingerprint)
+
+
+def test_wrong_tokenizer_is_named(tmp_path: Path, qwen: Tokenizer) -> None:
+    root = write_source(tmp_path / "s", mixed_samples(5))
+    with pytest.raises(DataError, match=r"manifest\.json: indexed with another tokenizer"):
+        open_directory(root, qwen.fingerprint)
+
+
+def test_no_usable_sample_is_said(tmp_path: Path, byte_level: Tokenizer) -> None:
+    root = write_source(tmp_path / "s", [sample("bad", b"{")])
+    with pytest.raises(DataError, match="no usable sample in 1 shards"):
+        open_directory(root, byte_level.fingerprint)
+
+
+def test_a_changed_shard_of_the_same_size_shows_in_its_digest(tmp_path: Path, byte_level: Tokenizer) -> None:
+    root = write_source(tmp_path / "s", mixed_samples(5))
+    path = root / "000000.tar"
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    open_directory(root, byte_level.fingerprint)
+    with pytest.raises(DataError, match=r"000000\.tar: expected digest"):
+        open_directory(root, byte_level.fingerprint, verify_digests=True)
+
+
+def test_an_index_of_another_shard_is_refused(tmp_path: Path, byte_level: Tokenizer) -> None:
+    root = write_source(tmp_path / "s", mixed_samples(20))
+    os.replace(root / "000001.index.npz", root / "000000.index.npz")
+    with pytest.raises(DataError, match=r"000000\.tar: index and manifest differ"):
+        open_directory(root, byte_level.fingerprint).load_index(0)
+
+
+def test_a_damaged_index_is_named(tmp_path: Path, byte_level: Tokenizer) -> None:
+    root = write_source(tmp_path / "s", mixed_samples(20))
+    path = root / "000001.index.npz"
+    directory = open_directory(root, byte_level.fingerprint)
+    for damaged in (path.read_bytes()[:-100], b"", b"text"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"000001\.index\.npz: damaged index"):
+            directory.load_index(1)

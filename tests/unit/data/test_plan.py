@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import pickle
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.order import CYCLE, Mixture, permutation
+from megatron_qwenvl.data.plan import GlobalBatch, StepPlan, describe_step, training_plan, validation_plan
+from megatron_qwenvl.data.tasks import TASKS
+from megatron_qwenvl.data.tokenizer import Tokenizer
+
+from .shards import mixed_samples, picture, run_config, sample, write_source
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_source(path / "a", mixed_samples(90, seed=1))
+    write_source(path / "b", mixed_samples(45, seed=2))
+    write_source(path / "c", mixed_samples(7, seed=3))
+    return path
+
+
+def plan_of(config: RunConfig, tokenizer: Tokenizer) -> StepPlan:
+    return training_plan(config, tokenizer.fingerprint)
+
+
+def content(plan: StepPlan, step: int) -> list[list[str]]:
+    """The names of the samples of every pack."""
+    batch = plan.global_batch(step)
+    return [[plan.name(batch.samples, row) for row in pack] for pack in batch.packs]
+
+
+def names(plan: StepPlan, batch: GlobalBatch) -> list[str]:
+    return [plan.name(batch.samples, row) for row in range(len(batch.samples))]
+
+
+# ---- order
+
+
+def test_mixture_proportions_hold() -> None:
+    weights = [280, 0.6, 105, 0.0001]
+    mixture = Mixture(weights)
+    sources, firsts = mixture.split(0, CYCLE)
+    assert firsts == [0, 0, 0, 0]
+    counts = np.bincount(sources)
+    np.testing.assert_allclose(counts[:3] / CYCLE, np.array(weights[:3]) / sum(weights), atol=1 / CYCLE)
+    assert counts[3] == 1
+    for first in (0, 30_720, 9 * CYCLE - 17):
+        part = np.bincount(mixture.split(first, 30_720)[0], minlength=4)
+        np.testing.assert_allclose(part, 30_720 * counts / CYCLE, atol=2)
+
+
+def test_mixture_counts_what_came_before() -> None:
+    mixture = Mixture([3, 1, 2])
+    drawn = np.zeros(3, dtype=int)
+    for first in range(0, 700, 70):
+        sources, firsts = mixture.split(first, 70)
+        assert firsts == drawn.tolist()
+        drawn += np.bincount(sources, minlength=3)
+    assert mixture.split(5 * CYCLE, 1)[1] == [5 * n for n in np.bincount(mixture.split(0, CYCLE)[0])]
+
+
+def test_permutations_are_fixed_forever() -> None:
+    """A changed permutation would break the resume of every run under way."""
+    assert permutation(8, "a", 1).tolist() == [1, 4, 0, 7, 6, 5, 3, 2]
+    assert sorted(permutation(1000, 5).tolist()) == list(range(1000))
+    assert permutation(1000, 5).tolist() != permutation(1000, 6).tolist()
+
+
+def test_an_epoch_shows_every_sample_once_and_epochs_differ(root: Path, byte_level: Tokenizer) -> None:
+    plan = plan_of(run_config(root, {"a": 1}, global_batch_size=30), byte_level)
+    epochs = [
+        [n for step in range(first, first + 3) for n in names(plan, plan.global_batch(step))]
+        for first in (0, 3)
+    ]
+    assert len(set(epochs[0])) == 90
+    assert set(epochs[0]) == set(epochs[1])
+    assert epochs[0] != epochs[1]
+
+
+def test_shuffling_stays_within_windows(root: Path, byte_level: Tokenizer) -> None:
+    plan = plan_of(run_config(root, {"a": 1}, global_batch_size=10, shuffle_window=3), byte_level)
+    shards = [set(plan.global_batch(step).samples.shard.tolist()) for step in range(9)]
+    windows = [shards[i] | shards[i + 1] | shards[i + 2] for i in (0, 3, 6)]
+    assert [len(window) for window in windows] == [3, 3, 3]
+    assert set.union(*windows) == set(range(9))
+    assert max(len(shard) for shard in shards) > 1
+
+
+def test_sources_come_in_proportion(root: Path, byte_level: Tokenizer) -> None:
+    plan = plan_of(run_config(root, {"a": 6, "b": 3, "c": 1}, global_batch_size=100), byte_level)
+    for step in range(5):
+        counts = np.bincount(plan.global_batch(step).samples.source, minlength=3)
+        np.testing.assert_allclose(counts, [60, 30, 10], atol=2)
+    # The smallest source goes through more epochs, evenly.
+    seen = Counter(n for step in range(7) for n in names(plan, plan.global_batch(step)) if "/c/" in n)
+    assert len(seen) == 7
+    assert max(seen.values()) - min(seen.values()) <= 1
+
+
+# ---- the plan as a pure function
+
+
+@pytest.mark.parametrize("packing", ["isolated", "interleaved", "none"])
+def test_steps_do_not_depend_on_history_or_process(root: Path, byte_level: Tokenizer, packing: str) -> None:
+    config = run_config(root, {"a": 2, "b": 1}, packing=packing)
+    plan = plan_of(config, byte_level)
+    forward = [content(plan, step) for step in range(12)]
+    resumed = plan_of(config, byte_level)
+    assert [content(resumed, step) for step in reversed(range(12))] == forward[::-1]
+    elsewhere = pickle.loads(pickle.dumps(plan))
+    assert content(elsewhere, 7) == forward[7]
+    assert len(pickle.dumps(plan)) < 20_000
+
+
+@pytest.mark.parametrize("packing", ["isolated", "interleaved", "none"])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 7])
+def test_dealing_divides_the_same_packs(root: Path, byte_level: Tokenizer, packing: str, ranks: int) -> None:
+    plan = plan_of(run_config(root, {"a": 2, "b": 1}, packing=packing), byte_level)
+    for step in range(3):
+        batch = plan.global_batch(step)
+        dealt = plan.deal(batch, ranks)
+        assert [len(micro_batches) for micro_batches in dealt] == [plan.micro_batches(batch, ranks)] * ranks
+        rows = [len(micro_batch) for micro_batches in dealt for micro_batch in micro_batches]
+        assert set(rows) == {plan.rows(ranks)}
+        packs = [
+            pack for micro_batches in dealt for micro_batch in micro_batches for pack in micro_batch if pack
+        ]
+        assert sorted(packs) == sorted(batch.packs)
+
+
+def test_unpacked_rows_follow_gradient_accumulation(root: Path, byte_level: Tokenizer) -> None:
+    plan = plan_of(run_config(root, {"a": 1}, packing="none", global_batch_size=24), byte_level)
+    assert (plan.rows(2), plan.micro_batches(plan.global_batch(0), 2)) == (4, 3)
+
+
+def test_seeds_and_names_change_the_order(root: Path, byte_level: Tokenizer) -> None:
+    config = run_config(root, {"a": 1})
+    orders = {
+        tuple(names(plan, plan.global_batch(0)))
+        for plan in (plan_of(config.model_copy(update={"seed": seed}), byte_level) for seed in (1, 2, 3))
+    }
+    assert len(orders) == 3
+
+
+def test_adding_a_source_keeps_the_order_of_the_others(root: Path, byte_level: Tokenizer) -> None:
+    alone = plan_of(run_config(root, {"a": 1}), byte_level)
+    beside = plan_of(run_config(root, {"b": 1, "a": 1}), byte_level)
+    of_a = [n for step in (0, 1) for n in names(beside, beside.global_batch(step)) if "/a/" in n]
+    assert of_a == names(alone, alone.global_batch(0))
+
+
+def test_a_large_step_is_planned_quickly(root: Path, byte_level: Tokenizer) -> None:
+    plan = plan_of(run_config(root, {"a": 1, "b": 1}, global_batch_size=30_720), byte_level)
+    plan.global_batch(0)
+    start = time.process_time()
+    plan.deal(plan.global_batch(1), 64)
+    assert time.process_time() - start < 1
+
+
+# ---- samples that cannot be used
+
+
+def test_over_long_and_absurd_samples_are_skipped_and_named(tmp_path: Path, byte_level: Tokenizer) -> None:
+    samples = mixed_samples(30, tasks=("caption",))
+    samples[4] = sample("long", {"task": "text", "text": "x" * 500})
+    samples[17] = sample("large", {"task": "caption", "caption": "x"}, png=picture(300, 300))
+    write_source(tmp_path / "s", samples)
+    config = run_config(tmp_path, {"s": 1}, global_batch_size=10, max_image_pixels=80_000)
+    plan = plan_of(config, byte_level)
+    batches = [plan.global_batch(step) for step in range(6)]
+    shown = [n.rpartition(":")[2] for batch in batches for n in names(plan, batch)]
+    assert "long" not in shown
+    assert "large" not in shown
+    assert len(set(shown[:30])) == 28
+    for epoch in (batches[:3], batches[3:]):
+        skipped = {s.key.rpartition(":")[2]: s.reason for batch in epoch for s in batch.skipped}
+        assert skipped == {
+            "long": "501 tokens, at most 256 are allowed",
+            "large": "picture of 90000 pixels, at most 80000 are allowed",
+        }
+    assert plan_of(config, byte_level).global_batch(3).skipped == batches[3].skipped
+
+
+def test_a_window_without_a_usable_sample_is_replaced_by_the_next(
+    tmp_path: Path, byte_level: Tokenizer
+) -> None:
+    samples = [sample(f"{i:03d}", {"task": "text", "text": "x" * (500 if i < 20 else 20)}) for i in range(30)]
+    write_source(tmp_path / "s", samples)
+    plan = plan_of(run_config(tmp_path, {"s": 1}, global_batch_size=30, shuffle_window=1), byte_level)
+    batch = plan.global_batch(0)
+    assert {n.rpartition(":")[2] for n in names(plan, batch)} == {f"{i:03d}" for i in range(20, 30)}
+    assert len(batch.skipped) == 20
+
+
+def test_a_source_without_a_usable_sample_stops(tmp_path: Path, byte_level: Tokenizer) -> None:
+    write_source(tmp_path / "s", [sample("x", {"task": "text", "text": "x" * 500})])
+    plan = plan_of(run_config(tmp_path, {"s": 1}), byte_level)
+    with pytest.raises(DataError, match="s: no sample fits"):
+        plan.global_batch(0)
+
+
+def test_no_source_stops(tmp_path: Path, byte_level: Tokenizer) -> None:
+    with pytest.raises(DataError, match="expected at least one source"):
+        plan_of(run_config(tmp_path, {}), byte_level)
+
+
+# ---- packs, validation, description
+
+
+@pytest.mark.parametrize("packing", ["isolated", "interleaved"])
+def test_a_mixture_of_all_tasks_fills_packs(root: Path, byte_level: Tokenizer, packing: str) -> None:
+    config = run_config(root, {"a": 2, "b": 1}, packing=packing, global_batch_size=4096, pack_length=1024)
+    plan = plan_of(config, byte_level)
+    batch = plan.global_batch(0)
+    assert batch.samples.length.sum() / (1024 * len(batch.packs)) >= 0.95
+
+
+def test_validation_is_a_fixed_set(root: Path, byte_level: Tokenizer) -> None:
+    config = run_config(root, {"a": 1})
+    held_out = run_config(root, {"b": 1}).data.sources
+    data = config.data.model_copy(update={"validation_sources": held_out})
+    train = config.train.model_copy(update={"validation_samples": 20})
+    sets = []
+    for seed, batch_size in ((1, 24), (2, 8)):
+        changed = data.model_copy(update={"global_batch_size": batch_size})
+        run = config.model_copy(update={"data": changed, "train": train, "seed": seed})
+        plan = validation_plan(run, byte_level.fingerprint)
+        sets.append(names(plan, plan.global_batch(0)))
+    assert sets[0] == sets[1]
+    assert len(set(sets[0])) == 20
+    more = train.model_copy(update={"validation_samples": 4096})
+    plan = validation_plan(config.model_copy(update={"data": data, "train": more}), byte_level.fingerprint)
+    assert len(plan.global_batch(0).samples) == 45
+
+
+def test_description_of_a_step(root: Path, byte_level: Tokenizer) -> None:
+    plan = plan_of(run_config(root, {"a": 2, "b": 1}), byte_level)
+    described = describe_step(plan, 5, 3)
+    packs = described["packs"]
+    assert described["step"] == 5
+    batch = plan.global_batch(5)
+    assert {(p["dp_rank"], p["micro_batch"]) for p in packs} == {  # type: ignore[attr-defined]
+        (rank, number) for rank in range(3) for number in range(plan.micro_batches(batch, 3))
+    }
+    listed = [s for pack in packs for s in pack["samples"]]  # type: ignore[attr-defined]
+    expected = [
+        {
+            "key": plan.key(batch.samples, row),
+            "task": TASKS[batch.samples.task[row]],
+            "tokens": int(batch.samples.length[row]),
+            "images": int(batch.samples.images[row]),
+        }
+        for row in range(24)
+    ]
+    assert sorted(listed, key=str) == sorted(expected, key=str)
+    for pack in packs:  # type: ignore[attr-defined]
+        assert pack["tokens"] == sum(s["tokens"] for s in pack["samples"])
+        assert pack["images"] == sum(s["images"] for s in pack["samples"])
