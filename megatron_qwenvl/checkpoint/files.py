@@ -1,0 +1,176 @@
+"""Files of a checkpoint: digests taken while writing, durable writes and checks against what was recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+BLOCK_BYTES = 16 << 20
+"""Bytes read at a time when a file is copied or digested."""
+
+OnBytes = Callable[[int], None]
+"""Told the number of bytes just handled; drives progress."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read or used; the message names the place, the expected and the
+    found."""
+
+
+class FileRecord(BaseModel):
+    """What a file held when it was written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: int
+    """Size."""
+    sha256: str
+    """Digest of the content, lower-case hexadecimal."""
+
+
+class DigestWriter(io.RawIOBase):
+    """Sequential file writer that digests what passes through it. Not seekable."""
+
+    def __init__(self, path: Path, on_bytes: OnBytes = lambda count: None) -> None:
+        self._file = open(path, "wb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._written = 0
+        self._on_bytes = on_bytes
+
+    def writable(self) -> bool:
+        """Always True."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._written
+
+    def write(self, data: Any) -> int:
+        """Write and digest all of `data` (any contiguous buffer)."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])  # a raw write may be short
+        self._hash.update(view)
+        self._written += len(view)
+        self._on_bytes(len(view))
+        return len(view)
+
+    def sync(self) -> FileRecord:
+        """Make the content durable and return its record."""
+        os.fsync(self._file.fileno())
+        return FileRecord(bytes=self._written, sha256=self._hash.hexdigest())
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def writing(path: Path, on_bytes: OnBytes = lambda count: None) -> Iterator[DigestWriter]:
+    """Open a `DigestWriter` and close it at the end; call `sync` inside to get the record."""
+    writer = DigestWriter(path, on_bytes)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def write_bytes(path: Path, data: bytes) -> FileRecord:
+    """Write a small file durably."""
+    with writing(path) as writer:
+        writer.write(data)
+        return writer.sync()
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Replace a small file atomically: readers see the old or the new content, also after a crash."""
+    aside = path.with_name(path.name + ".new")
+    write_bytes(aside, data)
+    os.replace(aside, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_blocks(path: Path) -> Iterator[memoryview]:
+    """Yield the file's content in blocks; a block is valid until the next one is asked for."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield buffer[:count]
+
+
+def file_problem(path: Path, record: FileRecord, on_bytes: OnBytes = lambda count: None) -> str | None:
+    """What is wrong with the file, or None if it is what was recorded."""
+    if not path.is_file():
+        return f"{path}: missing (expected {record.bytes} bytes)"
+    if (found := path.stat().st_size) != record.bytes:
+        return f"{path}: expected {record.bytes} bytes, found {found}"
+    digest = hashlib.sha256()
+    try:
+        for block in read_blocks(path):
+            digest.update(block)
+            on_bytes(len(block))
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    if (found_digest := digest.hexdigest()) != record.sha256:
+        return f"{path}: damaged: expected sha256 {record.sha256[:16]}..., found {found_digest[:16]}..."
+    return None
+
+
+def copy_file(source: Path, target: Path, record: FileRecord, on_bytes: OnBytes = lambda count: None) -> None:
+    """Copy durably, checking in the same pass that the source is what was recorded.
+
+    Raises:
+        CheckpointError: the source is missing, truncated or damaged.
+    """
+    if not source.is_file():
+        raise CheckpointError(f"{source}: missing (expected {record.bytes} bytes)")
+    with writing(target, on_bytes) as writer:
+        for block in read_blocks(source):
+            writer.write(block)
+        found = writer.sync()
+    if found != record:
+        raise CheckpointError(
+            f"{source}: damaged: expected {record.bytes} bytes with sha256 {record.sha256[:16]}..., "
+            f"found {found.bytes} bytes with {found.sha256[:16]}..."
+        )
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Fill a directory aside and give it its name when it is complete; on failure nothing remains.
+
+    Raises:
+        CheckpointError: `path` exists.
+    """
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; choose another name or remove it")
+    aside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        sync_directory(aside)
+        aside.rename(path)
+        sync_directory(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

@@ -1,0 +1,76 @@
+"""Items of torch's distributed checkpoint files: writing and reading one tensor chunk at a byte range.
+
+A `.distcp` file is a sequence of items, each a complete `torch.save` of one chunk; the index says where each
+lies. Both the writer of training ranks and the streaming converter go through here.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+
+from .files import CheckpointError, DigestWriter, FileRecord, write_bytes
+from .pickles import INDEX_NAME, load_data
+
+INDEX_VERSION = "1.0.0"
+"""torch's number for this file layout."""
+
+StoredItem = tuple[MetadataIndex, _StorageInfo]
+"""An item and where it lies."""
+
+
+def write_item(
+    file: DigestWriter, file_name: str, index: MetadataIndex, data: Tensor | io.BytesIO
+) -> StoredItem:
+    """Append one item to an open file.
+
+    Args:
+        file: the open file.
+        file_name: its name relative to the folder, as the index records it.
+        index: the item's name and offset in the full tensor.
+        data: a contiguous CPU tensor that owns exactly its storage, or bytes that are serialised already.
+    """
+    start = file.tell()
+    if isinstance(data, io.BytesIO):
+        file.write(data.getbuffer())
+    else:
+        torch.save(data, file)  # type: ignore[arg-type]
+    return index, _StorageInfo(file_name, start, file.tell() - start)
+
+
+def read_item(folder: Path, where: _StorageInfo) -> Tensor:
+    """Read one tensor item; nothing but the item's bytes is read.
+
+    Raises:
+        CheckpointError: the bytes are missing or are not a plain tensor.
+    """
+    path = folder / where.relative_path
+    try:
+        with open(path, "rb") as file:
+            file.seek(where.offset)
+            content = file.read(where.length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) != where.length:
+        raise CheckpointError(f"{path}: truncated: expected {where.offset + where.length} bytes or more")
+    tensor = load_data(path, content)
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(
+            f"{path}: expected a tensor at byte {where.offset}, found {type(tensor).__name__}"
+        )
+    return tensor
+
+
+def write_index(folder: Path, metadata: Metadata, items: Iterable[StoredItem]) -> FileRecord:
+    """Complete `metadata` with where the items lie and write the folder's index durably."""
+    metadata.storage_data = dict(items)
+    metadata.storage_meta = StorageMeta()
+    metadata.version = INDEX_VERSION
+    return write_bytes(folder / INDEX_NAME, pickle.dumps(metadata))

@@ -1,0 +1,116 @@
+"""The manifest of a checkpoint: what it is, and the size and digest of every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_qwenvl.config.schema import ModelConfig, Stage
+
+from .files import CheckpointError, FileRecord, replace_bytes
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+MODEL_FOLDER = "model"
+OPTIMIZER_FOLDER = "optimizer"
+POINTER_NAME = "latest"
+
+Origin = Literal["parts", "stage1", "stage2", "stage3", "published"]
+
+
+class Manifest(BaseModel):
+    """Describes one checkpoint directory. Stored as JSON with a digest over itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    """Version of this layout."""
+    kind: Literal["training", "weights"]
+    """`training`: weights, optimizer state and progress of a run; `weights`: weights alone."""
+    origin: Origin
+    """What the weights went through last: `parts` (OpenCLIP ViT, Qwen-7B, new adapter), a training stage, or
+    `published` (an imported Qwen-VL)."""
+    start_of: Stage | None = None
+    """The stage that a weights checkpoint was made to start; none: any."""
+    step: int = 0
+    """Optimizer steps done in the stage `origin`."""
+    recipe: str
+    """Name of the run's recipe, or of the command that made the weights."""
+    image_size: int | None = None
+    """Side in pixels that the weights were trained at."""
+    model: ModelConfig
+    """Shape of the model."""
+    layout: dict[str, int] = {}
+    """Parallel sizes that wrote the checkpoint; information only, any layout can read it."""
+    progress: dict[str, Any] = {}
+    """The run's counters and schedule, as given by the trainer; JSON values."""
+    files: dict[str, FileRecord] = {}
+    """Every file below the checkpoint directory but the manifest, by relative path."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all recorded files."""
+        return sum(record.bytes for record in self.files.values())
+
+    def part(self, folder: str) -> dict[str, FileRecord]:
+        """The recorded files below `folder`, by path relative to the checkpoint directory."""
+        return {name: record for name, record in self.files.items() if name.startswith(folder + "/")}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest durably; it is the last file of a checkpoint to be written."""
+    content = manifest.model_dump(mode="json")
+    text = json.dumps({**content, "digest": _digest(content)}, indent=1, sort_keys=True)
+    replace_bytes(directory / MANIFEST_NAME, text.encode())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint directory.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another format.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_text())
+        digest = content.pop("digest")
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory}: not a checkpoint (no {MANIFEST_NAME})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: damaged: not the JSON of a manifest") from None
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected format {FORMAT}, found {content.get('format')}")
+    if digest != _digest(content):
+        raise CheckpointError(f"{path}: damaged: its content does not match its digest")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint directory that `path` means: itself, a run's checkpoints folder, or the run's directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for candidate in (path, path / "checkpoints"):
+        if (candidate / MANIFEST_NAME).is_file():
+            return candidate
+        pointer = candidate / POINTER_NAME
+        if pointer.is_file():
+            return candidate / pointer.read_text().strip()
+    raise CheckpointError(
+        f"{path}: not a checkpoint (no {MANIFEST_NAME}, no {POINTER_NAME}, no checkpoints/)"
+    )

@@ -1,0 +1,185 @@
+"""Distributed checkpoints tensor by tensor: without process group, without the model, with bounded memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_qwenvl.model.shapes import Shape
+
+from .files import CheckpointError, FileRecord, OnBytes, sync_directory, write_bytes, writing
+from .items import StoredItem, read_item, write_index, write_item
+from .names import chunk_grid
+from .pickles import INDEX_NAME, read_index
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Full shape and type of a stored tensor."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read one at a time, in any process (a source can be pickled)."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """What there is to read."""
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory."""
+
+
+class DistributedFolder:
+    """The tensors of one distributed-checkpoint folder, written at any layout.
+
+    Raises:
+        CheckpointError: the index is missing, damaged or not plain data.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index = read_index(folder)
+        self._tensors = {
+            name: entry
+            for name, entry in index.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self._places = index.storage_data
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Full shapes and types."""
+        return {
+            name: TensorSpec(tuple(entry.size), entry.properties.dtype)
+            for name, entry in self._tensors.items()
+        }
+
+    def files_missing(self) -> list[str]:
+        """Names of files that the index refers to and that are not there."""
+        files = {place.relative_path for place in self._places.values()}
+        return sorted(name for name in files if not (self._folder / name).is_file())
+
+    def uncovered(self) -> list[str]:
+        """Names of tensors whose stored chunks do not add up to the full tensor."""
+        return [
+            name
+            for name, entry in self._tensors.items()
+            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size)
+        ]
+
+    def read(self, name: str) -> Tensor:
+        """Read a full tensor from its chunks.
+
+        Raises:
+            CheckpointError: not in the checkpoint, unreadable, or its chunks do not fit.
+        """
+        if name not in self._tensors:
+            raise CheckpointError(f"{self._folder}: no tensor {name}")
+        entry = self._tensors[name]
+        if len(entry.chunks) == 1:
+            return self._read_chunk(name, entry.chunks[0])
+        full = torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            target = full[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))]
+            target.copy_(self._read_chunk(name, chunk))
+        return full
+
+    def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._places.get(MetadataIndex(name, chunk.offsets))
+        if place is None:
+            raise CheckpointError(
+                f"{self._folder / INDEX_NAME}: {name}: no place for offset {list(chunk.offsets)}"
+            )
+        tensor = read_item(self._folder, place)
+        if tensor.shape != chunk.sizes:
+            path = self._folder / place.relative_path
+            raise CheckpointError(f"{path}: {name}: expected {list(chunk.sizes)}, found {list(tensor.shape)}")
+        return tensor
+
+
+class FolderFile:
+    """One `.distcp` file of a folder under construction; files can be written by different processes."""
+
+    def __init__(self, folder: Path, number: int, on_bytes: OnBytes = lambda count: None) -> None:
+        self.name = f"__0_{number}.distcp"
+        self._path = folder / self.name
+        self._on_bytes = on_bytes
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[StoredItem], FileRecord]:
+        """Write full tensors, each in the chunks of `chunk_grid`, durably."""
+        stored: list[StoredItem] = []
+        with writing(self._path, self._on_bytes) as file:
+            for name, tensor in tensors:
+                axis, count = chunk_grid(name, tuple(tensor.shape))
+                size = tensor.shape[axis] // count if tensor.dim() else 1
+                for number in range(count):
+                    chunk = tensor.narrow(axis, number * size, size).contiguous() if count > 1 else tensor
+                    if chunk.untyped_storage().nbytes() != chunk.nbytes:
+                        chunk = chunk.clone()  # torch.save stores the whole storage of a view
+                    offset = [number * size if a == axis else 0 for a in range(tensor.dim())]
+                    stored.append(write_item(file, self.name, MetadataIndex(name, offset), chunk))
+            return stored, file.sync()
+
+
+def finish_folder(
+    folder: Path, specs: Mapping[str, TensorSpec], items: Iterable[StoredItem]
+) -> dict[str, FileRecord]:
+    """Write what makes written files a folder that megatron-core loads: index, empty common part, format mark."""
+    entries: dict[str, STORAGE_TYPES] = {name: _index_entry(name, spec) for name, spec in specs.items()}
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    mark = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    records = {
+        "common.pt": write_bytes(folder / "common.pt", nothing.getvalue()),
+        "metadata.json": write_bytes(folder / "metadata.json", json.dumps(mark).encode()),
+        INDEX_NAME: write_index(folder, Metadata(state_dict_metadata=entries), items),
+    }
+    sync_directory(folder)
+    return records
+
+
+def _index_entry(name: str, spec: TensorSpec) -> TensorStorageMetadata:
+    axis, count = chunk_grid(name, spec.shape)
+    sizes = list(spec.shape)
+    if count > 1:
+        sizes[axis] //= count
+    chunks = [
+        ChunkStorageMetadata(
+            torch.Size([number * sizes[axis] if a == axis else 0 for a in range(len(sizes))]),
+            torch.Size(sizes),
+        )
+        for number in range(count)
+    ]
+    return TensorStorageMetadata(TensorProperties(dtype=spec.dtype), torch.Size(spec.shape), chunks)

@@ -1,0 +1,108 @@
+"""Weights between checkpoints and the model's sharded state, for runs that start from other weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megatron_qwenvl.config.schema import ModelConfig, RunConfig
+
+from .files import CheckpointError
+from .manager import find_problems
+from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest
+from .shards import ShardedState, load_folder
+
+MODEL_METADATA: dict[str, Any] = {"non_homogeneous_layers": True}
+"""For `sharded_state_dict` of a model: one tensor per layer, so that any partition reads any other's."""
+
+OPTIMIZER_METADATA: dict[str, Any] = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
+"""For `sharded_state_dict` of the optimizer: state laid out like the parameters, readable at any layout."""
+
+
+class ModelChunk(Protocol):
+    """The part of the model that one rank holds."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedState:
+        """The chunk's tensors with their place in the full model."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> Any:
+        """Copy tensors into the chunk."""
+
+
+def model_state(chunk: ModelChunk) -> ShardedState:
+    """The sharded state dict of a model chunk, as saving, loading and the optimizer's state need it."""
+    return chunk.sharded_state_dict(prefix="", sharded_offsets=(), metadata=dict(MODEL_METADATA))
+
+
+def fill_model(chunk: ModelChunk, loaded: ShardedState) -> None:
+    """Copy loaded tensors into the chunk.
+
+    Raises:
+        CheckpointError: a parameter was not loaded, or one was loaded that the chunk does not have.
+    """
+    missing, unexpected = chunk.load_state_dict(loaded, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise CheckpointError(f"model and loaded tensors differ: missing {missing}, unexpected {unexpected}")
+
+
+def load_weights(path: Path, config: RunConfig, chunk: ModelChunk) -> Manifest:
+    """Fill the model from any checkpoint, training or weights, written at any layout. Collective.
+
+    Args:
+        path: checkpoint directory, a run's checkpoints folder or a run's directory.
+        config: the run that starts.
+        chunk: the model part of this rank.
+
+    Raises:
+        CheckpointError: there is none, it is damaged (named file by file), it is of another model, or it was
+            made to start another stage.
+    """
+    checkpoint = find_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    check_start(checkpoint, manifest, config)
+    if problems := find_problems(checkpoint):
+        raise CheckpointError("damaged checkpoint: " + "; ".join(problems))
+    fill_model(chunk, load_folder(model_state(chunk), checkpoint / MODEL_FOLDER))
+    dist.barrier()
+    return manifest
+
+
+def check_start(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None:
+    """Make sure that the checkpoint's weights fit the run.
+
+    Raises:
+        CheckpointError: another model shape, or made to start another stage.
+    """
+    if differences := model_differences(manifest.model, config.model):
+        raise CheckpointError(f"{checkpoint}: another model: " + "; ".join(differences))
+    if manifest.start_of not in (None, config.stage):
+        raise CheckpointError(
+            f"{checkpoint}: made to start {manifest.start_of}, but this run is {config.stage}"
+        )
+
+
+def model_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
+    """Fields in which two model shapes differ, as `field: expected x, found y`. Initialisation does not
+    count."""
+    flat_found, flat_expected = (
+        {
+            f"{part}.{field}": value
+            for part, fields in model.model_dump(exclude={"init_std"}).items()
+            for field, value in fields.items()
+        }
+        for model in (found, expected)
+    )
+    return [
+        f"{name}: expected {flat_expected.get(name)}, found {flat_found.get(name)}"
+        for name in flat_expected
+        if flat_expected[name] != flat_found.get(name)
+    ]
