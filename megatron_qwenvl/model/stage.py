@@ -147,13 +147,17 @@ class QwenVLStage(MegatronModule):
             received = received.detach()
         self.input_tensor = received
 
-    def forward(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, batch: Batch, positions: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
         """Run this stage's layers.
 
         Args:
             batch: the micro-batch on the device.
             positions: int64 `[m]`, the decoder positions whose losses or logits are wanted; read by the last
                 stage only.
+            features: the adapter's output for the batch's images from an earlier `see`, in place of running
+                the vision layers.
 
         Returns:
             The boundary tensor; on the last stage float32 `[m]` losses of `batch.labels` at `positions`, or,
@@ -161,8 +165,10 @@ class QwenVLStage(MegatronModule):
         """
         x = self.input_tensor
         vision = self.patch_embed is not None or self.vit is not None or self.adapter is not None
-        if vision:
-            x = self._see(batch, x) if batch.num_images else self._see_nothing(x)
+        if features is not None:
+            x = features
+        elif vision:
+            x = self.see(batch, x) if batch.num_images else self._see_nothing(x)
         if self.embedding is not None:
             x = self._read(batch, x)
         if self.decoder is not None:
@@ -171,7 +177,8 @@ class QwenVLStage(MegatronModule):
             return self._predict(batch, x, positions)
         return make_viewless_tensor(x.contiguous(), requires_grad=x.requires_grad, keep_graph=True)
 
-    def _see(self, batch: Batch, x: Tensor | None) -> Tensor:
+    def see(self, batch: Batch, x: Tensor | None = None) -> Tensor:
+        """Run this stage's vision layers on the batch's pixels, or on what the previous stage sent."""
         if self.patch_embed is not None:
             x = self.patch_embed(batch.pixels)
         if self.vit is not None:

@@ -1,0 +1,128 @@
+"""Greedy decoding with images: simple and exact, for checks and small evaluations.
+
+Many prompts are decoded together as isolated segments of one packed sequence. Vision runs once per prompt; the
+decoder is run over the whole sequence for every new token, without a key-value cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_qwenvl.checkpoint.weights import load_weights
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.batch import Batch
+from megatron_qwenvl.data.tokenizer import Tokenizer
+from megatron_qwenvl.model.build import build_stage
+from megatron_qwenvl.model.partition import make_partition
+from megatron_qwenvl.model.stage import QwenVLStage
+from megatron_qwenvl.runtime.engine import Runtime
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked of the model.
+
+    Attributes:
+        tokens: token ids, image slots included.
+        image_starts: position of the first slot of each image.
+        pixels: uint8 `[images, 3, S, S]` in the order of `image_starts`.
+    """
+
+    tokens: list[int]
+    image_starts: list[int]
+    pixels: Tensor
+
+
+class Generator:
+    """Answers prompts with one whole model on one device.
+
+    Args:
+        stage: a pipeline stage that holds the whole model (no tensor or pipeline parallelism).
+        tokenizer: its vocabulary; ids beyond it are padding rows and never produced.
+        device: where the model is.
+    """
+
+    def __init__(self, stage: QwenVLStage, tokenizer: Tokenizer, device: torch.device) -> None:
+        self._stage = stage.eval()
+        self._tokenizer = tokenizer
+        self._device = device
+
+    @classmethod
+    def load(cls, checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, runtime: Runtime) -> Generator:
+        """Build the model of `config` (one process) and fill it from a checkpoint of any layout.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of another model.
+            ValueError: the runtime divides the model.
+        """
+        if runtime.tensor_size * runtime.pipeline_size > 1:
+            raise ValueError(
+                f"generation expects an undivided model, found tensor {runtime.tensor_size} x "
+                f"pipeline {runtime.pipeline_size}"
+            )
+        stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
+        load_weights(checkpoint, config, stage)
+        return cls(stage, tokenizer, runtime.device)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+        """Most likely continuation of every prompt, up to and without `<|endoftext|>` or `<|im_end|>`.
+
+        The result of a prompt does not depend on the prompts beside it.
+
+        Args:
+            prompts: at least one.
+            max_new_tokens: largest number of tokens per answer.
+
+        Returns:
+            New token ids of every prompt.
+        """
+        features = [self._see(prompt) for prompt in prompts]
+        sequences = [list(prompt.tokens) for prompt in prompts]
+        open_prompts = list(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            if not open_prompts:
+                break
+            batch = self._pack([(sequences[i], prompts[i].image_starts) for i in open_prompts])
+            seen = [features[i] for i in open_prompts if features[i] is not None]
+            following = self._next_tokens(batch, torch.cat(seen, dim=1) if seen else None)
+            still_open = []
+            for i, token in zip(open_prompts, following, strict=True):
+                if token not in (self._tokenizer.eos, self._tokenizer.im_end):
+                    sequences[i].append(token)
+                    still_open.append(i)
+            open_prompts = still_open
+        return [sequence[len(prompt.tokens) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
+
+    def _see(self, prompt: Prompt) -> Tensor | None:
+        """Adapter output `[slots, images, hidden]` of a prompt's images."""
+        if not prompt.image_starts:
+            return None
+        batch = self._pack([(prompt.tokens, prompt.image_starts)])
+        return self._stage.see(replace(batch, pixels=prompt.pixels.to(self._device)))
+
+    def _next_tokens(self, batch: Batch, features: Tensor | None) -> list[int]:
+        last = batch.cu_seqlens[1:].long() - 1
+        self._stage.set_input_tensor(None)
+        logits = self._stage(batch, last, features)
+        return logits[:, : self._tokenizer.vocab_size].argmax(dim=-1).tolist()
+
+    def _pack(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+        """Sequences with their image positions, one isolated segment each."""
+        lengths = [len(tokens) for tokens, _ in sequences]
+        bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        starts = [bound + at for (_, images), bound in zip(sequences, bounds, strict=False) for at in images]
+        return Batch(
+            cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+            position_ids=torch.cat([torch.arange(length) for length in lengths]),
+            num_images=len(starts),
+            image_starts=torch.tensor(starts, dtype=torch.int64),
+            num_samples=len(sequences),
+            tokens=torch.tensor([token for tokens, _ in sequences for token in tokens]),
+            real_tokens=bounds[-1],
+        ).to(self._device)
