@@ -4,7 +4,7 @@ PYTHON ?= python3
 TP ?= 2
 PP ?= 2
 # Where the CPU build of torch comes from: PyPI's build for Linux brings several gigabytes of CUDA libraries.
-# `make setup TORCH_INDEX=https://pypi.org/simple` takes that one where PyTorch's own index is out of reach.
+# `make setup TORCH_INDEX=...` names another index, where PyTorch's own index is out of reach.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION := 2.13.0
 

@@ -1,8 +1,15 @@
-"""Checkpoints from stage to stage, and what is in them.
+"""Checkpoints from stage to stage, weights in and out of published formats, and what is in a checkpoint.
 
     python tools/convert_checkpoint.py next-stage --from runs/stage1 --to stage2 --out weights/stage2_start
+    python tools/convert_checkpoint.py import-parts --vit CLIP-ViT-bigG-14 --llm Qwen-7B --out weights/stage1_start
+    python tools/convert_checkpoint.py import-qwenvl --from Qwen-VL-Chat --out weights/qwen_vl_chat
+    python tools/convert_checkpoint.py export-qwenvl --from runs/stage3 --out Qwen-VL-mine --tokenizer Qwen-VL
+    python tools/convert_checkpoint.py inspect runs/stage2
+    python tools/convert_checkpoint.py compare runs/stage3 Qwen-VL-mine
+    python tools/convert_checkpoint.py verify runs/stage2
 
-Exit codes: 0 done, 1 refused or failed (one line says why), 2 wrong usage.
+A checkpoint is named by its own directory, a run's checkpoints folder or a run's directory.
+Exit codes: 0 done; 1 refused, failed, damaged or different (the reason is printed); 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -12,31 +19,89 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_qwenvl.checkpoint.examine import compare, describe, open_weights, verify
+from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
 from megatron_qwenvl.checkpoint.files import CheckpointError
+from megatron_qwenvl.checkpoint.imports import Import, carry_out_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.checkpoint.progress import Progress
 from megatron_qwenvl.checkpoint.transition import carry_out, plan_transition
+from megatron_qwenvl.config.recipes import RECIPES
 
 
 def next_stage(arguments: argparse.Namespace) -> int:
     """Make the start of the next stage from a finished one."""
-    transition = plan_transition(arguments.source, arguments.to, arguments.force)
-    for note in transition.notes:
-        print(note)
-    return _convert(
-        arguments, transition.manifest.total_bytes, lambda add: carry_out(transition, arguments.out, add)
-    )
+    plan = plan_transition(arguments.source, arguments.to, arguments.force)
+    _tell(plan.notes)
+    return _convert(arguments, plan.manifest.total_bytes, lambda add: carry_out(plan, arguments.out, add))
+
+
+def import_parts(arguments: argparse.Namespace) -> int:
+    """Make the start of stage 1 from published ViT and decoder."""
+    recipe = RECIPES[arguments.recipe]()
+    return _import(arguments, plan_parts(arguments.vit, arguments.llm, recipe, arguments.seed))
+
+
+def import_qwenvl(arguments: argparse.Namespace) -> int:
+    """Make a weights checkpoint of a published Qwen-VL."""
+    return _import(arguments, plan_qwenvl(arguments.source))
+
+
+def export_qwenvl(arguments: argparse.Namespace) -> int:
+    """Write a checkpoint in the published layout."""
+    plan = plan_export(arguments.source, arguments.tokenizer)
+    _tell(plan.notes)
+    return _convert(arguments, plan.total_bytes, lambda add: carry_out_export(plan, arguments.out, add))
+
+
+def inspect_checkpoint(arguments: argparse.Namespace) -> int:
+    """Print what a checkpoint is."""
+    _tell(tuple(describe(arguments.checkpoint)))
+    return 0
+
+
+def compare_checkpoints(arguments: argparse.Namespace) -> int:
+    """Print the tensors in which two sets of weights differ."""
+    a, b = open_weights(arguments.a), open_weights(arguments.b)
+    progress = Progress("compare", sum(spec.nbytes for spec in a.specs.values()))
+    differences = compare(a, b, arguments.tolerance, progress.add)
+    progress.finish()
+    _tell(differences)
+    print(f"{len(differences)} of {len(a.specs.keys() | b.specs.keys())} tensors differ")
+    return 1 if differences else 0
+
+
+def verify_checkpoint(arguments: argparse.Namespace) -> int:
+    """Print what is wrong with a checkpoint."""
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    progress = Progress("verify", read_manifest(checkpoint).total_bytes)
+    problems = verify(checkpoint, progress.add)
+    progress.finish()
+    _tell(problems)
+    print(f"{checkpoint}: {f'{len(problems)} problems' if problems else 'good'}")
+    return 1 if problems else 0
+
+
+def _import(arguments: argparse.Namespace, plan: Import) -> int:
+    _tell(plan.notes)
+    return _convert(arguments, plan.total_bytes, lambda add: carry_out_import(plan, arguments.out, add))
 
 
 def _convert(arguments: argparse.Namespace, total: int, work: Callable[[Callable[[int], None]], None]) -> int:
     if arguments.out.exists():
         raise CheckpointError(f"{arguments.out}: exists already; choose another name or remove it")
     if arguments.dry_run:
-        print(f"would write {total / 1e9:.2f} GB to {arguments.out}")
+        print(f"would write {total / 1e9:.3f} GB to {arguments.out}")
         return 0
     progress = Progress(f"{arguments.command} -> {arguments.out}", total)
     work(progress.add)
     progress.finish()
     return 0
+
+
+def _tell(lines: list[str] | tuple[str, ...]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,19 +111,59 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("next-stage", help="weights of a finished stage as the start of the next")
-    command.add_argument(
-        "--from", dest="source", type=Path, required=True, help="checkpoint or run directory"
-    )
+    _add_source(command, "checkpoint or run directory")
     command.add_argument("--to", choices=("stage2", "stage3"), required=True, help="stage to start")
     command.add_argument("--force", action="store_true", help="accept weights of any stage")
-    _add_output(command)
-    command.set_defaults(run=next_stage)
+    _add_output(command, next_stage)
+
+    command = commands.add_parser("import-parts", help="OpenCLIP ViT, Qwen-7B and a new adapter")
+    command.add_argument("--vit", type=Path, required=True, help="OpenCLIP weights, file or directory")
+    command.add_argument(
+        "--llm", type=Path, required=True, help="Hugging Face directory of the language model"
+    )
+    command.add_argument(
+        "--recipe", choices=sorted(RECIPES), default="stage1", help="gives the model's shape"
+    )
+    command.add_argument("--seed", type=int, default=1234, help="seed of the adapter")
+    _add_output(command, import_parts)
+
+    command = commands.add_parser("import-qwenvl", help="a published Qwen-VL or Qwen-VL-Chat directory")
+    _add_source(command, "published directory")
+    _add_output(command, import_qwenvl)
+
+    command = commands.add_parser("export-qwenvl", help="the published layout from a checkpoint")
+    _add_source(command, "checkpoint or run directory")
+    command.add_argument("--tokenizer", type=Path, help="tokenizer file or directory to copy along")
+    _add_output(command, export_qwenvl)
+
+    command = commands.add_parser("inspect", help="what a checkpoint is")
+    command.add_argument("checkpoint", type=Path)
+    command.set_defaults(run=inspect_checkpoint)
+
+    command = commands.add_parser(
+        "compare", help="tensors in which two checkpoints or published directories differ"
+    )
+    command.add_argument("a", type=Path)
+    command.add_argument("b", type=Path)
+    command.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest difference that counts as equal"
+    )
+    command.set_defaults(run=compare_checkpoints)
+
+    command = commands.add_parser("verify", help="whether a checkpoint is whole")
+    command.add_argument("checkpoint", type=Path)
+    command.set_defaults(run=verify_checkpoint)
     return parser
 
 
-def _add_output(command: argparse.ArgumentParser) -> None:
+def _add_source(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--from", dest="source", type=Path, required=True, help=what)
+
+
+def _add_output(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
     command.add_argument("--out", type=Path, required=True, help="directory to create")
     command.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    command.set_defaults(run=run)
 
 
 def main() -> int:

@@ -112,7 +112,9 @@ def _tiny(base: RunConfig, data: dict, train: dict, optimizer: dict) -> RunConfi
             "name": f"tiny_{base.stage}",
             "run_dir": f"runs/tiny/{base.stage}",
             "model": model,
-            "data": base.data.model_copy(update={"workers": 1, "shuffle_window": 4, "root": "data/demo", **data}),
+            "data": base.data.model_copy(
+                update={"workers": 1, "shuffle_window": 4, "root": "data/demo", **data}
+            ),
             "train": base.train.model_copy(update={"precision": "fp32", "validation_samples": 64, **train}),
             "optimizer": base.optimizer.model_copy(update=optimizer),
             "parallel": ParallelConfig(),

@@ -19,7 +19,7 @@ Packing = Literal["none", "isolated", "interleaved"]
 class Section(BaseModel):
     """Base of every section: immutable, strict about unknown keys, documented by attribute strings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class VisionConfig(Section):

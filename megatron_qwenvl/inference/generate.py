@@ -89,7 +89,7 @@ class Generator:
             if not open_prompts:
                 break
             batch = self._pack([(sequences[i], prompts[i].image_starts) for i in open_prompts])
-            seen = [features[i] for i in open_prompts if features[i] is not None]
+            seen = [seen for i in open_prompts if (seen := features[i]) is not None]
             following = self._next_tokens(batch, torch.cat(seen, dim=1) if seen else None)
             still_open = []
             for i, token in zip(open_prompts, following, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,11 +29,10 @@ class Adapter(MegatronModule):
     def __init__(self, config: TransformerConfig, model: ModelConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(config=config)
         hidden, eps = model.decoder.hidden, model.adapter.norm_eps
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        kwargs = {"dtype": config.params_dtype, "device": device}
+        kwargs: Any = {"dtype": config.params_dtype}
         self.query_grid = model.adapter.query_grid
         self.heads = model.adapter.heads // config.tensor_model_parallel_size
-        parallel = {"config": config, "init_method": config.init_method, "tp_group": groups.tp}
+        parallel: Any = {"config": config, "init_method": config.init_method, "tp_group": groups.tp}
         self.query = nn.Parameter(torch.empty(model.image_tokens, hidden, **kwargs))
         self.kv_proj = ColumnParallelLinear(
             model.vision.width, hidden, bias=False, gather_output=True, **parallel

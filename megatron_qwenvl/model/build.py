@@ -23,17 +23,18 @@ from .stage import QwenVLStage
 def build_stage(config: RunConfig, runtime: Runtime, partition: Partition) -> QwenVLStage:
     """This rank's pipeline stage on its device, with frozen parts frozen; weights are uninitialised."""
     configs = build_engine_configs(config, runtime.kernels, runtime.on_gpu)
-    stage = QwenVLStage(
-        config.model,
-        configs,
-        partition.stage(runtime.pipeline_rank),
-        runtime.kernels,
-        runtime.groups,
-        trained_before=trains_before(config, partition, runtime.pipeline_rank),
-    )
+    with runtime.device:
+        stage = QwenVLStage(
+            config.model,
+            configs,
+            partition.stage(runtime.pipeline_rank),
+            runtime.kernels,
+            runtime.groups,
+            trained_before=trains_before(config, partition, runtime.pipeline_rank),
+        )
     mark_tensor_parallel(stage)
     freeze(stage, config)
-    return stage.to(runtime.device)
+    return stage
 
 
 def trains_before(config: RunConfig, partition: Partition, stage: int) -> bool:
@@ -84,12 +85,13 @@ def initialize_weights(stage: QwenVLStage, model: ModelConfig, seed: int) -> Non
     width^-0.5, norms 1, biases 0.
     """
     for key, shard in named_tensors(stage):
-        full = _fresh_tensor(key, shard.global_shape, model, seed)
+        full = fresh_tensor(key, shard.global_shape, model, seed)
         window = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.local_shape, strict=True))
         shard.data.copy_(full[window])
 
 
-def _fresh_tensor(key: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
+def fresh_tensor(key: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
+    """The whole fresh tensor of a checkpoint key, float32; see `initialize_weights`."""
     if key.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:

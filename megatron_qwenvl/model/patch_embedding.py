@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -32,8 +34,7 @@ class PatchEmbedding(MegatronModule):
 
     def __init__(self, config: TransformerConfig, vision: VisionConfig) -> None:
         super().__init__(config=config)
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        kwargs = {"dtype": config.params_dtype, "device": device}
+        kwargs: Any = {"dtype": config.params_dtype}
         patch = vision.patch_size
         self.sequence_parallel = config.sequence_parallel
         self.conv1 = nn.Conv2d(3, vision.width, kernel_size=patch, stride=patch, bias=False, **kwargs)

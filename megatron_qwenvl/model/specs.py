@@ -35,8 +35,7 @@ class Norm:
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:  # type: ignore[misc]
         kind = nn.LayerNorm if config.normalization == "LayerNorm" else nn.RMSNorm
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

@@ -163,24 +163,27 @@ class QwenVLStage(MegatronModule):
             The boundary tensor; on the last stage float32 `[m]` losses of `batch.labels` at `positions`, or,
             for a batch without labels, logits `[m, vocab / tensor-parallel size]`.
         """
-        x = self.input_tensor
-        vision = self.patch_embed is not None or self.vit is not None or self.adapter is not None
-        if features is not None:
-            x = features
-        elif vision:
-            x = self.see(batch, x) if batch.num_images else self._see_nothing(x)
+        x = features if features is not None else self._vision(batch, self.input_tensor)
         if self.embedding is not None:
-            x = self._read(batch, x)
+            x = self._read(self.embedding, batch, x)
+        assert x is not None, "only the first pipeline stage receives nothing"
         if self.decoder is not None:
-            x = self._decode(batch, x)
+            x = self._decode(self.decoder, batch, x)
         if self.output_layer is not None:
-            return self._predict(batch, x, positions)
+            assert positions is not None, "the last pipeline stage is told which positions are wanted"
+            return self._predict(self.output_layer, batch, x, positions)
         return make_viewless_tensor(x.contiguous(), requires_grad=x.requires_grad, keep_graph=True)
+
+    def _vision(self, batch: Batch, x: Tensor | None) -> Tensor | None:
+        if self.patch_embed is None and self.vit is None and self.adapter is None:
+            return x
+        return self.see(batch, x) if batch.num_images else self._see_nothing(x)
 
     def see(self, batch: Batch, x: Tensor | None = None) -> Tensor:
         """Run this stage's vision layers on the batch's pixels, or on what the previous stage sent."""
         if self.patch_embed is not None:
             x = self.patch_embed(batch.pixels)
+        assert x is not None, "vision layers without pixels follow another pipeline stage"
         if self.vit is not None:
             x = self.vit(_ready_for_recompute(x, self.vit), attention_mask=None)
         if self.adapter is not None:
@@ -202,17 +205,17 @@ class QwenVLStage(MegatronModule):
                     nothing = nothing + 0.0 * parameter.sum()
         return nothing
 
-    def _read(self, batch: Batch, x: Tensor | None) -> Tensor:
+    def _read(self, embedding: WordEmbedding, batch: Batch, x: Tensor | None) -> Tensor:
         features = x if batch.num_images else None
-        out = self.embedding(batch.tokens, features, batch.image_starts)
+        out = embedding(batch.tokens, features, batch.image_starts)
         if features is None and x is not None:
             out = out + 0.0 * x.sum()
         return scatter_to_sequence_parallel_region(out) if self.config.sequence_parallel else out
 
-    def _decode(self, batch: Batch, x: Tensor) -> Tensor:
+    def _decode(self, decoder: TransformerBlock, batch: Batch, x: Tensor) -> Tensor:
         packed, rotary = self._attention_inputs(batch)
-        return self.decoder(
-            _ready_for_recompute(x, self.decoder),
+        return decoder(
+            _ready_for_recompute(x, decoder),
             attention_mask=None,
             rotary_pos_emb=rotary,
             packed_seq_params=packed,
@@ -240,10 +243,10 @@ class QwenVLStage(MegatronModule):
         )
         return packed, rotary_frequencies(positions, head_dim, base)
 
-    def _predict(self, batch: Batch, x: Tensor, positions: Tensor) -> Tensor:
+    def _predict(self, head: ColumnParallelLinear, batch: Batch, x: Tensor, positions: Tensor) -> Tensor:
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
-        logits = self.output_layer(x.index_select(0, positions))[0]  # [m, 1, vocab / tp]
+        logits = head(x.index_select(0, positions))[0]  # [m, 1, vocab / tp]
         if batch.labels is None:
             return logits[:, 0]
         labels = batch.labels.index_select(0, positions)[:, None]

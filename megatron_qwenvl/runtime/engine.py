@@ -123,7 +123,7 @@ def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         distributed_timeout_minutes=max(1, round(config.runtime.timeout_minutes)),
-        create_gloo_process_groups=device.type == "cuda",
+        create_gloo_process_groups=True,  # optimizer state is gathered over them for checkpoints
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
     runtime = Runtime(

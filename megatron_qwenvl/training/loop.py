@@ -97,7 +97,7 @@ class Trainer:
         if newest is None:
             _first_weights(config, runtime, stage)
         runner = StepRunner.build(config, runtime, partition, stage)
-        optimizer = build_optimizer(runner.model, config, runtime)
+        optimizer = build_optimizer(runner.model, config)
         progress = Progress() if newest is None else _resume(newest, checkpoints, stage, optimizer, runtime)
         loader, validation = _loaders(config, runtime, stage, progress.step)
         return cls(

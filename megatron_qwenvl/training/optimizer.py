@@ -23,7 +23,6 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.model.build import parameter_keys
 from megatron_qwenvl.model.layers import layer_of, vit_depth_from_adapter
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime.engine import Runtime
 
 
 def tag_parameters(stage: QwenVLStage, config: RunConfig) -> None:
@@ -60,7 +59,7 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
     return overrides
 
 
-def build_optimizer(model: DistributedDataParallel, config: RunConfig, runtime: Runtime) -> MegatronOptimizer:
+def build_optimizer(model: DistributedDataParallel, config: RunConfig) -> MegatronOptimizer:
     """megatron-core's optimizer over a wrapped stage: fp32 master weights and moments, sharded if asked."""
     settings = config.optimizer
     bf16 = config.train.precision == "bf16"
@@ -79,12 +78,7 @@ def build_optimizer(model: DistributedDataParallel, config: RunConfig, runtime: 
         overlap_param_gather=config.parallel.overlap_param_gather,
         log_num_zeros_in_grad=False,
     )
-    return get_megatron_optimizer(
-        engine_config,
-        [model],
-        config_overrides=group_overrides(config),
-        use_gloo_process_groups=runtime.on_gpu,
-    )
+    return get_megatron_optimizer(engine_config, [model], config_overrides=group_overrides(config))
 
 
 class Schedule:

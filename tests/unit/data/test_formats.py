@@ -217,6 +217,13 @@ def test_chat_takes_pictures_in_the_order_of_the_text(byte_level: Tokenizer) -> 
     assert [rendered.tokens[at - 1 : at + 3] for at in rendered.image_starts] == [PICTURE] * 3
 
 
+def test_a_picture_in_an_answer_is_not_learned(byte_level: Tokenizer) -> None:
+    turns = [{"from": "user", "value": "Show."}, {"from": "assistant", "value": "Here: <img>jpg</img>!"}]
+    rendered = render({"task": "chat", "conversations": turns}, byte_level)
+    (start,) = rendered.image_starts
+    assert rendered.learned[start - 2 : start + 4] == [True, False, False, False, False, True]
+
+
 @pytest.mark.parametrize("task", ["caption", "vqa"])
 def test_several_pictures_stand_before_the_prompt(byte_level: Tokenizer, task: str) -> None:
     images = [ImageInfo("0.jpg", 4, 4), ImageInfo("1.jpg", 8, 8)]

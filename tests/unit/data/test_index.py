@@ -60,6 +60,9 @@ def test_offsets_lead_to_the_members(tmp_path: Path, byte_level: Tokenizer) -> N
     ):
         with pytest.raises(DataError, match=r"s\.tar: the index does not match the shard: expected"):
             read_member(descriptor, path, *wrong)
+    os.truncate(path, member.offset + member.size - 1)
+    with pytest.raises(DataError, match=r"found nothing"):
+        read_member(descriptor, path, name, member)
     os.close(descriptor)
 
 

@@ -34,6 +34,8 @@ def stage1_lengths(count: int) -> list[int]:
 def test_best_fit_takes_the_fullest_pack_that_fits() -> None:
     # Longest first: 7 | 6 | 4 into 6 | 3 into 7 | 2 opens a third
     assert make_packs(table([3, 7, 2, 6, 4]), "isolated", 10) == [(0, 1), (3, 4), (2,)]
+    # 3 fits beside 7 and beside 5, and leaves no gap beside 7
+    assert make_packs(table([7, 5, 3]), "isolated", 10) == [(0, 2), (1,)]
 
 
 @pytest.mark.parametrize("packing", ["isolated", "interleaved", "none"])

@@ -83,6 +83,9 @@ def test_an_epoch_shows_every_sample_once_and_epochs_differ(root: Path, byte_lev
     assert len(set(epochs[0])) == 90
     assert set(epochs[0]) == set(epochs[1])
     assert epochs[0] != epochs[1]
+    one_shard = plan_of(run_config(root, {"c": 1}, global_batch_size=7), byte_level)
+    orders = [names(one_shard, one_shard.global_batch(epoch)) for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2]
 
 
 def test_shuffling_stays_within_windows(root: Path, byte_level: Tokenizer) -> None:
@@ -99,6 +102,8 @@ def test_sources_come_in_proportion(root: Path, byte_level: Tokenizer) -> None:
     for step in range(5):
         counts = np.bincount(plan.global_batch(step).samples.source, minlength=3)
         np.testing.assert_allclose(counts, [60, 30, 10], atol=2)
+        expected, _ = Mixture([6, 3, 1]).split(100 * step, 100)
+        assert plan.global_batch(step).samples.source.tolist() == expected.tolist()
     # The smallest source goes through more epochs, evenly.
     seen = Counter(n for step in range(7) for n in names(plan, plan.global_batch(step)) if "/c/" in n)
     assert len(seen) == 7
@@ -171,6 +176,7 @@ def test_a_large_step_is_planned_quickly(root: Path, byte_level: Tokenizer) -> N
 def test_over_long_and_absurd_samples_are_skipped_and_named(tmp_path: Path, byte_level: Tokenizer) -> None:
     samples = mixed_samples(30, tasks=("caption",))
     samples[4] = sample("long", {"task": "text", "text": "x" * 500})
+    samples[5] = sample("longer", {"task": "text", "text": "x" * 600})
     samples[17] = sample("large", {"task": "caption", "caption": "x"}, png=picture(300, 300))
     write_source(tmp_path / "s", samples)
     config = run_config(tmp_path, {"s": 1}, global_batch_size=10, max_image_pixels=80_000)
@@ -179,10 +185,13 @@ def test_over_long_and_absurd_samples_are_skipped_and_named(tmp_path: Path, byte
     shown = [n.rpartition(":")[2] for batch in batches for n in names(plan, batch)]
     assert "long" not in shown
     assert "large" not in shown
-    assert len(set(shown[:30])) == 28
+    assert len(set(shown[:30])) == 27
+    assert max(Counter(shown[:30]).values()) == 2
     for epoch in (batches[:3], batches[3:]):
         skipped = {s.key.rpartition(":")[2]: s.reason for batch in epoch for s in batch.skipped}
+        assert sum(len(batch.skipped) for batch in epoch) == 3
         assert skipped == {
+            "longer": "601 tokens, at most 256 are allowed",
             "long": "501 tokens, at most 256 are allowed",
             "large": "picture of 90000 pixels, at most 80000 are allowed",
         }
