@@ -69,3 +69,15 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_div_(denominator, (1 - beta2 ** group["step"]) ** 0.5)
         torch._foreach_add_(denominator, group["eps"])
         torch._foreach_addcdiv_(params, first, denominator, -group["lr"] / (1 - beta1 ** group["step"]))
+
+
+def install() -> None:
+    """Make megatron-core build this AdamW instead of torch's, in this process; idempotent."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizers.Adam = AdamW
+    optimizers.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = AdamW
+    distrib_optimizer.HAVE_APEX_OR_TE = True  # "the optimizer's state has the fused layout"
+    distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwenvl.config.schema import RunConfig
 
+from . import adamw
 from .engine_on_cpu import adapt_engine
 from .kernels import Kernels, choose_kernels
 from .processes import LaunchError, ProcessInfo, detect_process
@@ -118,6 +119,8 @@ def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
     device = choose_device(config.runtime.device, process.local_rank)
     kernels = choose_kernels(config.runtime.kernels, on_gpu=device.type == "cuda")
     _prepare_device(device, config)
+    if kernels.name == "torch":
+        adamw.install()
     _join_processes(process, device, config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,

@@ -66,7 +66,6 @@ def adapt_engine() -> None:
     _adapt_devices()
     _adapt_random_state()
     _adapt_constructors()
-    _adapt_optimizer()
 
 
 def _current_device() -> torch.device:
@@ -113,16 +112,3 @@ def _adapt_constructors() -> None:
     stand_in = _CpuTorch()
     for module in (clip_grads, optimizer, schedules, utils):
         module.torch = stand_in
-
-
-def _adapt_optimizer() -> None:
-    import megatron.core.optimizer as optimizers
-    from megatron.core.optimizer import distrib_optimizer
-
-    from .adamw import AdamW
-
-    optimizers.Adam = AdamW
-    optimizers.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = AdamW
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True

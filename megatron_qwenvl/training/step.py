@@ -107,7 +107,7 @@ class StepRunner:
         `batches` has the same length on every rank.
         """
         self.model.zero_grad_buffer()
-        return self._report(batches, self._run(batches, forward_only=False))
+        return self._run(batches, forward_only=False)
 
     def train(self, batches: Sequence[Batch], optimizer: MegatronOptimizer) -> StepReport:
         """One optimizer step over the global batch of which `batches` is this rank's share."""
@@ -121,11 +121,11 @@ class StepRunner:
         """Loss over `batches` without gradients."""
         self.model.eval()
         try:
-            return self._report(batches, self._run(batches, forward_only=True))
+            return self._run(batches, forward_only=True)
         finally:
             self.model.train()
 
-    def _run(self, batches: Sequence[Batch], forward_only: bool) -> Tensor:
+    def _run(self, batches: Sequence[Batch], forward_only: bool) -> StepReport:
         masked = self._mask_unreadable(batches)
         outputs = self._schedule(  # type: ignore[operator]
             forward_step_func=self._forward_step,
@@ -138,7 +138,7 @@ class StepRunner:
             p2p_communicator=self.communicator,
             pg_collection=self.runtime.groups,
         )
-        return torch.stack(outputs).sum(0) if outputs else self._no_sums()
+        return self._report(masked, torch.stack(outputs).sum(0) if outputs else self._no_sums())
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.runtime.device)
