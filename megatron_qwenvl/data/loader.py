@@ -12,7 +12,10 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -149,6 +152,7 @@ class StepLoader:
             batch_size=None,
             num_workers=data.workers,
             pin_memory=self._pin_memory,
+            worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # the default would draw from the model's random numbers
             **parallel,
         )
@@ -194,6 +198,21 @@ def _raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _end_with_parent(_: int) -> None:
+    """Let this worker end when the training process is killed.
+
+    Torch's own watch looks at the worker's parent, which is the fork server, and that one lives as long as a worker.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -26,6 +27,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_source(path / "a", mixed_samples(60, seed=1))
     write_source(path / "b", mixed_samples(30, seed=2))
     return path
+
+
+def environment() -> dict[str, str]:
+    """For a program that is not in the repository."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
 
 
 def first_steps(loader: StepLoader, count: int) -> list[list[Batch]]:
@@ -141,13 +147,36 @@ def test_workers_do_not_import_the_training_program(root: Path, tmp_path: Path) 
         print("samples", sum(batch.num_samples for batch in next(iter(loader))), flush=True)
         """)
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     result = subprocess.run(
-        [sys.executable, program], capture_output=True, text=True, timeout=60, env=environment, check=False
+        [sys.executable, program], capture_output=True, text=True, timeout=60, env=environment(), check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.count("imported") == 1
     assert "samples 24" in result.stdout
+
+
+def test_workers_end_when_the_training_process_is_killed(root: Path) -> None:
+    config = run_config(root, {"a": 1}, workers=2).model_dump_json()
+    program = f"""if True:
+        import time
+        from megatron_qwenvl.config.schema import RunConfig
+        from megatron_qwenvl.data.loader import build_loader
+        steps = iter(build_loader(RunConfig.model_validate_json({config!r})))
+        print(len(list(next(steps))), flush=True)
+        time.sleep(60)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment()
+    ) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) > 0
+        descendants = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(descendants) >= 4  # fork server, resource tracker, two workers
+    _, alive = psutil.wait_procs(descendants, timeout=10)
+    for survivor in alive:
+        survivor.kill()
+    assert not alive
 
 
 def test_config_is_untouched(root: Path) -> None:
