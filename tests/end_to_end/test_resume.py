@@ -44,12 +44,23 @@ def losses(run_dir: Path) -> list[float]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-@pytest.mark.parametrize("recipe", ["tiny_stage1", "tiny_stage2", "tiny_stage3"])
-@pytest.mark.parametrize("layout", ["dp2", "tp2_pp2"])
-def test_resume_is_bitwise_in_the_same_layout(layout: str, recipe: str, data: Path, tmp_path: Path) -> None:
-    straight = run(data, tmp_path / "straight", layout, recipe=recipe)
-    run(data, tmp_path / "resumed", layout, "--train.stop_after", "5", recipe=recipe)
-    resumed = run(data, tmp_path / "resumed", layout, recipe=recipe)
+@pytest.mark.parametrize(
+    ("layout", "recipe", "precision"),
+    [
+        ("dp2", "tiny_stage1", "fp32"),
+        ("dp2", "tiny_stage2", "bf16"),
+        ("tp2_pp2", "tiny_stage1", "bf16"),
+        ("tp2_pp2", "tiny_stage2", "fp32"),
+        ("tp2_pp2", "tiny_stage3", "fp32"),
+    ],
+)
+def test_resume_is_bitwise_in_the_same_layout(
+    layout: str, recipe: str, precision: str, data: Path, tmp_path: Path
+) -> None:
+    setting = ("--train.precision", precision)
+    straight = run(data, tmp_path / "straight", layout, *setting, recipe=recipe)
+    run(data, tmp_path / "resumed", layout, *setting, "--train.stop_after", "5", recipe=recipe)
+    resumed = run(data, tmp_path / "resumed", layout, *setting, recipe=recipe)
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     assert len(losses(tmp_path / "straight")) == 10
     for a, b in zip(straight, resumed, strict=True):
