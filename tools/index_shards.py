@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_qwenvl.data.errors import DataError
@@ -46,24 +46,24 @@ def parse_arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def executor(workers: int) -> Iterator[Executor | None]:
-    """What runs the shards: MPI ranks, a process pool, or (none) this process.
+    """What runs the shards: MPI ranks, a process pool, or a thread of this process.
 
-    Under MPI only rank 0 comes through; the others work for it until it is done, and then end.
+    None on all MPI ranks but the first; they have worked for it when they come here.
     """
-    if max(int(os.environ.get(name, 1)) for name in RANK_COUNTS) > 1:
-        from mpi4py import MPI
-        from mpi4py.futures import MPICommExecutor
-
-        with MPICommExecutor(MPI.COMM_WORLD, root=0) as ranks:
-            if ranks is None:
-                sys.exit(0)
-            yield ranks
+    if (ranks := max(int(os.environ.get(name, 1)) for name in RANK_COUNTS)) > 1:
+        try:
+            from mpi4py import MPI
+            from mpi4py.futures import MPICommExecutor
+        except ImportError as error:
+            raise DataError(f"started as {ranks} ranks, which needs mpi4py: {error}") from error
+        with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
+            yield pool
     elif workers > 1:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             yield pool
     else:
-        yield None
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
 
 
 def progress(directory: Path) -> Callable[[ShardResult, int], None]:
@@ -110,10 +110,10 @@ def main() -> int:
                 print(f"{directory}: every shard is as it was indexed")
             return 0
         with executor(arguments.workers) as pool:
-            for directory in arguments.directories:
+            for directory in arguments.directories if pool else ():
                 results = index_directory(directory, job, pool, progress(directory))
                 failed += summarise(directory, results)
-    except (DataError, ImportError) as error:
+    except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 1 if failed else 0

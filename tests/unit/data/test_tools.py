@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,30 @@ def test_indexing_in_processes_gives_what_one_process_gives(shards: Path) -> Non
     assert "40 samples with 40 pictures in 4 shards (4 indexed now), 0 samples skipped" in result.stdout
     manifest = (shards / "manifest.json").read_bytes()
     index_directory(shards, IndexJob(force=True))
+    assert (shards / "manifest.json").read_bytes() == manifest
+
+
+def test_indexing_over_mpi_ranks_gives_what_one_process_gives(shards: Path) -> None:
+    pytest.importorskip("mpi4py")
+    if not (mpirun := shutil.which("mpirun")):
+        pytest.skip("no mpirun")
+    index_directory(shards, IndexJob())
+    manifest = (shards / "manifest.json").read_bytes()
+    command = [
+        mpirun,
+        "-n",
+        "2",
+        sys.executable,
+        str(ROOT / "tools" / "index_shards.py"),
+        str(shards),
+        "--force",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("(4 indexed now)") == 1
     assert (shards / "manifest.json").read_bytes() == manifest
 
 
