@@ -1,0 +1,136 @@
+"""Converting weights between layouts: plans that are checked before a byte is written, and their execution.
+
+A conversion is cut into jobs, one output file each, that run in a few processes. A job holds one tensor at a
+time, so memory is bounded by the largest tensor.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .files import CheckpointError, OnBytes
+from .names import Rule
+from .stream import TensorSource, TensorSpec
+
+WORKERS = min(2, os.cpu_count() or 1)
+"""Processes of a conversion; more do not help where the disk is the limit, and each holds a tensor."""
+
+FILE_BYTES = 1 << 30
+"""Output files are about this large; a larger tensor has a file of its own."""
+
+JobType = TypeVar("JobType")
+ResultType = TypeVar("ResultType")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of one source and the rules by which they become others."""
+
+    source: TensorSource
+    rules: tuple[Rule, ...]
+
+
+def our_specs(part: Part) -> dict[str, TensorSpec]:
+    """Names, shapes and types that a part's published tensors have in our layout.
+
+    Raises:
+        CheckpointError: a published tensor is missing or of a shape that its rule cannot take.
+    """
+    return _specs(part, lambda rule: (rule.theirs, rule.ours, rule.mapping.to_ours))
+
+
+def their_specs(part: Part) -> dict[str, TensorSpec]:
+    """The same from our layout to the published one."""
+    return _specs(part, lambda rule: (rule.ours, rule.theirs, rule.mapping.to_theirs))
+
+
+_Direction = Callable[[Rule], tuple[tuple[str, ...], tuple[str, ...], Callable[[list[Tensor]], list[Tensor]]]]
+
+
+def _specs(part: Part, direction: _Direction) -> dict[str, TensorSpec]:
+    found: dict[str, TensorSpec] = {}
+    for rule in part.rules:
+        inputs, outputs, apply = direction(rule)
+        missing = [name for name in inputs if name not in part.source.specs]
+        if missing:
+            raise CheckpointError(f"tensor {missing[0]} is missing")
+        specs = [part.source.specs[name] for name in inputs]
+        if len({spec.dtype for spec in specs}) > 1:
+            raise CheckpointError(f"tensors {', '.join(inputs)} differ in type")
+        try:
+            results = apply([torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"tensor {inputs[0]} of shape {list(specs[0].shape)}: {error}") from None
+        found |= {
+            name: TensorSpec(tuple(result.shape), result.dtype)
+            for name, result in zip(outputs, results, strict=True)
+        }
+    return found
+
+
+def to_ours(part: Part) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors of a part, one rule's at a time."""
+    for rule in part.rules:
+        yield from zip(
+            rule.ours, rule.mapping.to_ours([part.source.read(n) for n in rule.theirs]), strict=True
+        )
+
+
+def to_theirs(part: Part) -> Iterator[tuple[str, Tensor]]:
+    """Published tensors of a part, one rule's at a time."""
+    for rule in part.rules:
+        yield from zip(
+            rule.theirs, rule.mapping.to_theirs([part.source.read(n) for n in rule.ours]), strict=True
+        )
+
+
+def split_into_files(
+    part: Part, sizes: Mapping[str, TensorSpec], key: Callable[[Rule], Iterable[str]]
+) -> list[Part]:
+    """Cut a part into parts of about `FILE_BYTES` of output; `key` gives a rule's output names."""
+    parts: list[Part] = []
+    rules: list[Rule] = []
+    total = 0
+    for rule in part.rules:
+        size = sum(sizes[name].nbytes for name in key(rule))
+        if rules and total + size > FILE_BYTES:
+            parts.append(Part(part.source, tuple(rules)))
+            rules, total = [], 0
+        rules.append(rule)
+        total += size
+    return [*parts, Part(part.source, tuple(rules))] if rules else parts
+
+
+def run_jobs(
+    work: Callable[[JobType], tuple[int, ResultType]], jobs: list[JobType], on_bytes: OnBytes
+) -> list[ResultType]:
+    """Run independent jobs in `WORKERS` processes; results in the order of `jobs`.
+
+    Args:
+        work: module-level function; returns the bytes it handled, for progress, and its result.
+        jobs: picklable arguments.
+        on_bytes: told the bytes of each finished job.
+
+    Raises:
+        CheckpointError: what a job raised; the others are abandoned.
+    """
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(
+        WORKERS, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                on_bytes(future.result()[0])
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        return [future.result()[1] for future in futures]

@@ -1,0 +1,221 @@
+"""Looking at checkpoints: what one is, whether it is whole, and in what two differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_qwenvl.model.shapes import tensor_shapes
+
+from .convert import Part, our_specs, run_jobs
+from .files import CheckpointError, FileRecord, OnBytes, file_problem
+from .imports import plan_qwenvl
+from .manifest import MANIFEST_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, Manifest, find_checkpoint, read_manifest
+from .names import Rule
+from .pickles import load_data
+from .stream import DistributedFolder, TensorSource, TensorSpec
+
+
+def describe(path: Path) -> Iterator[str]:
+    """Lines that tell what a checkpoint is, with a table of its files and tensors.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged manifest or index.
+    """
+    checkpoint = find_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    specs = DistributedFolder(checkpoint / MODEL_FOLDER).specs
+    yield f"checkpoint  {checkpoint}"
+    yield f"kind        {manifest.kind}"
+    yield f"weights     {manifest.origin}, step {manifest.step}, recipe {manifest.recipe}"
+    if manifest.start_of:
+        yield f"starts      {manifest.start_of}"
+    yield f"images      {manifest.image_size or 'unknown'} pixels"
+    if manifest.layout:
+        yield "written by  " + ", ".join(f"{name} {size}" for name, size in manifest.layout.items())
+    vision, decoder = manifest.model.vision, manifest.model.decoder
+    yield (
+        f"model       ViT {vision.layers} x {vision.width}, decoder {decoder.layers} x {decoder.hidden}, "
+        f"vocabulary {decoder.vocab_size}"
+    )
+    elements = sum(spec.nbytes // spec.dtype.itemsize for spec in specs.values())
+    yield f"tensors     {len(specs)} with {elements:,} elements"
+    yield f"bytes       {manifest.total_bytes:,} in {len(manifest.files)} files"
+    for name, record in sorted(manifest.files.items()):
+        yield f"  {record.sha256[:16]}  {record.bytes:>14,}  {name}"
+    yield from (f"  {name}  {spec}" for name, spec in specs.items())
+
+
+def verify(path: Path, on_bytes: OnBytes = lambda count: None) -> list[str]:
+    """Everything that is wrong with a checkpoint: files against digests, files that do not belong, tensors against
+    the model's configuration, and content that is not data.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its manifest is damaged.
+    """
+    checkpoint = find_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    jobs = [_DigestJob(checkpoint / name, record) for name, record in sorted(manifest.files.items())]
+    problems = [problem for problem in run_jobs(_digest, jobs, on_bytes) if problem]
+    present = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    strangers = sorted(present - manifest.files.keys() - {MANIFEST_NAME})
+    problems += [f"{checkpoint / name}: does not belong to the checkpoint" for name in strangers]
+    folders = [MODEL_FOLDER] if manifest.kind == "weights" else [MODEL_FOLDER, OPTIMIZER_FOLDER]
+    for folder in folders:
+        problems += _folder_problems(checkpoint / folder)
+    return problems + _model_problems(checkpoint, manifest)
+
+
+@dataclass(frozen=True)
+class _DigestJob:
+    path: Path
+    record: FileRecord
+
+
+def _digest(job: _DigestJob) -> tuple[int, str | None]:
+    return job.record.bytes, file_problem(job.path, job.record)
+
+
+def _folder_problems(folder: Path) -> list[str]:
+    problems = []
+    try:
+        index = DistributedFolder(folder)
+        problems += [
+            f"{folder / name}: missing, but the index refers to it" for name in index.files_missing()
+        ]
+        problems += [f"{folder}: {name}: its chunks do not add up" for name in index.uncovered()]
+        load_data(folder / "common.pt")
+    except CheckpointError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _model_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
+    try:
+        found = DistributedFolder(checkpoint / MODEL_FOLDER).specs
+    except CheckpointError:
+        return []  # reported with the folder
+    expected = tensor_shapes(manifest.model)
+    problems = [f"{checkpoint}: tensor {name} is missing" for name in expected.keys() - found.keys()]
+    problems += [
+        f"{checkpoint}: tensor {name} does not belong to the model" for name in found.keys() - expected
+    ]
+    problems += [
+        f"{checkpoint}: tensor {name}: expected {list(shape)}, found {list(found[name].shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    return sorted(problems)
+
+
+def open_weights(path: Path) -> TensorSource:
+    """The weights at `path` under our names: a checkpoint, a run, or a published Qwen-VL directory.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if (path / "config.json").is_file():
+        return PublishedAsOurs(plan_qwenvl(path).parts[0])
+    return DistributedFolder(find_checkpoint(path) / MODEL_FOLDER)
+
+
+class PublishedAsOurs:
+    """Published tensors, read under our names."""
+
+    def __init__(self, part: Part) -> None:
+        self._source = part.source
+        self._specs = our_specs(part)
+        self._rules: dict[str, Rule] = {name: rule for rule in part.rules for name in rule.ours}
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Our names."""
+        return self._specs
+
+    def read(self, name: str) -> Tensor:
+        """Read the published tensors of one of ours and convert them."""
+        rule = self._rules[name]
+        converted = rule.mapping.to_ours([self._source.read(theirs) for theirs in rule.theirs])
+        return converted[rule.ours.index(name)]
+
+
+def compare(
+    a: TensorSource, b: TensorSource, tolerance: float = 0.0, on_bytes: OnBytes = lambda count: None
+) -> list[str]:
+    """What differs between two sets of weights, tensor by tensor.
+
+    Args:
+        a: weights under our names.
+        b: other weights under our names.
+        tolerance: largest absolute difference that counts as equal; 0: bit by bit, types included.
+        on_bytes: told the bytes compared, counted once for both.
+    """
+    names = [*a.specs, *(name for name in b.specs if name not in a.specs)]
+    jobs = [_CompareJob(a, b, tuple(group), tolerance) for group in _groups(names, a)]
+    return [
+        difference for differences in run_jobs(_differences, jobs, on_bytes) for difference in differences
+    ]
+
+
+_GROUP_BYTES = 256 << 20
+"""A job compares about this much, so that progress is fine-grained and a source is not sent along too often."""
+
+
+def _groups(names: list[str], source: TensorSource) -> Iterator[list[str]]:
+    group: list[str] = []
+    total = 0
+    for name in names:
+        group.append(name)
+        total += source.specs[name].nbytes if name in source.specs else 0
+        if total >= _GROUP_BYTES:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+@dataclass(frozen=True)
+class _CompareJob:
+    a: TensorSource
+    b: TensorSource
+    names: tuple[str, ...]
+    tolerance: float
+
+
+def _differences(job: _CompareJob) -> tuple[int, list[str]]:
+    a, b = job.a.specs, job.b.specs
+    found = [_difference(job, name, a.get(name), b.get(name)) for name in job.names]
+    handled = sum(a[name].nbytes for name in job.names if name in a)
+    return handled, [difference for difference in found if difference]
+
+
+def _difference(job: _CompareJob, name: str, a: TensorSpec | None, b: TensorSpec | None) -> str | None:
+    if a is None or b is None:
+        return f"{name}: only in the {'second' if a is None else 'first'}"
+    if a.shape != b.shape or (a.dtype != b.dtype and not job.tolerance):
+        return f"{name}: {a} and {b}"
+    first, second = job.a.read(name), job.b.read(name)
+    if job.tolerance:
+        largest = float((first.float() - second.float()).abs().max())
+        return None if largest <= job.tolerance else f"{name}: largest difference {largest:.3g}"
+    return None if _same_bits(first, second) else f"{name}: {_count_different(first, second)}"
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit by bit; unlike numbers, equal NaNs are the same and 0.0 and -0.0 are not."""
+    kind = _BITS[a.element_size()]
+    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def _count_different(a: Tensor, b: Tensor) -> str:
+    kind = _BITS[a.element_size()]
+    count = int((a.contiguous().view(kind) != b.contiguous().view(kind)).sum())
+    largest = float((a.float() - b.float()).abs().max())
+    return f"{count:,} of {a.numel():,} elements differ, by {largest:.3g} at most"

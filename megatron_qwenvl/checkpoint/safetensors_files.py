@@ -1,0 +1,136 @@
+"""safetensors files, read tensor by tensor and written in one pass.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the values.
+Reading maps nothing into memory, so what is resident is what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import CheckpointError, OnBytes, writing
+from .stream import TensorSpec
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor and where its values begin in a file."""
+
+    spec: TensorSpec
+    path: Path
+    offset: int
+
+    def read(self) -> Tensor:
+        """Read the values.
+
+        Raises:
+            CheckpointError: the file ends before them.
+        """
+        tensor = torch.empty(self.spec.shape, dtype=self.spec.dtype)
+        target = _bytes_of(tensor)
+        done = 0
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            while done < len(target) and (count := file.readinto(target[done:])):
+                done += count
+        if done < len(target):
+            raise CheckpointError(
+                f"{self.path}: truncated: expected {self.offset + len(target)} bytes or more"
+            )
+        return tensor
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file.
+
+    Raises:
+        CheckpointError: not a complete safetensors file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+            raise CheckpointError(f"{path}: not a safetensors file: header of {length} bytes in {size}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            tensors = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+    end = max((tensor.offset + tensor.spec.nbytes for tensor in tensors.values()), default=8 + length)
+    if end != size:
+        raise CheckpointError(f"{path}: expected {end} bytes, found {size}")
+    return tensors
+
+
+def _entry(path: Path, start: int, entry: dict) -> StoredTensor:
+    spec = TensorSpec(tuple(int(n) for n in entry["shape"]), _DTYPES[entry["dtype"]])
+    begin, end = entry["data_offsets"]
+    if begin < 0 or end - begin != spec.nbytes:
+        raise ValueError(f"{spec} does not fit in {end - begin} bytes")
+    return StoredTensor(spec, path, start + begin)
+
+
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    on_bytes: OnBytes = lambda count: None,
+) -> None:
+    """Write a file durably while its tensors are produced.
+
+    Args:
+        path: file to write.
+        specs: what the file will hold, in the order of `tensors`.
+        tensors: names and values, produced one at a time.
+        on_bytes: told the bytes written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    expected = iter(specs.items())
+    with writing(path, on_bytes) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            assert (name, TensorSpec(tuple(tensor.shape), tensor.dtype)) == next(expected)
+            file.write(_bytes_of(tensor.contiguous()))
+        file.sync()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    if math.prod(tensor.shape) == 0:
+        return memoryview(b"")
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
