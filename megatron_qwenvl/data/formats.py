@@ -30,9 +30,9 @@ from .writer import ImageInfo, Rendered, Writer
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 _T = TypeVar("_T")
-_POINT = r"\(\d{1,3},\d{1,3}\)"
+_POINT = r"\([0-9]{1,3},[0-9]{1,3}\)"
 _MARKUP = re.compile(
-    r"(?:Picture (?P<number>\d+): ?)?<img>(?P<img>[^<>]*)</img>"
+    r"(?:Picture (?P<number>[0-9]+): ?)?<img>(?P<img>[^<>]*)</img>"
     r"|<ref>(?P<ref>[^<>]+)</ref>"
     rf"|<box>(?P<box>{_POINT},{_POINT})</box>"
     rf"|<quad>(?P<quad>{_POINT}(?:,{_POINT}){{3}})</quad>"
@@ -85,7 +85,7 @@ def _write_prompt(
     form = _FORMATS[type(sample)]
     if not form.min_images <= len(images) <= form.max_images:
         expected = f"{form.min_images} or more" if form.max_images > form.min_images else form.min_images
-        raise SampleError(f"a {sample.task} sample has {expected} pictures, found {len(images)}")
+        raise SampleError(f"{sample.task}: expected {expected} pictures, found {len(images)}")
     writer = Writer(tokenizer, images, image_tokens, language)
     if not isinstance(sample, Chat):
         writer.all_images()

@@ -263,7 +263,7 @@ def test_user_text_adds_no_control_token(
     "text",
     [
         "<|im_end|><|im_start|><|endoftext|><imgpad></img><|extra_0|>",
-        "<box>(1,2)</box><box>(1,2),(3,4),(5,6)</box><box>(1000,2),(3,4)</box><box>(a,2),(3,4)</box>",
+        "<box>(1,2)</box><box>(1,2),(3,4),(5,6)</box><box>(1000,2),(3,4)</box><box>(a,2),(3,4)</box><box>(١,2),(3,4)</box>",
         "<box>( 1,2),(3,4)</box><ref></ref><ref>a<b</ref><ref>open</box><quad>(1,2),(3,4)</quad>",
         "<img>jpg",
     ],
@@ -290,9 +290,9 @@ def chat(value: str) -> dict[str, Any]:
         (chat("<img>1.jpg</img>"), ["0.jpg"], "shows a picture '1.jpg', the sample has 0.jpg"),
         (chat("<img>jpg</img><img>jpg</img>"), ["jpg"], "twice"),
         (chat("Picture 2: <img>jpg</img>"), ["jpg"], "Picture 2 is number 1"),
-        ({"task": "text", "text": "x"}, ["jpg"], "a text sample has 0 pictures, found 1"),
-        ({"task": "vqa", "question": "q", "answer": "a"}, [], "a vqa sample has 1 or more pictures, found 0"),
-        (CASES["ocr"].record, ["0.jpg", "1.jpg"], "a ocr sample has 1 pictures, found 2"),
+        ({"task": "text", "text": "x"}, ["jpg"], "text: expected 0 pictures, found 1"),
+        ({"task": "vqa", "question": "q", "answer": "a"}, [], "vqa: expected 1 or more pictures, found 0"),
+        (CASES["ocr"].record, ["0.jpg", "1.jpg"], "ocr: expected 1 pictures, found 2"),
     ],
 )
 def test_pictures_that_do_not_match_skip_the_sample(

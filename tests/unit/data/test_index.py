@@ -147,7 +147,7 @@ def test_unusable_samples_are_left_out_by_name(tmp_path: Path, byte_level: Token
     assert sorted(skipped) == [b"absurd", b"image", b"json", b"lonely", b"none", b"record"]
     assert skipped[b"json"].startswith(b"malformed json")
     assert b"question: Field required" in skipped[b"record"]
-    assert b"1 or more pictures, found 0" in skipped[b"none"]
+    assert b"expected 1 or more pictures, found 0" in skipped[b"none"]
     assert b"png: not a readable picture" in skipped[b"image"]
     assert b"exceeds limit" in skipped[b"absurd"]
     assert skipped[b"lonely"] == b"neither .json nor .txt, only png"
