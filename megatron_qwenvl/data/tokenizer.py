@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tiktoken
 
-from .errors import DataError
+from .errors import DataError, SampleError
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -26,6 +26,7 @@ SPECIAL_TOKENS = (
     "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>",
 )  # fmt: skip
 
+MAX_TEXT = 100_000  # many times a training sample; tiktoken dies of a stack overflow on a million blanks
 MARKUP = ("ref", "box", "quad")
 
 
@@ -56,8 +57,15 @@ class Tokenizer:
         return load_tokenizer, (self._path,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` after NFC normalisation; never a special id, whatever the text spells."""
-        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+        """Ids of `text` after NFC normalisation; never a special id, whatever the text spells.
+
+        Raises:
+            SampleError: the text is longer than `MAX_TEXT` characters.
+        """
+        text = unicodedata.normalize("NFC", text)
+        if len(text) > MAX_TEXT:
+            raise SampleError(f"text of {len(text)} characters, at most {MAX_TEXT} are allowed")
+        return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`: special tokens spelled out, unknown ids and broken UTF-8 as U+FFFD."""

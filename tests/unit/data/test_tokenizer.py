@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from dashscope.tokenizers import get_tokenizer
 
-from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.errors import DataError, SampleError
 from megatron_qwenvl.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
 from .conftest import QWEN_VOCABULARY
@@ -50,6 +50,12 @@ def test_text_never_becomes_a_special_token(request: pytest.FixtureRequest, name
 
 def test_text_is_normalised(byte_level: Tokenizer) -> None:
     assert byte_level.encode("e\u0301") == byte_level.encode("\u00e9")
+
+
+def test_endless_text_skips_the_sample(qwen: Tokenizer) -> None:
+    assert len(qwen.encode(" " * 99_999 + "x")) > 700
+    with pytest.raises(SampleError, match="text of 1000001 characters"):
+        qwen.encode(" " * 1_000_000 + "x")
 
 
 def test_decode_spells_specials_and_survives_unknown_ids(byte_level: Tokenizer) -> None:
