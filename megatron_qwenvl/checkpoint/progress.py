@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
 
 
 class Progress:
@@ -13,17 +12,16 @@ class Progress:
     Args:
         what: name of the work.
         total: bytes of the whole work.
-        stream: where to print.
     """
 
-    def __init__(self, what: str, total: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, what: str, total: int) -> None:
         self._what = what
         self._total = max(total, 1)
-        self._stream = stream
+        self._stream = sys.stderr
         self._done = 0
         self._began = time.monotonic()
         self._shown = self._began
-        self._interval = 0.2 if stream.isatty() else 5.0
+        self._interval = 0.2 if self._stream.isatty() else 5.0
 
     def add(self, count: int) -> None:
         """Count `count` more bytes as done."""
