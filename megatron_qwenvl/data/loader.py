@@ -141,8 +141,9 @@ class StepLoader:
     def _stream(self) -> Iterator[Batch | DataError]:
         """All micro-batches of all steps; with workers, prepared ahead in the same order."""
         data = self.plan.data
+        workers = data.workers if self._micro_batches.reads else 0
         parallel: dict[str, Any] = {}
-        if data.workers:
+        if workers:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             parallel = {"multiprocessing_context": context, "prefetch_factor": data.prefetch}
@@ -150,7 +151,7 @@ class StepLoader:
             self._micro_batches,
             sampler=self._keys(),
             batch_size=None,
-            num_workers=data.workers,
+            num_workers=workers,
             pin_memory=self._pin_memory,
             worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # the default would draw from the model's random numbers
@@ -167,6 +168,7 @@ class _MicroBatches(Dataset[Any]):
         self, plan: StepPlan, tokenizer: Tokenizer, image_tokens: int, needs: DataNeeds, rank: int, ranks: int
     ) -> None:
         self._plan = plan
+        self.reads = needs.pixels or needs.tokens
         self._reader = SampleReader(plan, tokenizer, image_tokens)
         self._needs = needs
         self._rank = rank

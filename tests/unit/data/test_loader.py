@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -177,6 +178,13 @@ def test_workers_end_when_the_training_process_is_killed(root: Path) -> None:
     for survivor in alive:
         survivor.kill()
     assert not alive
+
+
+def test_a_stage_that_reads_nothing_starts_no_worker(root: Path) -> None:
+    loader = build_loader(run_config(root, {"a": 1}, workers=2), needs=DataNeeds(pixels=False, tokens=False))
+    steps = iter(loader)
+    next(steps)
+    assert not multiprocessing.active_children()
 
 
 def test_config_is_untouched(root: Path) -> None:
