@@ -16,7 +16,7 @@ from .files import CheckpointError, FileRecord, OnBytes, file_problem
 from .imports import plan_qwenvl
 from .manifest import MANIFEST_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, Manifest, find_checkpoint, read_manifest
 from .names import Rule
-from .pickles import load_data
+from .pickles import check_data_only
 from .stream import DistributedFolder, TensorSource, TensorSpec
 
 
@@ -88,7 +88,7 @@ def _folder_problems(folder: Path) -> list[str]:
             f"{folder / name}: missing, but the index refers to it" for name in index.files_missing()
         ]
         problems += [f"{folder}: {name}: its chunks do not add up" for name in index.uncovered()]
-        load_data(folder / "common.pt")
+        check_data_only(folder)
     except CheckpointError as error:
         problems.append(str(error))
     return problems
@@ -166,16 +166,17 @@ _GROUP_BYTES = 256 << 20
 
 
 def _groups(names: list[str], source: TensorSource) -> Iterator[list[str]]:
+    """Cut names into jobs. Larger tensors share one job: no two of them are in memory at a time."""
+    sizes = {name: source.specs[name].nbytes if name in source.specs else 0 for name in names}
+    yield [name for name in names if sizes[name] > _GROUP_BYTES]
     group: list[str] = []
-    total = 0
     for name in names:
-        group.append(name)
-        total += source.specs[name].nbytes if name in source.specs else 0
-        if total >= _GROUP_BYTES:
+        if sizes[name] <= _GROUP_BYTES:
+            group.append(name)
+        if sum(sizes[name] for name in group) > _GROUP_BYTES:
             yield group
-            group, total = [], 0
-    if group:
-        yield group
+            group = []
+    yield group
 
 
 @dataclass(frozen=True)

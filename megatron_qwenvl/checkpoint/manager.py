@@ -28,7 +28,15 @@ import torch.distributed as dist
 from megatron_qwenvl.config.schema import RunConfig
 
 from .files import CheckpointError, file_problem, replace_bytes, sync_directory
-from .manifest import MODEL_FOLDER, OPTIMIZER_FOLDER, POINTER_NAME, Manifest, read_manifest, write_manifest
+from .manifest import (
+    MODEL_FOLDER,
+    OPTIMIZER_FOLDER,
+    POINTER_NAME,
+    Manifest,
+    model_differences,
+    read_manifest,
+    write_manifest,
+)
 from .shards import FolderSave, ShardedState, agree, attempt, load_folder
 
 logger = logging.getLogger(__name__)
@@ -198,11 +206,14 @@ class CheckpointManager:
         """Load a training checkpoint into this rank's shards, at any layout.
 
         Raises:
-            CheckpointError: not a training checkpoint, or its tensors are not those of this run.
+            CheckpointError: not a training checkpoint, of another stage or model, or it holds more than data.
         """
         manifest = read_manifest(checkpoint)
-        if manifest.kind != "training":
-            raise CheckpointError(f"{checkpoint}: expected a training checkpoint, found {manifest.kind}")
+        if manifest.kind != "training" or manifest.origin != self._config.stage:
+            found = f"{manifest.kind} of {manifest.origin}"
+            raise CheckpointError(f"{checkpoint}: expected training of {self._config.stage}, found {found}")
+        if differences := model_differences(manifest.model, self._config.model):
+            raise CheckpointError(f"{checkpoint}: another model: " + "; ".join(differences))
         return Loaded(
             manifest,
             load_folder(model, checkpoint / MODEL_FOLDER),

@@ -114,3 +114,21 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(
         f"{path}: not a checkpoint (no {MANIFEST_NAME}, no {POINTER_NAME}, no checkpoints/)"
     )
+
+
+def model_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
+    """Fields in which two model shapes differ, as `field: expected x, found y`. Initialisation does not
+    count."""
+    flat_found, flat_expected = (
+        {
+            f"{part}.{field}": value
+            for part, fields in model.model_dump(exclude={"init_std"}).items()
+            for field, value in fields.items()
+        }
+        for model in (found, expected)
+    )
+    return [
+        f"{name}: expected {flat_expected.get(name)}, found {flat_found.get(name)}"
+        for name in flat_expected
+        if flat_expected[name] != flat_found.get(name)
+    ]

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from .files import CheckpointError
 
 INDEX_NAME = ".metadata"
+COMMON_NAME = "common.pt"
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ADMITTED = {
@@ -89,3 +90,19 @@ def load_data(path: Path, content: bytes | None = None) -> Any:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: refused: not plain data: {reason}") from None
+
+
+def check_data_only(folder: Path) -> None:
+    """Make sure that reading the folder runs no code: index, common part and objects hold data only.
+
+    Raises:
+        CheckpointError: naming the file and what it asked for.
+    """
+    index = read_index(folder)
+    load_data(folder / COMMON_NAME)
+    for where, place in index.storage_data.items():
+        if isinstance(index.state_dict_metadata.get(where.fqn), BytesStorageMetadata):
+            path = folder / place.relative_path
+            with open(path, "rb") as file:
+                file.seek(place.offset)
+                load_data(path, file.read(place.length))

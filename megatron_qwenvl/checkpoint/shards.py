@@ -35,11 +35,11 @@ from megatron.core.dist_checkpointing.validation import (
     validate_sharding_integrity,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from .files import CheckpointError, FileRecord, sync_directory, write_bytes, writing
 from .items import StoredItem, write_index, write_item
-from .pickles import load_data, read_index
+from .pickles import check_data_only
 
 ShardedState = dict[str, Any]
 """A megatron-core sharded state dict of this rank."""
@@ -172,22 +172,6 @@ def _host_copy(data: Tensor | io.BytesIO, always: bool = False) -> Tensor | io.B
     shared = host.data_ptr() == data.data_ptr()
     owns_storage = host.untyped_storage().nbytes() == host.numel() * host.element_size()
     return host.clone() if (shared and always) or not owns_storage else host
-
-
-def check_data_only(folder: Path) -> None:
-    """Make sure that reading the folder runs no code: index, common part and objects hold data only.
-
-    Raises:
-        CheckpointError: naming the file and what it asked for.
-    """
-    index = read_index(folder)
-    load_data(folder / COMMON_STATE_FNAME)
-    for where, place in index.storage_data.items():
-        if isinstance(index.state_dict_metadata.get(where.fqn), BytesStorageMetadata):
-            path = folder / place.relative_path
-            with open(path, "rb") as file:
-                file.seek(place.offset)
-                load_data(path, file.read(place.length))
 
 
 def load_folder(state: ShardedState, folder: Path) -> ShardedState:

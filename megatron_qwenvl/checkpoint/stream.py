@@ -26,7 +26,7 @@ from megatron_qwenvl.model.shapes import Shape
 from .files import CheckpointError, FileRecord, OnBytes, sync_directory, write_bytes, writing
 from .items import StoredItem, read_item, write_index, write_item
 from .names import chunk_grid
-from .pickles import INDEX_NAME, read_index
+from .pickles import COMMON_NAME, INDEX_NAME, read_index
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def finish_folder(
         "common_backend_version": 1,
     }
     records = {
-        "common.pt": write_bytes(folder / "common.pt", nothing.getvalue()),
+        COMMON_NAME: write_bytes(folder / COMMON_NAME, nothing.getvalue()),
         "metadata.json": write_bytes(folder / "metadata.json", json.dumps(mark).encode()),
         INDEX_NAME: write_index(folder, Metadata(state_dict_metadata=entries), items),
     }

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron_qwenvl.config.schema import ModelConfig, RunConfig
+from megatron_qwenvl.config.schema import RunConfig
 
 from .files import CheckpointError
 from .manager import find_problems
-from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest
+from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, model_differences, read_manifest
 from .shards import ShardedState, load_folder
 
 MODEL_METADATA: dict[str, Any] = {"non_homogeneous_layers": True}
@@ -88,21 +88,3 @@ def check_start(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None
         raise CheckpointError(
             f"{checkpoint}: made to start {manifest.start_of}, but this run is {config.stage}"
         )
-
-
-def model_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
-    """Fields in which two model shapes differ, as `field: expected x, found y`. Initialisation does not
-    count."""
-    flat_found, flat_expected = (
-        {
-            f"{part}.{field}": value
-            for part, fields in model.model_dump(exclude={"init_std"}).items()
-            for field, value in fields.items()
-        }
-        for model in (found, expected)
-    )
-    return [
-        f"{name}: expected {flat_expected.get(name)}, found {flat_found.get(name)}"
-        for name in flat_expected
-        if flat_expected[name] != flat_found.get(name)
-    ]

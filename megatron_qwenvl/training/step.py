@@ -181,7 +181,11 @@ class StepRunner:
     def _report(self, batches: Sequence[Batch], sums: Tensor) -> StepReport:
         """Reduce counts and losses over all ranks, each quantity contributed once per data-parallel rank."""
         counts_here = self.runtime.is_last_stage and self.runtime.tensor_rank == 0
-        counts = torch.tensor([_counts(batches)], dtype=torch.float64, device=self.runtime.device)[0]
+        counts = torch.tensor(
+            _counts(batches, self.config.data.packing == "interleaved"),
+            dtype=torch.float64,
+            device=self.runtime.device,
+        )
         values = torch.cat([sums.flatten(), counts])
         totals = self.runtime.all_sum(values if counts_here else torch.zeros_like(values)).tolist()
         losses, tokens = totals[: len(TASKS)], totals[len(TASKS) : 2 * len(TASKS)]
@@ -217,14 +221,21 @@ def _without_loss_of(batch: Batch, bad: tuple[int, ...]) -> Batch:
     return replace(batch, bad_samples=bad, loss_mask=batch.loss_mask.masked_fill(lost, 0.0))
 
 
-def _counts(batches: Sequence[Batch]) -> list[float]:
+def _counts(batches: Sequence[Batch], interleaved: bool) -> list[float]:
     """Tokens, padded tokens, images, samples, unreadable samples, attention pairs."""
-    bounds = [batch.cu_seqlens.clamp(max=batch.real_tokens).double() for batch in batches]
     return [
         sum(batch.real_tokens for batch in batches),
         sum(batch.length for batch in batches),
         sum(batch.num_images for batch in batches),
         sum(batch.num_samples for batch in batches),
         sum(len(batch.bad_samples) for batch in batches),
-        sum(float((bound.diff() ** 2).sum()) for bound in bounds),
+        sum(_attention_pairs(batch, interleaved) for batch in batches),
     ]
+
+
+def _attention_pairs(batch: Batch, interleaved: bool) -> float:
+    """Sum of squared lengths of what attends to itself: the filled part of an interleaved pack, or a sample."""
+    if interleaved:
+        return float(batch.real_tokens) ** 2
+    assert batch.sample_ids is not None, "samples are known to every pipeline stage"
+    return float((torch.bincount(batch.sample_ids[batch.sample_ids >= 0]).double() ** 2).sum())

@@ -186,6 +186,7 @@ def test_training_continues_in_any_layout(tmp_path: Path, saved_by: str) -> None
     to rounding in others. A wrong moment, master weight, step count or learning-rate group would show."""
     ranks, parallel = LAYOUTS[saved_by]
     going_on = run_ranks(ranks, train, optimizing_config(**parallel), tmp_path, False)[0]
+    assert verify(tmp_path) == []
     for name, (ranks, parallel) in LAYOUTS.items():
         resumed = run_ranks(ranks, train, optimizing_config(**parallel), tmp_path, True)[0]
         if parallel == LAYOUTS[saved_by][1] and ranks == LAYOUTS[saved_by][0]:

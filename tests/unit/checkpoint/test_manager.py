@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_qwenvl.checkpoint.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.manifest import read_manifest
+from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 
@@ -52,6 +53,28 @@ def test_keeps_the_last_two_and_every_fourth_step(tmp_path: Path) -> None:
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert run_ranks(1, load_newest, tmp_path / "new") == [None]
+
+
+def load_as(process: ProcessInfo, folder: Path, config: RunConfig) -> str:
+    join(process)
+    manager = CheckpointManager(folder, config)
+    newest = manager.latest()
+    assert newest is not None
+    return failing(lambda: manager.load(newest, state(0), state(0)))
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    """A run directory that is used again for another stage or model."""
+    run_ranks(1, save_steps, tmp_path, [5])
+    other_stage = CONFIG.model_copy(update={"stage": "stage2"})
+    assert (
+        "expected training of stage2, found training of stage1"
+        in run_ranks(1, load_as, tmp_path, other_stage)[0]
+    )
+    wider = CONFIG.model.model_copy(update={"decoder": CONFIG.model.decoder.model_copy(update={"heads": 2})})
+    other_model = CONFIG.model_copy(update={"model": wider})
+    assert "decoder.heads: expected 2, found 4" in run_ranks(1, load_as, tmp_path, other_model)[0]
+    assert run_ranks(1, load_as, tmp_path, CONFIG) == [""]
 
 
 def flip_bit(path: Path) -> None:
