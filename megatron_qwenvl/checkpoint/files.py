@@ -44,6 +44,8 @@ class DigestWriter(io.RawIOBase):
         self._hash = hashlib.sha256()
         self._written = 0
         self._on_bytes = on_bytes
+        self.failure: OSError | None = None
+        """Why a write failed; torch's own writer hides it."""
 
     def writable(self) -> bool:
         """Always True."""
@@ -57,8 +59,12 @@ class DigestWriter(io.RawIOBase):
         """Write and digest all of `data` (any contiguous buffer)."""
         view = memoryview(data).cast("B")
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])  # a raw write may be short
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])  # a raw write may be short
+        except OSError as error:
+            self.failure = error
+            raise
         self._hash.update(view)
         self._written += len(view)
         self._on_bytes(len(view))

@@ -36,12 +36,18 @@ def write_item(
         file_name: its name relative to the folder, as the index records it.
         index: the item's name and offset in the full tensor.
         data: a contiguous CPU tensor that owns exactly its storage, or bytes that are serialised already.
+
+    Raises:
+        OSError: the file system refused.
     """
     start = file.tell()
-    if isinstance(data, io.BytesIO):
-        file.write(data.getbuffer())
-    else:
-        torch.save(data, file)  # type: ignore[arg-type]
+    try:
+        if isinstance(data, io.BytesIO):
+            file.write(data.getbuffer())
+        else:
+            torch.save(data, file)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise file.failure or error from None
     return index, _StorageInfo(file_name, start, file.tell() - start)
 
 

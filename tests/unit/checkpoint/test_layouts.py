@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from megatron_qwenvl.checkpoint.examine import compare, open_weights, verify
+from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
-from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
+from megatron_qwenvl.checkpoint.weights import (
+    OPTIMIZER_METADATA,
+    check_start,
+    fill_model,
+    load_weights,
+    model_state,
+)
 from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, RunConfig, VisionConfig
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
@@ -114,6 +121,16 @@ def test_weights_of_another_model_are_refused_by_field(imported: Path) -> None:
     other = EIGHT_HEADS.model_copy(update={"vision": EIGHT_HEADS.vision.model_copy(update={"heads": 4})})
     (message,) = run_ranks(1, start_elsewhere, imported / "ours", config_of(other))
     assert "vision.heads: expected 4, found 8" in message
+
+
+def test_weights_made_for_another_stage_are_refused(imported: Path) -> None:
+    manifest = read_manifest(imported / "ours")
+    config = config_of(EIGHT_HEADS)
+    assert config.stage == "stage2"
+    for start_of in (None, "stage2"):
+        check_start(imported, manifest.model_copy(update={"start_of": start_of}), config)
+    with pytest.raises(CheckpointError, match="made to start stage3, but this run is stage2"):
+        check_start(imported, manifest.model_copy(update={"start_of": "stage3"}), config)
 
 
 def test_damaged_weights_are_refused_by_file(tmp_path: Path) -> None:
