@@ -27,7 +27,8 @@ import torch.distributed as dist
 
 from megatron_qwenvl.config.schema import RunConfig
 
-from .files import CheckpointError, file_problem, replace_bytes, sync_directory
+from .collective import agree, attempt, find_problems
+from .files import CheckpointError, replace_bytes, sync_directory
 from .manifest import (
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
@@ -37,7 +38,7 @@ from .manifest import (
     read_manifest,
     write_manifest,
 )
-from .shards import FolderSave, ShardedState, agree, attempt, load_folder
+from .shards import FolderSave, ShardedState, load_folder
 
 logger = logging.getLogger(__name__)
 
@@ -307,19 +308,3 @@ def _write_all(folders: dict[str, FolderSave]) -> Exception | None:
             folder.write()
 
     return attempt(write)
-
-
-def find_problems(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, file by file, the same list on all ranks. Collective; every rank
-    digests its share of the files."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine: list[str | None] = []
-    try:
-        files = sorted(read_manifest(checkpoint).files.items())
-    except CheckpointError as error:
-        files = []
-        mine.append(str(error) if rank == 0 else None)
-    mine += [file_problem(checkpoint / name, record) for name, record in files[rank::world]]
-    gathered: list[list[str | None]] = [[]] * world
-    dist.all_gather_object(gathered, mine)
-    return [problem for problems in gathered for problem in problems if problem is not None]

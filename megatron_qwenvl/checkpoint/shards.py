@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,36 +36,13 @@ from megatron.core.dist_checkpointing.validation import (
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
+from .collective import agree, attempt
 from .files import CheckpointError, FileRecord, sync_directory, write_bytes, writing
 from .items import StoredItem, write_index, write_item
 from .pickles import check_data_only
 
 ShardedState = dict[str, Any]
 """A megatron-core sharded state dict of this rank."""
-
-
-def agree(error: Exception | None, what: str) -> None:
-    """Raise on every rank if any rank has an error. Collective.
-
-    Raises:
-        CheckpointError: naming `what` and the failed ranks' errors.
-    """
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-    found = [f"rank {rank}: {message}" for rank, message in enumerate(errors) if message is not None]
-    if found:
-        raise CheckpointError(
-            f"{what}: {'; '.join(found[:4])}" + (" ..." if len(found) > 4 else "")
-        ) from error
-
-
-def attempt(action: Callable[[], object]) -> Exception | None:
-    """Run `action` and return the exception it raised."""
-    try:
-        action()
-    except Exception as error:
-        return error
-    return None
 
 
 def without_extra_state(state: ShardedState) -> ShardedState:

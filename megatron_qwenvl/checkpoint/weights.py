@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from megatron_qwenvl.config.schema import RunConfig
 
+from .collective import find_problems
 from .files import CheckpointError
-from .manager import find_problems
 from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, model_differences, read_manifest
 from .shards import ShardedState, load_folder
 
