@@ -1,0 +1,112 @@
+"""What the demo's model has learned to see: scores on held-out drawn pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.images import image_size
+from megatron_qwenvl.data.manifest import list_shards
+from megatron_qwenvl.data.shards import scan_shard
+from megatron_qwenvl.data.tasks import VQA, Caption, Referring, Sample, decode_record
+from megatron_qwenvl.data.writer import normalise
+
+from .metrics import Box, blind_accuracy, box_accuracy, derange_within_groups, exact_match
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sample to be answered.
+
+    Attributes:
+        record: what is asked; without the answer when it is given to a model.
+        pictures: file name (`png`, `0.png`) and encoded bytes of each picture.
+    """
+
+    record: Sample
+    pictures: tuple[tuple[str, bytes], ...]
+
+
+AnswerFunction = Callable[[Sequence[Question]], list[str]]
+"""Greedy answers to questions, in their order."""
+
+
+def read_questions(directory: Path) -> list[Question]:
+    """The samples of a directory of shards that hold one picture each, in order.
+
+    Raises:
+        DataError: no such directory, no shard in it, or a damaged shard.
+        SampleError: a malformed record.
+    """
+    questions = []
+    for path in list_shards(directory):
+        with path.open("rb") as file:
+            for sample in scan_shard(file, path):
+                members = {
+                    name: os.pread(file.fileno(), member.size, member.offset)
+                    for name, member in sample.members.items()
+                }
+                if "json" not in members:
+                    raise DataError(f"{path}: sample {sample.key!r} has no .json")
+                record = decode_record("json", members.pop("json"))
+                questions.append(Question(record, tuple(members.items())))
+    return questions
+
+
+def evaluate_demo(
+    answer: AnswerFunction,
+    vqa: Sequence[Question],
+    referring: Sequence[Question],
+    captions: Sequence[Question],
+    seed: int = 0,
+) -> dict[str, float]:
+    """Question a model about held-out pictures.
+
+    Args:
+        answer: the model; it is given no answers.
+        vqa: questions with their answers; asked twice, the second time with the pictures exchanged between
+            equal questions.
+        referring: phrases with their boxes.
+        captions: pictures with their captions.
+        seed: seed of the exchange.
+
+    Returns:
+        Shares between 0 and 1: `vqa_accuracy`, `vqa_accuracy_shuffled_images`, `vqa_chance` (the best that
+        can be had from the question alone), `referring_accuracy_iou50`, `caption_exact_match`.
+    """
+    asked = [question.record for question in vqa if isinstance(question.record, VQA)]
+    texts, expected = [record.question for record in asked], [record.answer or "" for record in asked]
+    source = derange_within_groups(texts, Random(seed))
+    shuffled = [replace(question, pictures=vqa[i].pictures) for question, i in zip(vqa, source, strict=True)]
+    described = [q.record.caption or "" for q in captions if isinstance(q.record, Caption)]
+    boxes = [_expected_box(question) for question in referring]
+    return {
+        "vqa_accuracy": exact_match(answer(_unanswered(vqa)), expected),
+        "vqa_accuracy_shuffled_images": exact_match(answer(_unanswered(shuffled)), expected),
+        "vqa_chance": blind_accuracy(texts, expected),
+        "referring_accuracy_iou50": box_accuracy(answer(_unanswered(referring)), boxes),
+        "caption_exact_match": exact_match(answer(_unanswered(captions)), described),
+    }
+
+
+def _unanswered(questions: Sequence[Question]) -> list[Question]:
+    """The questions without anything that a model could copy."""
+    keys: dict[type[Sample], str] = {VQA: "answer", Caption: "caption", Referring: "boxes"}
+    return [
+        replace(question, record=question.record.model_copy(update={keys[type(question.record)]: None}))
+        for question in questions
+    ]
+
+
+def _expected_box(question: Question) -> Box:
+    """The only box of a referring sample in thousandths of its picture."""
+    record = question.record
+    if not isinstance(record, Referring) or not record.boxes:
+        raise ValueError(f"expected a referring sample with a box, found {record}")
+    width, height = image_size(question.pictures[0][1])
+    x1, y1, x2, y2 = record.boxes[0]
+    return (*normalise((x1, y1), width, height), *normalise((x2, y2), width, height))
