@@ -123,7 +123,8 @@ class DataConfig(Section):
     max_sample_length: int = Field(512, ge=8)
     """Longest sample in tokens (image slots included); longer ones are skipped and counted."""
     pack_length: int = Field(4096, ge=8)
-    """Tokens of one pack; a packed micro-batch is one pack. Unused with `packing: none`."""
+    """Most tokens of one pack; a packed micro-batch is one pack, padded to a multiple of 64 positions. Unused
+    with `packing: none`."""
     max_image_pixels: int = Field(50_000_000, ge=1)
     """Images with more pixels (width x height) than this are skipped and counted."""
     shuffle_window: int = Field(8, ge=1)

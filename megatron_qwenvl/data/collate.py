@@ -71,7 +71,8 @@ def collate(micro_batch: MicroBatch, samples: SampleTable, reader: SampleReader,
         DataError: a shard differs from its index.
     """
     plan = reader.plan
-    layout = lay_out(micro_batch, samples, plan.data.packing, plan.row_length)
+    filled = int(sum(samples.length[list(pack)].sum() for pack in micro_batch))
+    layout = lay_out(micro_batch, samples, plan.data.packing, plan.padded_length(filled))
     images = samples.images[layout.rows]
     bad: dict[int, str] = {}
     batch = Batch(

@@ -128,7 +128,7 @@ class StepLoader:
             samples=len(batch.samples),
             images=int(batch.samples.images.sum()),
             tokens=int(batch.samples.length.sum()),
-            positions=count * self._ranks * self.plan.rows(self._ranks) * self.plan.row_length,
+            positions=self.plan.positions(batch, self._ranks),
             skipped=tuple(batch.skipped),
         )
 

@@ -23,6 +23,9 @@ from .order import Limits, Mixture, SampleTable, Skipped, SourceOrder, hash64
 from .packing import CostWeights, Pack, deal, make_packs, pack_costs
 from .tasks import TASKS
 
+PACK_MULTIPLE = 64
+"""Positions of a pack are a multiple of this (or `pack_length`): divisible by any tensor-parallel size in use."""
+
 MicroBatch = tuple[Pack, ...]  # one pack, or with `packing: none` several rows of at most one sample
 
 
@@ -116,8 +119,22 @@ class StepPlan:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a pack, or of a padded row."""
+        """Tokens that a pack can hold, or of a padded row."""
         return self.data.max_sample_length if self.data.packing == "none" else self.data.pack_length
+
+    def padded_length(self, filled: int) -> int:
+        """Positions of a pack with `filled` tokens: up to the next multiple of `PACK_MULTIPLE`, so that packs
+        that the step cannot fill cost little. Padded rows keep their length."""
+        if self.data.packing == "none":
+            return self.row_length
+        return min(self.row_length, max(1, math.ceil(filled / PACK_MULTIPLE)) * PACK_MULTIPLE)
+
+    def positions(self, batch: GlobalBatch, ranks: int) -> int:
+        """Decoder positions of a step with padding, empty packs and rows included."""
+        rows = self.micro_batches(batch, ranks) * ranks * self.rows(ranks)
+        filled = [int(batch.samples.length[list(pack)].sum()) for pack in batch.packs]
+        empty = rows - len(filled)
+        return sum(map(self.padded_length, filled)) + empty * self.padded_length(0)
 
     def index(self, source: int, shard: int) -> ShardIndex:
         """Index of a shard, cached.

@@ -26,14 +26,16 @@ QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 DIGITS = "0123456789"
 SIDES = (112, 128)
 """Widths and heights of pictures in pixels."""
-LETTERING = 52
-"""Height of a drawn text's font in pixels."""
 
 # Near the mean of natural pictures, which normalisation maps to zero: what is drawn stands out.
 _BACKGROUNDS = ((118, 118, 118), (110, 118, 128), (128, 118, 108), (128, 128, 128))
 _INK = (255, 255, 255)
+# In fractions of the picture's sides. Digits, of which there are most kinds, move least.
 _RADIUS = (0.17, 0.21)
-_JITTER = 0.015
+_FONT_SIZE = 0.5
+_FIGURE_JITTER = 0.015
+_DIGIT_JITTER = 0.004
+# In pixels.
 _STROKE = 2
 _OUTLINE = 4
 
@@ -58,16 +60,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Lettering:
-    """A short text: its centre in pixels."""
+    """A short text: its centre and the size of its font in pixels."""
 
     text: str
     x: float
     y: float
+    size: int
 
     @property
     def quad(self) -> Quad:
         """The corners of the text's ink in pixels, clockwise from the top-left."""
-        x1, y1, x2, y2 = font(LETTERING).getbbox(self.text, anchor="mm", stroke_width=_STROKE)
+        x1, y1, x2, y2 = font(self.size).getbbox(self.text, anchor="mm", stroke_width=_STROKE)
         return (
             (self.x + x1, self.y + y1),
             (self.x + x2, self.y + y1),
@@ -102,11 +105,17 @@ def shape_scene(rng: Random, figures: int = 1) -> Scene:
     shapes, colors = rng.sample(SHAPES, figures), rng.sample(list(COLORS), figures)
     drawn = [
         Figure(
-            shape, color, quarter, *_place(rng, quarter, width, height), radius=_radius(rng, width, height)
+            shape,
+            color,
+            quarter,
+            *_place(rng, quarter, width, height, _FIGURE_JITTER),
+            radius=_radius(rng, width, height),
         )
         for shape, color, quarter in zip(shapes, colors, quarters, strict=True)
     ]
-    digit = Lettering(rng.choice(DIGITS), *_place(rng, free, width, height))
+    digit = Lettering(
+        rng.choice(DIGITS), *_place(rng, free, width, height, _DIGIT_JITTER), size=_font_size(width, height)
+    )
     drawn.sort(key=lambda figure: figure.quarter)
     return Scene(width, height, rng.choice(_BACKGROUNDS), tuple(drawn), (digit,))
 
@@ -123,15 +132,19 @@ def text_scene(rng: Random) -> Scene:
     return Scene(width, height, rng.choice(_BACKGROUNDS), (), lines)
 
 
-def _place(rng: Random, quarter: int, width: int, height: int) -> tuple[float, float]:
+def _place(rng: Random, quarter: int, width: int, height: int, jitter: float) -> tuple[float, float]:
     """A point near the middle of a quarter."""
     column, row = quarter % 2, quarter // 2
-    x, y = (0.25 + 0.5 * at + rng.uniform(-_JITTER, _JITTER) for at in (column, row))
+    x, y = (0.25 + 0.5 * at + rng.uniform(-jitter, jitter) for at in (column, row))
     return x * width, y * height
 
 
 def _radius(rng: Random, width: int, height: int) -> float:
     return rng.uniform(*_RADIUS) * min(width, height)
+
+
+def _font_size(width: int, height: int) -> int:
+    return round(_FONT_SIZE * min(width, height))
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -143,7 +156,7 @@ def draw(scene: Scene) -> Image.Image:
     for text in scene.texts:
         style: dict[str, Any] = {
             "fill": _INK,
-            "font": font(LETTERING),
+            "font": font(text.size),
             "anchor": "mm",
             "stroke_width": _STROKE,
         }

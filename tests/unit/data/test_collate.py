@@ -18,7 +18,7 @@ from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.formats import render_sample
 from megatron_qwenvl.data.indexing import IndexJob, index_directory
 from megatron_qwenvl.data.order import SampleTable
-from megatron_qwenvl.data.plan import MicroBatch, StepPlan, training_plan
+from megatron_qwenvl.data.plan import PACK_MULTIPLE, MicroBatch, StepPlan, training_plan
 from megatron_qwenvl.data.reader import SampleReader
 from megatron_qwenvl.data.tasks import TASKS, parse_sample
 from megatron_qwenvl.data.tokenizer import Tokenizer
@@ -104,12 +104,13 @@ def test_segments_and_positions(root: Path, byte_level: Tokenizer, packing: str)
         ]
         assert batch.position_ids.tolist() == positions
         assert batch.max_segment == max(np.diff(bounds))
+        if packing != "none":  # padded up to the next multiple only
+            assert batch.length % PACK_MULTIPLE == 0 and batch.length <= 512
+            assert 0 <= batch.length - max(1, batch.real_tokens) < PACK_MULTIPLE
         if packing == "isolated":
-            assert batch.length == 512
-            padded = batch.real_tokens < 512
-            assert len(bounds) - 1 == len(keys) + padded
+            assert len(bounds) - 1 == len(keys) + (batch.real_tokens < batch.length)
         elif packing == "interleaved":
-            assert bounds == [0, 512]
+            assert bounds == [0, batch.length]
         else:
             assert bounds == list(range(0, 4 * 256 + 1, 256))
 

@@ -182,9 +182,10 @@ def test_workers_end_when_the_training_process_is_killed(root: Path) -> None:
 
 def test_a_stage_that_reads_nothing_starts_no_worker(root: Path) -> None:
     loader = build_loader(run_config(root, {"a": 1}, workers=2), needs=DataNeeds(pixels=False, tokens=False))
+    before = set(multiprocessing.active_children())  # workers of earlier tests may be ending
     steps = iter(loader)
     next(steps)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_config_is_untouched(root: Path) -> None:

@@ -1,0 +1,162 @@
+"""Train a tiny model through the three stages on this machine and question it about held-out pictures.
+
+    python tools/demo.py [--tensor 2] [--pipeline 2] [--out runs/demo] [--data data/demo]
+
+Writes the data set, trains stage 1, converts, trains stage 2, converts, trains stage 3 as tensor x pipeline
+processes over gloo, then asks. Scores and seconds go to OUT/report.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("stage1", "stage2", "stage3")
+VQA_GOAL = 0.90
+EXAMPLES = 10
+"""Questions that are shown with their answers."""
+
+
+def main() -> int:
+    """Run the demo; exits with 1 if a part of it fails or the model did not learn to see."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tensor", type=int, default=2, help="tensor-parallel size")
+    parser.add_argument("--pipeline", type=int, default=2, help="pipeline-parallel size")
+    parser.add_argument("--data-parallel", type=int, default=1, help="data-parallel size")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="replaced if it exists")
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="replaced if it exists")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of data and weights")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    for folder in (arguments.out, arguments.data):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        make_data(arguments)
+        for number, stage in enumerate(STAGES):
+            train(arguments, stage, previous=STAGES[number - 1] if number else None)
+    except subprocess.CalledProcessError as error:
+        print(
+            f"demo: {' '.join(error.cmd[1:4])} ... failed with exit code {error.returncode}", file=sys.stderr
+        )
+        return 1
+    report = question(arguments)
+    report["seconds"] = round(time.monotonic() - began, 1)
+    (arguments.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    return conclude(report, arguments.out)
+
+
+def run(*command: str, **env: str) -> None:
+    """Run a Python program of this project with its output on the screen."""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+    )
+
+
+def heading(text: str) -> None:
+    """Announce the next part."""
+    print(f"\n=== {text}", flush=True)
+
+
+def make_data(arguments: argparse.Namespace) -> None:
+    """Draw and index the data set."""
+    heading("data: pictures with shapes and digits, all tasks, English and Chinese")
+    data = str(arguments.data.resolve())
+    run("tools/make_demo_data.py", "--out", data, "--seed", str(arguments.seed))
+    folders = sorted({str(shard.parent) for shard in Path(data).glob("**/*.tar")})
+    run("tools/index_shards.py", *folders)
+
+
+def train(arguments: argparse.Namespace, stage: str, previous: str | None) -> None:
+    """Train one stage from the weights of the one before."""
+    out = arguments.out.resolve()
+    start: list[str] = []
+    if previous is not None:
+        heading(f"transition: {previous} -> {stage}")
+        weights = str(out / f"{stage}_start")
+        run(
+            "tools/convert_checkpoint.py",
+            "next-stage",
+            "--from",
+            str(out / previous),
+            "--to",
+            stage,
+            "--out",
+            weights,
+        )
+        start = ["--checkpoint.init_from", weights]
+    processes = arguments.tensor * arguments.pipeline * arguments.data_parallel
+    heading(f"{stage}: {processes} processes, tensor {arguments.tensor} x pipeline {arguments.pipeline}")
+    subprocess.run(
+        [
+            str(ROOT / "launch" / "local.sh"),
+            "--recipe", f"tiny_{stage}",
+            "--run_dir", str(out / stage),
+            "--seed", str(arguments.seed),
+            "--data.root", str(arguments.data.resolve()),
+            "--parallel.tensor", str(arguments.tensor),
+            "--parallel.pipeline", str(arguments.pipeline),
+            "--parallel.sequence_parallel", str(arguments.tensor > 1).lower(),
+            *start,
+        ],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "NPROC": str(processes), "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+
+
+def question(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load the final checkpoint into one process and ask about held-out pictures."""
+    heading("questions about held-out pictures")
+    from megatron_qwenvl.config.load import load_config
+    from megatron_qwenvl.data.tasks import VQA
+    from megatron_qwenvl.data.tokenizer import load_tokenizer
+    from megatron_qwenvl.evaluation.answers import Answers
+    from megatron_qwenvl.evaluation.demo import evaluate_demo, read_questions
+    from megatron_qwenvl.inference.generate import Generator
+    from megatron_qwenvl.runtime import engine
+
+    config = load_config("tiny_stage3", ["--data.root", str(arguments.data.resolve())])
+    runtime = engine.start(config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    generator = Generator.load(arguments.out / "stage3", config, tokenizer, runtime)
+    answer = Answers(generator, config, tokenizer)
+    vqa, referring, captions = (
+        read_questions(arguments.data / "test" / task) for task in ("vqa", "referring", "caption")
+    )
+    for asked, found in zip(vqa[:EXAMPLES], answer(vqa[:EXAMPLES]), strict=True):
+        assert isinstance(asked.record, VQA)
+        print(f"  {asked.record.question}  {found}  (expected: {asked.record.answer})")
+    report: dict[str, Any] = evaluate_demo(answer, vqa, referring, captions)
+    for name, value in report.items():
+        print(f"  {name}: {value:.3f}", flush=True)
+    engine.stop()
+    return report
+
+
+def conclude(report: dict[str, Any], out: Path) -> int:
+    """Say what came out."""
+    learned = report["vqa_accuracy"] >= VQA_GOAL
+    print(f"\n{out / 'report.json'} written after {report['seconds']:.0f} s")
+    print(
+        f"The model {'learned' if learned else 'DID NOT learn'} to see: {report['vqa_accuracy']:.0%} of the "
+        f"answers are right, {report['vqa_accuracy_shuffled_images']:.0%} with exchanged pictures "
+        f"(chance is {report['vqa_chance']:.0%})."
+    )
+    return 0 if learned else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
