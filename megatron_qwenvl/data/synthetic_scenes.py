@@ -123,11 +123,10 @@ def shape_scene(rng: Random, figures: int = 1) -> Scene:
 def text_scene(rng: Random) -> Scene:
     """Two numbers of one or two digits, one above the other."""
     width, height = rng.choice(SIDES), rng.choice(SIDES)
+    numbers = ("".join(rng.choices(DIGITS, k=rng.randint(1, 2))) for _ in range(2))
     lines = tuple(
-        Lettering(
-            "".join(rng.choices(DIGITS, k=rng.randint(1, 2))), x=width / 2, y=height * (0.25 + 0.5 * row)
-        )
-        for row in range(2)
+        Lettering(number, width / 2, middle * height, _font_size(width, height))
+        for number, middle in zip(numbers, (0.25, 0.75), strict=True)
     )
     return Scene(width, height, rng.choice(_BACKGROUNDS), (), lines)
 
