@@ -121,6 +121,7 @@ def question(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load the final checkpoint into one process and ask about held-out pictures."""
     heading("questions about held-out pictures")
     from megatron_qwenvl.config.load import load_config
+    from megatron_qwenvl.data.synthetic import TEST_TASKS
     from megatron_qwenvl.data.tasks import VQA
     from megatron_qwenvl.data.tokenizer import load_tokenizer
     from megatron_qwenvl.evaluation.answers import Answers
@@ -133,13 +134,14 @@ def question(arguments: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.data.tokenizer)
     generator = Generator.load(arguments.out / "stage3", config, tokenizer, runtime)
     answer = Answers(generator, config, tokenizer)
-    vqa, referring, captions = (
-        read_questions(arguments.data / "test" / task) for task in ("vqa", "referring", "caption")
-    )
+    tests = {task: read_questions(arguments.data / "test" / task) for task in TEST_TASKS}
+    vqa = tests["vqa"]
     for asked, found in zip(vqa[:EXAMPLES], answer(vqa[:EXAMPLES]), strict=True):
         assert isinstance(asked.record, VQA)
         print(f"  {asked.record.question}  {found}  (expected: {asked.record.answer})")
-    report: dict[str, Any] = evaluate_demo(answer, vqa, referring, captions)
+    report: dict[str, Any] = evaluate_demo(
+        answer, vqa, tests["ocr_vqa"], tests["referring"], tests["caption"]
+    )
     for name, value in report.items():
         print(f"  {name}: {value:.3f}", flush=True)
     engine.stop()

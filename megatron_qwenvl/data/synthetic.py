@@ -2,7 +2,7 @@
 
 DIR/<source>/00000.tar ..           training: caption, vqa, grounding, ocr, text, chat
 DIR/val/<source>/00000.tar          the same sources, held out, for validation
-DIR/test/<task>/00000.tar           held-out questions: vqa (balanced answers), referring, caption
+DIR/test/<task>/00000.tar           held-out questions: vqa, ocr_vqa (balanced answers), referring, caption
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from random import Random
 
 import webdataset
 
-from .synthetic_records import TASK_MAKERS, VQA_ANSWERS, Drawn, vqa
+from .synthetic_records import POSSIBLE_ANSWERS, TASK_MAKERS, Drawn, vqa
 from .synthetic_scenes import Scene, draw
 
 SOURCES: dict[str, tuple[tuple[str, ...], float]] = {
@@ -27,7 +27,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], float]] = {
     "chat": (("chat",), 0.18),
 }
 """Tasks of every source and the source's share of the training samples."""
-TEST_TASKS = ("vqa", "referring", "caption")
+TEST_TASKS = ("vqa", "ocr_vqa", "referring", "caption")
 _TRAINING_SHARDS = 4
 
 
@@ -63,7 +63,11 @@ def _parts(train: int, held_out: int, seed: int) -> Iterator[tuple[str, Iterator
         yield f"val/{source}", _endless(tasks, Random(f"{seed}/val/{source}")), held_out
     for task in TEST_TASKS:
         rng = Random(f"{seed}/test/{task}")
-        yield f"test/{task}", balanced_vqa(rng) if task == "vqa" else _endless((task,), rng), held_out
+        yield (
+            f"test/{task}",
+            balanced_vqa(task, rng) if task in POSSIBLE_ANSWERS else _endless((task,), rng),
+            held_out,
+        )
 
 
 def _endless(tasks: tuple[str, ...], rng: Random) -> Iterator[Drawn]:
@@ -71,9 +75,9 @@ def _endless(tasks: tuple[str, ...], rng: Random) -> Iterator[Drawn]:
         yield TASK_MAKERS[task](rng)
 
 
-def balanced_vqa(rng: Random) -> Iterator[Drawn]:
-    """Endless questions about pictures: every question in turn, and every answer to a question in turn."""
-    answers = {question: cycle(possible) for question, possible in VQA_ANSWERS.items()}
+def balanced_vqa(task: str, rng: Random) -> Iterator[Drawn]:
+    """Endless questions of `vqa` or `ocr_vqa`: every question in turn, and every answer to a question in turn."""
+    answers = {question: cycle(possible) for question, possible in POSSIBLE_ANSWERS[task].items()}
     for question in cycle(answers):
         wanted = (question, next(answers[question]))
         record, scenes = vqa(rng)

@@ -35,10 +35,11 @@ _ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
     "place": {"en": QUARTERS, "zh": _QUARTERS},
     "digit": {"en": tuple(DIGITS), "zh": tuple(DIGITS)},
 }
-VQA_ANSWERS = {
-    QUESTIONS[kind][language]: _ANSWERS[kind][language] for kind in QUESTIONS for language in ("en", "zh")
+POSSIBLE_ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
+    task: {QUESTIONS[kind][language]: _ANSWERS[kind][language] for kind in kinds for language in ("en", "zh")}
+    for task, kinds in {"vqa": ("color", "shape", "place"), "ocr_vqa": ("digit",)}.items()
 }
-"""All answers to every question of `vqa`."""
+"""All answers to every question, by task: `ocr_vqa` asks about what is written in the picture."""
 
 
 def answer(kind: str, scene: Scene, language: str) -> str:

@@ -60,6 +60,7 @@ def read_questions(directory: Path) -> list[Question]:
 def evaluate_demo(
     answer: AnswerFunction,
     vqa: Sequence[Question],
+    ocr_vqa: Sequence[Question],
     referring: Sequence[Question],
     captions: Sequence[Question],
     seed: int = 0,
@@ -70,16 +71,16 @@ def evaluate_demo(
         answer: the model; it is given no answers.
         vqa: questions with their answers; asked twice, the second time with the pictures exchanged between
             equal questions.
+        ocr_vqa: questions about what is written in the picture.
         referring: phrases with their boxes.
         captions: pictures with their captions.
         seed: seed of the exchange.
 
     Returns:
         Shares between 0 and 1: `vqa_accuracy`, `vqa_accuracy_shuffled_images`, `vqa_chance` (the best that
-        can be had from the question alone), `referring_accuracy_iou50`, `caption_exact_match`.
+        can be had from the question alone), `ocr_vqa_accuracy`, `referring_accuracy_iou50`, `caption_exact_match`.
     """
-    asked = [question.record for question in vqa if isinstance(question.record, VQA)]
-    texts, expected = [record.question for record in asked], [record.answer or "" for record in asked]
+    texts, expected = _asked(vqa)
     source = derange_within_groups(texts, Random(seed))
     shuffled = [replace(question, pictures=vqa[i].pictures) for question, i in zip(vqa, source, strict=True)]
     described = [q.record.caption or "" for q in captions if isinstance(q.record, Caption)]
@@ -88,9 +89,16 @@ def evaluate_demo(
         "vqa_accuracy": exact_match(answer(_unanswered(vqa)), expected),
         "vqa_accuracy_shuffled_images": exact_match(answer(_unanswered(shuffled)), expected),
         "vqa_chance": blind_accuracy(texts, expected),
+        "ocr_vqa_accuracy": exact_match(answer(_unanswered(ocr_vqa)), _asked(ocr_vqa)[1]),
         "referring_accuracy_iou50": box_accuracy(answer(_unanswered(referring)), boxes),
         "caption_exact_match": exact_match(answer(_unanswered(captions)), described),
     }
+
+
+def _asked(questions: Sequence[Question]) -> tuple[list[str], list[str]]:
+    """Questions and expected answers."""
+    records = [question.record for question in questions if isinstance(question.record, VQA)]
+    return [record.question for record in records], [record.answer or "" for record in records]
 
 
 def _unanswered(questions: Sequence[Question]) -> list[Question]:

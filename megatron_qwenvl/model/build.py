@@ -81,8 +81,9 @@ def initialize_weights(stage: QwenVLStage, model: ModelConfig, seed: int) -> Non
     """Fresh weights that depend on the seed and the tensor's checkpoint key only, not on the layout.
 
     Linear layers and embeddings are normal with `init_std`, the projections into the residual stream scaled
-    down by sqrt(2 x layers) of their tower, adapter queries truncated-normal 0.02, ViT positions normal with
-    width^-0.5, norms 1, biases 0.
+    down by sqrt(2 x layers) of their tower, adapter queries truncated-normal 0.02, norms 1, biases 0. The patch
+    convolution is normal with fan_in^-0.5 and ViT positions with 0.5, so that neither drowns the other in the
+    norm that follows.
     """
     for key, shard in named_tensors(stage):
         full = fresh_tensor(key, shard.global_shape, model, seed)
@@ -106,7 +107,9 @@ def fresh_tensor(key: str, shape: tuple[int, ...], model: ModelConfig, seed: int
 
 def _std(key: str, model: ModelConfig) -> float:
     if key == "patch_embed.positional_embedding":
-        return model.vision.width**-0.5
+        return 0.5
+    if key == "patch_embed.conv1.weight":
+        return (3 * model.vision.patch_size**2) ** -0.5
     layers = model.vision.layers if layer_of(key).kind == "vit" else model.decoder.layers
     into_residual = key.endswith((".linear_proj.weight", ".linear_fc2.weight")) and "layers." in key
     return model.init_std / (2 * layers) ** 0.5 if into_residual else model.init_std

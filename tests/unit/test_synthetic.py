@@ -20,7 +20,7 @@ from megatron_qwenvl.data.index import load_index
 from megatron_qwenvl.data.indexing import IndexJob, index_directory
 from megatron_qwenvl.data.manifest import list_shards
 from megatron_qwenvl.data.synthetic import SOURCES, TEST_TASKS, balanced_vqa, make_demo_data
-from megatron_qwenvl.data.synthetic_records import QUESTIONS, TASK_MAKERS, VQA_ANSWERS, answer
+from megatron_qwenvl.data.synthetic_records import POSSIBLE_ANSWERS, QUESTIONS, TASK_MAKERS, answer
 from megatron_qwenvl.data.synthetic_scenes import COLORS, Scene, draw, shape_scene, text_scene
 from megatron_qwenvl.data.tasks import TASKS
 from tests.unit.data.test_tools import run_tool
@@ -145,18 +145,24 @@ def test_nothing_but_the_picture_tells_the_answer() -> None:
     for record, _ in (TASK_MAKERS["vqa"](rng) for _ in range(4000)):
         answers[record["question"]][record["answer"]] += 1
     assert {question: set(counts) for question, counts in answers.items()} == {
-        question: set(possible) for question, possible in VQA_ANSWERS.items()
+        question: set(possible) for asked in POSSIBLE_ANSWERS.values() for question, possible in asked.items()
     }
     for counts in answers.values():
         assert counts.most_common(1)[0][1] / counts.total() < 1.6 / len(counts)
 
 
-def test_test_questions_are_balanced_exactly() -> None:
-    questions = Counter((r["question"], r["answer"]) for r, _ in islice(balanced_vqa(Random(0)), 8 * 60))
-    assert len(questions) == sum(len(possible) for possible in VQA_ANSWERS.values())
-    for question, possible in VQA_ANSWERS.items():
+@pytest.mark.parametrize("task", POSSIBLE_ANSWERS)
+def test_test_questions_are_balanced_exactly(task: str) -> None:
+    expected = POSSIBLE_ANSWERS[task]
+    asked = islice(balanced_vqa(task, Random(0)), len(expected) * 60)
+    questions = Counter((record["question"], record["answer"]) for record, _ in asked)
+    assert len(questions) == sum(len(possible) for possible in expected.values())
+    for question, possible in expected.items():
         assert {questions[question, answer] for answer in possible} == {60 // len(possible)}
-    assert len(VQA_ANSWERS) == 2 * len(QUESTIONS)
+
+
+def test_every_question_belongs_to_one_task() -> None:
+    assert sum(len(asked) for asked in POSSIBLE_ANSWERS.values()) == 2 * len(QUESTIONS)
 
 
 def test_pictures_are_varied(demo: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.synthetic import make_demo_data
+from megatron_qwenvl.data.synthetic import TEST_TASKS, make_demo_data
 from megatron_qwenvl.data.tasks import VQA, Caption, Referring
 from megatron_qwenvl.evaluation.demo import Question, evaluate_demo, read_questions
 
@@ -19,11 +19,11 @@ Demo = dict[str, list[Question]]
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     out = tmp_path_factory.mktemp("demo")
     make_demo_data(out, train=100, held_out=96, seed=5)
-    return {task: read_questions(out / "test" / task) for task in ("vqa", "referring", "caption")}
+    return {task: read_questions(out / "test" / task) for task in TEST_TASKS}
 
 
 def evaluate(demo: Demo, answer: object) -> dict[str, float]:
-    return evaluate_demo(answer, demo["vqa"], demo["referring"], demo["caption"])  # type: ignore[arg-type]
+    return evaluate_demo(answer, demo["vqa"], demo["ocr_vqa"], demo["referring"], demo["caption"])  # type: ignore[arg-type]
 
 
 class Oracle:
