@@ -13,11 +13,11 @@ from .schema import (
     CheckpointConfig,
     DataConfig,
     DecoderConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
-    RuntimeConfig,
     SourceConfig,
     TrainConfig,
     VisionConfig,
@@ -99,76 +99,87 @@ def stage3() -> RunConfig:
     )
 
 
+TINY = ModelConfig(
+    vision=VisionConfig(layers=2, width=128, heads=4, mlp_hidden=384, position_grid=2),
+    adapter=AdapterConfig(query_grid=2, heads=4),
+    decoder=DecoderConfig(layers=3, hidden=128, heads=4, ffn_hidden=384, vocab_size=512),
+    init_std=0.09,
+)
+"""The same architecture with 1.3M parameters: 28 pixels are 2x2 patches, an image is 4 decoder tokens."""
+
+
 def _tiny(base: RunConfig, data: dict, train: dict, optimizer: dict) -> RunConfig:
-    """A recipe of the same stage with a model of the same architecture, a laptop's data and fp32."""
-    model = ModelConfig(
-        vision=VisionConfig(layers=4, width=128, heads=4, mlp_hidden=384, position_grid=4),
-        adapter=AdapterConfig(query_grid=4, heads=4),
-        decoder=DecoderConfig(layers=4, hidden=128, heads=4, ffn_hidden=384, vocab_size=512),
-        init_std=0.05,
-    )
+    """A recipe of the same stage with the tiny model, a laptop's data and fp32."""
+    validation = tuple(source.model_copy(update={"path": f"val/{source.path}"}) for source in data["sources"])
+    laptop = {
+        "root": "data/demo",
+        "validation_sources": validation,
+        "max_sample_length": 256,
+        "shuffle_window": 4,
+        "workers": 1,
+    }
     return base.model_copy(
         update={
             "name": f"tiny_{base.stage}",
             "run_dir": f"runs/tiny/{base.stage}",
-            "model": model,
-            "data": base.data.model_copy(
-                update={"workers": 1, "shuffle_window": 4, "root": "data/demo", **data}
-            ),
-            "train": base.train.model_copy(update={"precision": "fp32", "validation_samples": 64, **train}),
+            "model": TINY,
+            "data": base.data.model_copy(update={**laptop, **data}),
+            "train": base.train.model_copy(update={"precision": "fp32", "validation_samples": 256, **train}),
             "optimizer": base.optimizer.model_copy(update=optimizer),
             "parallel": ParallelConfig(),
-            "runtime": RuntimeConfig(threads=1),
             "checkpoint": CheckpointConfig(interval=200, keep_last=2),
+            "logging": LoggingConfig(interval=10),
         }
     )
 
 
 def tiny_stage1() -> RunConfig:
-    """Stage 1 for a laptop."""
+    """Stage 1 for a laptop: captions over 28-pixel images."""
     return _tiny(
         stage1(),
         data={
             "sources": _mixture({"caption": 1.0}),
-            "image_size": 56,
-            "global_batch_size": 32,
-            "max_sample_length": 256,
-            "pack_length": 1024,
+            "image_size": 28,
+            "global_batch_size": 96,
+            "pack_length": 1600,
         },
-        train={"steps": 100, "validation_interval": 50},
-        optimizer={"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 20},
+        train={"steps": 40, "validation_interval": 40},
+        optimizer={"lr": 3e-4, "min_lr": 3e-5, "warmup_steps": 10},
     )
 
 
 def tiny_stage2() -> RunConfig:
-    """Stage 2 for a laptop."""
+    """Stage 2 for a laptop: all tasks over 56-pixel images.
+
+    Samples are packed isolated: from random weights and with a laptop's amount of data, sequences of interleaved
+    samples learn several times more slowly.
+    """
     return _tiny(
         stage2(),
         data={
-            "sources": _mixture({"caption": 1.0, "vqa": 3.0, "grounding": 1.0, "ocr": 1.0, "text": 0.5}),
-            "image_size": 112,
-            "global_batch_size": 32,
-            "max_sample_length": 512,
-            "pack_length": 1024,
+            "sources": _mixture({"caption": 1.5, "vqa": 3.0, "grounding": 0.5, "ocr": 0.15, "text": 0.1}),
+            "image_size": 56,
+            "global_batch_size": 96,
+            "packing": "isolated",
+            "pack_length": 1600,
         },
-        train={"steps": 600, "validation_interval": 200},
-        optimizer={"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 20},
+        train={"steps": 550, "validation_interval": 110},
+        optimizer={"lr": 5e-4, "min_lr": 3e-5, "warmup_steps": 20},
     )
 
 
 def tiny_stage3() -> RunConfig:
-    """Stage 3 for a laptop."""
+    """Stage 3 for a laptop: dialogues, and some plain questions so that their form is not forgotten."""
     return _tiny(
         stage3(),
         data={
-            "sources": _mixture({"chat": 1.0}),
-            "image_size": 112,
-            "global_batch_size": 32,
-            "max_sample_length": 512,
-            "pack_length": 1024,
+            "sources": _mixture({"chat": 1.0, "vqa": 0.5}),
+            "image_size": 56,
+            "global_batch_size": 64,
+            "pack_length": 1600,
         },
-        train={"steps": 100, "validation_interval": 50},
-        optimizer={"lr": 5e-4, "min_lr": 5e-5, "warmup_steps": 10},
+        train={"steps": 60, "validation_interval": 60},
+        optimizer={"lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 10},
     )
 
 

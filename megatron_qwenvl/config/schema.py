@@ -226,6 +226,12 @@ class CheckpointConfig(Section):
     """Steps between saves; 0: only at the end."""
     keep_last: int = Field(3, ge=1)
     """Checkpoints kept; older ones are removed after a newer save is complete."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints at multiples of this step are never removed; 0: none."""
+    asynchronous: bool = False
+    """Copy the state to host memory and write it while training goes on."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What a failed save (a full disk) does to the run; the older checkpoints stay in both cases."""
 
 
 class LoggingConfig(Section):

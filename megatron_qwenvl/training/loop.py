@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_qwenvl.checkpoint.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.files import CheckpointError
+from megatron_qwenvl.checkpoint.manager import CheckpointManager, SaveReport
 from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
 from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig
@@ -92,7 +93,12 @@ class Trainer:
         partition = make_partition(config, runtime.data_size)
         _announce(config, runtime, partition.describe())
         stage = build_stage(config, runtime, partition)
-        checkpoints = CheckpointManager(Path(config.run_dir) / "checkpoints", config)
+        checkpoints = CheckpointManager(
+            Path(config.run_dir) / "checkpoints",
+            config,
+            keep_every=config.checkpoint.keep_every,
+            asynchronous=config.checkpoint.asynchronous,
+        )
         newest = checkpoints.latest()
         if newest is None:
             _first_weights(config, runtime, stage)
@@ -125,12 +131,14 @@ class Trainer:
             for batches, waited, began in self._steps():
                 report = self._train(batches, waited, began)
                 self._guard(report)
+                self._checkpoint(self.checkpoints.poll)
                 if self._due(self.config.train.validation_interval):
                     self._validate()
                 if self._due(self.config.checkpoint.interval):
                     self._save()
             if self._saved_step != self.progress.step:
                 self._save()
+            self._checkpoint(self.checkpoints.wait)
         finally:
             self.metrics.close()
         return self.progress
@@ -177,19 +185,44 @@ class Trainer:
                 self.metrics.validation(self.progress.step, self.runner.evaluate(list(step)))
 
     def _save(self) -> None:
+        self._checkpoint(self.checkpoints.wait)  # the save before may still be going on in the background
         # Fused optimizers do not count steps in groups without parameters, and rank 0's count is what is saved.
         for group in self.optimizer.param_groups:
             group["step"] = self.progress.updates
         model = model_state(self.runner.model.module)
         optimizer = self.optimizer.sharded_state_dict(model, metadata=dict(OPTIMIZER_METADATA))
-        saved = self.checkpoints.save(self.progress.step, model, optimizer, asdict(self.progress))
-        self._saved_step = self.progress.step
+        step, progress = self.progress.step, asdict(self.progress)
+        self._saved_step = step
+        self._checkpoint(lambda: self.checkpoints.save(step, model, optimizer, progress))
+
+    def _checkpoint(self, action: Callable[[], SaveReport | None]) -> None:
+        """Do something with checkpoints and tell what was saved; a failed save stops the run if so configured.
+
+        The manager lets every rank know of every failure, so all of them go on or stop alike.
+        """
+        try:
+            saved = action()
+        except CheckpointError as error:
+            if self.config.checkpoint.on_failure == "stop":
+                raise
+            if self.runtime.is_main:
+                logger.error("checkpoint not saved, going on: %s", error)
+            self.metrics.event("save_failed", step=self.progress.step, reason=str(error))
+            return
         if saved is not None and self.runtime.is_main:
             self.metrics.event(
-                "save", step=saved.step, seconds=saved.total_seconds, stall=saved.stall_seconds
+                "save",
+                step=saved.step,
+                seconds=saved.total_seconds,
+                stall=saved.stall_seconds,
+                bytes=saved.bytes,
             )
             logger.info(
-                "step %d saved: %.1f MB in %.1f s", saved.step, saved.bytes / 1e6, saved.total_seconds
+                "step %d saved: %.1f MB in %.1f s, training stood still for %.1f s",
+                saved.step,
+                saved.bytes / 1e6,
+                saved.total_seconds,
+                saved.stall_seconds,
             )
 
     def _name_skipped(self, step: Step, batches: list[Batch]) -> None:

@@ -1,0 +1,170 @@
+"""Checkpoint conversions against copying the same bytes with fsync on the same disk: time ratio and peak memory.
+
+    python benchmarks/bench_convert.py [--directory DIR] [--vit-layers 48] [--decoder-layers 32]
+
+Makes a published Qwen-VL directory with random weights (19.3 GB at full size; about 60 GB of free disk are needed),
+then imports, compares, verifies, transitions and exports it. Copies before and after show how steady the disk was.
+Peak memory is the resident size of the converter and its children.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_qwenvl.checkpoint.exports import published_table
+from megatron_qwenvl.checkpoint.names import TABLE_NAME, qwenvl_rules
+from megatron_qwenvl.checkpoint.published_config import published_config
+from megatron_qwenvl.checkpoint.safetensors_files import write_safetensors
+from megatron_qwenvl.checkpoint.stream import TensorSpec
+from megatron_qwenvl.config.schema import DecoderConfig, ModelConfig, VisionConfig
+from megatron_qwenvl.model.shapes import tensor_shapes
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_checkpoint.py"
+FILE_BYTES = 2 << 30
+COPY = """
+import os, sys
+from pathlib import Path
+buffer, target = memoryview(bytearray(16 << 20)), Path(sys.argv[2])
+target.mkdir()
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    with path.open("rb", buffering=0) as source, (target / path.name).open("wb", buffering=0) as copy:
+        while size := source.readinto(buffer):
+            copy.write(buffer[:size])
+        os.fsync(copy.fileno())
+"""
+
+
+def published_specs(model: ModelConfig) -> dict[str, TensorSpec]:
+    """Shape and type of every published tensor."""
+    shapes, specs = tensor_shapes(model), {}
+    for rule in qwenvl_rules(model):
+        ours = [torch.empty(shapes[name], device="meta", dtype=torch.bfloat16) for name in rule.ours]
+        theirs = rule.mapping.to_theirs(ours)
+        specs |= {
+            name: TensorSpec(tuple(t.shape), t.dtype) for name, t in zip(rule.theirs, theirs, strict=True)
+        }
+    specs[TABLE_NAME] = TensorSpec((model.image_tokens, model.decoder.hidden), torch.bfloat16)
+    return specs
+
+
+def make_published(folder: Path, model: ModelConfig) -> int:
+    """Write a published directory with random weights; returns its tensors' bytes."""
+    folder.mkdir(parents=True)
+    specs, files, size = published_specs(model), [[]], 0  # type: ignore[var-annotated]
+    for name in sorted(specs):
+        if size > FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += specs[name].nbytes
+
+    def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            if name == TABLE_NAME:
+                yield name, published_table(model.adapter.query_grid, model.decoder.hidden, torch.bfloat16)
+            else:
+                bits = torch.randint(-(2**15), 2**15 - 1, specs[name].shape, dtype=torch.int16)
+                yield name, bits.view(torch.bfloat16)
+
+    weight_map = {}
+    for number, names in enumerate(files):
+        file = f"model-{number:05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        write_safetensors(folder / file, {name: specs[name] for name in names}, tensors(names))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(published_config(model, 448, "bfloat16")))
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def resident(process: psutil.Process) -> int:
+    """Resident bytes of a process and its children."""
+    total = 0
+    try:
+        for member in (process, *process.children(recursive=True)):
+            total += member.memory_info().rss
+    except psutil.Error:  # it has just ended
+        pass
+    return total
+
+
+def run(*command: str) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a command that must succeed."""
+    began, peak = time.monotonic(), 0
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            peak = max(peak, resident(watched))
+            time.sleep(0.03)
+        assert process.stderr is not None
+        errors = process.stderr.read().decode()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command[:3])}: exit code {process.returncode}\n{errors[-2000:]}")
+    return time.monotonic() - began, peak
+
+
+def copy(source: Path) -> float:
+    """Seconds for copying a directory with fsync."""
+    target = source.with_name("copy")
+    seconds, _ = run("-c", COPY, str(source), str(target))
+    shutil.rmtree(target)
+    return seconds
+
+
+def main() -> int:
+    """Print a table of the conversions."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--directory", type=Path, default=Path("runs/bench_convert"), help="scratch, removed at the end"
+    )
+    parser.add_argument("--vit-layers", type=int, default=48)
+    parser.add_argument("--decoder-layers", type=int, default=32)
+    arguments = parser.parse_args()
+    scratch: Path = arguments.directory.resolve()
+    shutil.rmtree(scratch, ignore_errors=True)
+    model = ModelConfig(
+        vision=VisionConfig(layers=arguments.vit_layers),
+        decoder=DecoderConfig(layers=arguments.decoder_layers),
+    )
+    published, ours = scratch / "published", scratch / "ours"
+    size = make_published(published, model)
+    reference = copy(published)
+    print(
+        f"{size / 1e9:.2f} GB; copy with fsync {reference:.1f} s ({size / reference / 1e6:.0f} MB/s)",
+        flush=True,
+    )
+    commands = {
+        "import-qwenvl": ["--from", str(published), "--out", str(ours)],
+        "compare": [str(ours), str(published)],
+        "verify": [str(ours)],
+        "next-stage": ["--from", str(ours), "--to", "stage2", "--out", str(scratch / "next")],
+        "export-qwenvl": ["--from", str(ours), "--out", str(scratch / "exported")],
+    }
+    for name, options in commands.items():
+        seconds, peak = run(str(TOOL), name, *options)
+        print(
+            f"{name:14} {seconds / reference:5.2f} x copy   {seconds:6.1f} s   peak {peak / 1e9:.2f} GB",
+            flush=True,
+        )
+        shutil.rmtree(scratch / "next", ignore_errors=True)
+    print(f"copy again     {copy(published) / reference:5.2f} x copy")
+    shutil.rmtree(scratch)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
