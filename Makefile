@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint setup gpu-check clean
+.PHONY: demo test lint setup gpu-check bench-convert clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -22,6 +22,7 @@ help:
 	@echo 'make lint              ruff and mypy'
 	@echo 'make setup             install everything into $(VENV)'
 	@echo 'make gpu-check         tests on one GPU, in the current Python environment ($(PYTHON))'
+	@echo 'make bench-convert     full-size checkpoint conversions against copying (60 GB of disk; BENCH=options)'
 	@echo 'make clean             remove $(VENV) and caches'
 
 demo: $(INSTALLED)
@@ -37,6 +38,9 @@ lint: $(INSTALLED)
 
 gpu-check:
 	$(PYTHON) -m pytest -m gpu -s tests/gpu
+
+bench-convert: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_convert.py $(BENCH)
 
 setup: $(INSTALLED)
 
