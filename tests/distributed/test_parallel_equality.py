@@ -62,12 +62,13 @@ def assert_equal(result: list[dict[str, Any]], expected: dict[str, Any]) -> None
         )
 
 
-@pytest.mark.parametrize("counts", IMAGE_COUNTS)
-@pytest.mark.parametrize("frozen", FROZEN)
+# The published frozen set adds nothing to stage 3 without images.
+CASES = [(f, c) for f in FROZEN for c in IMAGE_COUNTS if (f, c) != ("published_sft", "text_only")]
+
+
+@pytest.mark.parametrize(("frozen", "counts"), CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process(layout: str, frozen: str, counts: str) -> None:
-    if counts == "text_only" and frozen == "published_sft":
-        pytest.skip("the published frozen set adds nothing to stage 3 without images")
     ranks, parallel = LAYOUTS[layout]
     expected = one_process(frozen, counts)
     result = run_ranks(ranks, gradients_of, small_config(FROZEN[frozen], **parallel), expected["batches"])

@@ -59,7 +59,7 @@ def run_config(
             "--optimizer.warmup_steps", "2",
             "--train.validation_interval", "0",
             "--checkpoint.interval", "0",
-            "--logging.tensorboard", "false",
+            "--logging.tensorboard", "false", "--logging.interval", "1",
             *overrides,
         ],
         world_size=world,
