@@ -27,7 +27,7 @@ def trained(tmp_path: Path) -> Path:
     """A checkpoint of weights that went through stage 1."""
     published = publish(tmp_path / "published", TINY, random_weights(TINY))
     carry_out_import(plan_qwenvl(published), tmp_path / "trained")
-    became(tmp_path / "trained", origin="stage1", step=50, recipe="tiny_stage1", image_size=56)
+    became(tmp_path / "trained", origin="stage1", step=50, recipe="tiny_stage1", image_size=28)
     return tmp_path / "trained"
 
 
@@ -44,7 +44,7 @@ def test_next_stage_carries_the_weights_and_nothing_else(
     assert run(monkeypatch, "next-stage", "--from", trained, "--to", "stage2", "--out", out) == 0
     captured = capsys.readouterr()
     assert "weights: stage1, step 50, to start stage2" in captured.out
-    assert "images: 56 -> 112 pixels (tiny_stage2); position tables 4x4 are resized to 8x8" in captured.out
+    assert "images: 28 -> 56 pixels (tiny_stage2)" in captured.out
     assert "/s, 0:00 left" in captured.err
     manifest = read_manifest(out)
     assert (manifest.kind, manifest.origin, manifest.start_of) == ("weights", "stage1", "stage2")

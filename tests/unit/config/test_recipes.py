@@ -115,12 +115,11 @@ def test_a_recipe_is_without_contradictions(name: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_tiny_recipe_differs_in_size_only(stage: int) -> None:
+def test_a_tiny_recipe_differs_in_size_and_packing_only(stage: int) -> None:
     full, tiny = load_config(f"stage{stage}"), load_config(f"tiny_stage{stage}")
     same = (
         "stage",
         "train.frozen",
-        "data.packing",
         "optimizer.vit_layer_decay",
         "optimizer.beta2",
         "optimizer.sharded",
