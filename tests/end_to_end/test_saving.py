@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -46,27 +47,28 @@ def test_kept_checkpoints(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
-def test_a_failed_save_keeps_the_old_checkpoint(on_failure: str, data: Path, tmp_path: Path) -> None:
-    """A link to nowhere stands where the save of step 6 wants to make its folder."""
+def test_a_full_disk_keeps_the_old_checkpoint(on_failure: str, data: Path, tmp_path: Path) -> None:
+    """Writing fails in the middle of a file; the run stops or goes on as told, and another one continues exactly."""
     run_dir = tmp_path / "run"
     saving = ["--checkpoint.interval", "3", "--checkpoint.on_failure", on_failure]
     run_ranks(2, train, run_config(data, run_dir, *saving, "--train.stop_after", "3", world=2))
-    results = run_ranks(2, blocked_train, run_config(data, run_dir, *saving, world=2), run_dir)
-    names = {path.name for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir()}
+    results = run_ranks(2, train_without_room, run_config(data, run_dir, *saving, world=2))
     if on_failure == "stop":
-        assert all("step_00000006" in result for result in results)
-        assert names == {"step_00000003"}
+        assert all("File too large" in result for result in results)
     else:
         assert results == [10, 10]
-        assert names == {"step_00000009", "step_00000010"}
-        assert [record["step"] for record in records(run_dir, "save_failed")] == [6]
+        assert [record["step"] for record in records(run_dir, "save_failed")] == [6, 9, 10]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_00000003"]
+    resumed = run_ranks(2, train, run_config(data, run_dir, *saving, world=2))
+    straight = run_ranks(2, train, run_config(data, tmp_path / "straight", world=2))
+    for a, b in zip(straight, resumed, strict=True):
+        assert all(torch.equal(x, y) for (_, _, x), (_, _, y) in zip(a["weights"], b["weights"], strict=True))
 
 
-def blocked_train(process: ProcessInfo, config: RunConfig, run_dir: Path) -> Any:
-    """Train with something in the way of one save; the last step, or the error."""
+def train_without_room(process: ProcessInfo, config: RunConfig) -> Any:
+    """Train where no file can grow beyond 40 kB: the steps done, or the error."""
     trainer = Trainer.build(config, engine.start(config, process))
-    if process.rank == 0:
-        (run_dir / "checkpoints" / "step_00000006.tmp").symlink_to("/proc/nowhere/at/all")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
     try:
         return trainer.run().step
     except CheckpointError as error:

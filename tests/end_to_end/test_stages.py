@@ -18,6 +18,7 @@ from megatron_qwenvl.data.tokenizer import load_tokenizer
 from megatron_qwenvl.evaluation.answers import Answers
 from megatron_qwenvl.evaluation.demo import read_questions
 from megatron_qwenvl.inference.generate import Generator
+from megatron_qwenvl.model.shapes import count_parameters
 from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
@@ -85,7 +86,7 @@ def test_three_stages_in_three_layouts(data: Path, tmp_path: Path) -> None:
 
 
 def test_frozen_parts_keep_their_weights_bit_for_bit(data: Path, tmp_path: Path) -> None:
-    """Stage 1 leaves the decoder, stage 3 the ViT as it was, weight decay included; the rest moves."""
+    """Stage 1 leaves the decoder, stage 3 the ViT as it was, weight decay included, without optimizer state."""
     frozen = {"stage1": ("decoder", "embedding", "output_layer"), "stage3": ("vit", "patch_embed")}
     for stage, prefixes in frozen.items():
         before = run_ranks(1, train, tiny(stage, data, tmp_path / f"{stage}_1", "--train.stop_after", "1"))
@@ -93,6 +94,8 @@ def test_frozen_parts_keep_their_weights_bit_for_bit(data: Path, tmp_path: Path)
         a, b = ([rank["weights"] for rank in ranks] for ranks in (before, after))
         still = part_of(a, prefixes)
         assert still and all(torch.equal(value, part_of(b, prefixes)[key]) for key, value in still.items())
+        trained = sum(count[1] for count in count_parameters(tiny(stage, data, tmp_path)).values())
+        assert sum(moments["exp_avg"].numel() for moments in after[0]["state"]) == trained
         moving = part_of(a, ("adapter",))
         assert any(not torch.equal(value, part_of(b, ("adapter",))[key]) for key, value in moving.items())
 
