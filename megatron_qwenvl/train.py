@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_qwenvl.config.cli import USAGE_ERROR, parse_run_arguments
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     # Everything below needs torch; configuration errors are said before it is loaded.
+    warnings.filterwarnings(
+        "ignore", module=r"megatron\.core"
+    )  # what it says on import of kernels that are absent
     from megatron_qwenvl.checkpoint.files import CheckpointError
     from megatron_qwenvl.data.errors import DataError
     from megatron_qwenvl.runtime import engine

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def train(arguments: argparse.Namespace, stage: str, previous: str | None) -> No
 def question(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load the final checkpoint into one process and ask about held-out pictures."""
     heading("questions about held-out pictures")
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     from megatron_qwenvl.config.load import load_config
     from megatron_qwenvl.data.synthetic import TEST_TASKS
     from megatron_qwenvl.data.tasks import VQA

@@ -18,6 +18,7 @@ from .schema import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    RuntimeConfig,
     SourceConfig,
     TrainConfig,
     VisionConfig,
@@ -30,6 +31,10 @@ def _mixture(samples: dict[str, float], chinese: tuple[str, ...] = ()) -> tuple[
         SourceConfig(name=name, path=name, weight=millions, language="zh" if name in chinese else "en")
         for name, millions in samples.items()
     )
+
+
+GPUS = RuntimeConfig(device="cuda")
+"""A rank that sees no GPU ends the run at once; with `auto` it would wait for the others on its CPU."""
 
 
 def stage1() -> RunConfig:
@@ -52,6 +57,7 @@ def stage1() -> RunConfig:
         ),
         train=TrainConfig(steps=50_000, frozen=("decoder",), gradient_accumulation=6),
         optimizer=OptimizerConfig(lr=2e-4, min_lr=1e-6, warmup_steps=500, vit_layer_decay=0.95),
+        runtime=GPUS,
     )
 
 
@@ -76,6 +82,7 @@ def stage2() -> RunConfig:
         train=TrainConfig(steps=19_000, frozen=(), gradient_accumulation=8),
         optimizer=OptimizerConfig(lr=5e-5, min_lr=1e-5, warmup_steps=400, vit_layer_decay=0.95),
         parallel=ParallelConfig(tensor=2, sequence_parallel=True),
+        runtime=GPUS,
     )
 
 
@@ -96,6 +103,7 @@ def stage3() -> RunConfig:
         train=TrainConfig(steps=8_000, frozen=("vit",), gradient_accumulation=8),
         optimizer=OptimizerConfig(lr=1e-5, min_lr=1e-6, warmup_steps=3000, vit_layer_decay=1.0),
         parallel=ParallelConfig(tensor=2, sequence_parallel=True),
+        runtime=GPUS,
     )
 
 
@@ -127,6 +135,7 @@ def _tiny(base: RunConfig, data: dict, train: dict, optimizer: dict) -> RunConfi
             "train": base.train.model_copy(update={"precision": "fp32", "validation_samples": 256, **train}),
             "optimizer": base.optimizer.model_copy(update=optimizer),
             "parallel": ParallelConfig(),
+            "runtime": RuntimeConfig(),
             "checkpoint": CheckpointConfig(interval=200, keep_last=2),
             "logging": LoggingConfig(interval=10),
         }
