@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
         # Other ranks may wait in a collective: leave without the handshake that would wait for them.
         os._exit(RUN_ERROR)
+    except Exception:
+        logger.exception("rank %d stops", process.rank)
+        sys.stderr.flush()
+        os._exit(RUN_ERROR)
     return 0
 
 

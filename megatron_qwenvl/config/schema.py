@@ -132,7 +132,7 @@ class DataConfig(Section):
     workers: int = Field(4, ge=0)
     """Worker processes per rank that read and decode ahead of the step; 0: in the main process."""
     prefetch: int = Field(4, ge=1)
-    """Micro-batches that each worker prepares ahead."""
+    """Micro-batches that each worker prepares ahead, at least; more where a step has more."""
 
 
 class TrainConfig(Section):
@@ -199,8 +199,6 @@ class ParallelConfig(Section):
     word embedding, decoder layers, head; none: chosen by cost."""
     overlap_grad_reduce: bool = False
     """Overlap the gradient reduction with the backward pass."""
-    overlap_param_gather: bool = False
-    """Overlap the parameter all-gather of the distributed optimizer with the forward pass."""
 
 
 class RuntimeConfig(Section):

@@ -67,11 +67,6 @@ def _parallel_problems(config: RunConfig) -> Iterator[str]:
         yield from _indivisible(name, value, "parallel.tensor", parallel.tensor)
     if parallel.sequence_parallel and parallel.tensor == 1:
         yield "parallel.sequence_parallel: expected parallel.tensor > 1 to shard sequences over, found 1"
-    if parallel.overlap_param_gather and not (parallel.overlap_grad_reduce and config.optimizer.sharded):
-        yield (
-            "parallel.overlap_param_gather: expected parallel.overlap_grad_reduce and optimizer.sharded to be true, "
-            f"found {parallel.overlap_grad_reduce} and {config.optimizer.sharded}".lower()
-        )
     if config.runtime.device == "cpu" and config.runtime.kernels in ("te", "apex"):
         yield f"runtime.kernels: expected auto or torch with runtime.device cpu, found {config.runtime.kernels}"
 

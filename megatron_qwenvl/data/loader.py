@@ -146,7 +146,11 @@ class StepLoader:
         if workers:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            parallel = {"multiprocessing_context": context, "prefetch_factor": data.prefetch}
+            # A step starts when all its micro-batches are there, so a whole step must fit into what is ahead.
+            ahead = max(
+                data.prefetch, -(-self.info(self.steps[0]).micro_batches // workers) if self.steps else 0
+            )
+            parallel = {"multiprocessing_context": context, "prefetch_factor": ahead}
         loader = DataLoader(
             self._micro_batches,
             sampler=self._keys(),

@@ -7,7 +7,6 @@ for trained layers, the input gradient only where something trained lies below.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_qwenvl.config.schema import DataConfig, FreezableGroup, ModelConfig
@@ -86,12 +85,3 @@ def layer_flops(model: ModelConfig, frozen: tuple[FreezableGroup, ...], work: Wo
 def total_flops(model: ModelConfig, frozen: tuple[FreezableGroup, ...], work: Workload) -> float:
     """Training FLOPs of the whole model over `work`."""
     return sum(layer_flops(model, frozen, work))
-
-
-def sum_workloads(parts: Iterable[Workload], patches: int) -> Workload:
-    """Element-wise sum; all parts have the same number of patches."""
-    total = [0.0, 0.0, 0.0, 0.0]
-    for part in parts:
-        for i, value in enumerate((part.images, part.tokens, part.attention_pairs, part.loss_tokens)):
-            total[i] += value
-    return Workload(total[0], patches, total[1], total[2], total[3])

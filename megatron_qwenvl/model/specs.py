@@ -41,6 +41,18 @@ class Norm:
         return norm
 
 
+class ApexNorm:
+    """Builds megatron-core's apex LayerNorm with parameters of the model's type; it makes them fp32."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:  # type: ignore[misc]
+        from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+
+        norm = FusedLayerNorm(config=config, hidden_size=hidden_size, eps=eps).to(config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
 class ScaledDotProductAttention(nn.Module):
     """Core attention on torch's `scaled_dot_product_attention`, for unpacked and packed sequences.
 
@@ -157,11 +169,7 @@ def norm_module(config: TransformerConfig, kernels: Kernels) -> Any:
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    if kernels.name == "apex" and config.normalization == "LayerNorm":
-        from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
-
-        return FusedLayerNorm
-    return Norm
+    return ApexNorm if kernels.name == "apex" and config.normalization == "LayerNorm" else Norm
 
 
 def block_spec(

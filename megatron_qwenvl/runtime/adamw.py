@@ -8,7 +8,8 @@ torch's own AdamW keeps the step per parameter and cannot be loaded by it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,13 +72,17 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, first, denominator, -group["lr"] / (1 - beta1 ** group["step"]))
 
 
-def install() -> None:
-    """Make megatron-core build this AdamW instead of torch's, in this process; idempotent."""
+def install(kernels: Literal["apex", "torch"]) -> None:
+    """Make megatron-core build this AdamW, or apex's fused one, in this process; idempotent.
+
+    By itself it takes Transformer Engine's where that imports, and torch's where nothing else does.
+    """
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 
-    optimizers.Adam = AdamW
+    adam = import_module("apex.optimizers").FusedAdam if kernels == "apex" else AdamW
+    optimizers.Adam = adam
     optimizers.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = AdamW
+    distrib_optimizer.Adam = adam
     distrib_optimizer.HAVE_APEX_OR_TE = True  # "the optimizer's state has the fused layout"
     distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -83,13 +84,13 @@ class Runtime:
         """Largest memory allocated on the device (GPU), or resident in this process (CPU), so far."""
         if self.on_gpu:
             return torch.cuda.max_memory_allocated()
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
+def choose_device(wanted: str, local_rank: int, launcher: str = "single") -> torch.device:
     """`auto`: CUDA where a GPU is visible, else CPU.
+
+    A GPU is chosen by local rank, unless Slurm or MPI shows every task only its own.
 
     Raises:
         LaunchError: CUDA was asked for and is not there, or there are fewer GPUs than local ranks.
@@ -100,6 +101,8 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or not available:
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count == 1 and launcher in ("slurm", "mpi"):
+        return torch.device("cuda", 0)
     if local_rank >= count:
         raise LaunchError(f"local rank {local_rank} needs a GPU of its own but this node shows {count}")
     return torch.device("cuda", local_rank)
@@ -116,11 +119,11 @@ def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
         EngineVersionError: CPU run on an untested megatron-core.
     """
     process = process or detect_process()
-    device = choose_device(config.runtime.device, process.local_rank)
+    device = choose_device(config.runtime.device, process.local_rank, process.launcher)
     kernels = choose_kernels(config.runtime.kernels, on_gpu=device.type == "cuda")
     _prepare_device(device, config)
-    if kernels.name == "torch":
-        adamw.install()
+    if kernels.name != "te":
+        adamw.install(kernels.name)
     _join_processes(process, device, config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
@@ -155,6 +158,9 @@ def stop() -> None:
 
 
 def _prepare_device(device: torch.device, config: RunConfig) -> None:
+    # Every tensor from a loader worker holds an open file while it lives.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     if device.type == "cuda":

@@ -1,7 +1,6 @@
 """Which process this is: rank, world size and rendezvous, from torchrun, Slurm or MPI.
 
-Every launcher leaves its own variables. Exactly one of them decides, in the order below, and what another one
-says must agree: a contradiction is an error, never a guess.
+Every launcher leaves its own variables. Exactly one of them decides: the innermost that is set.
 """
 
 from __future__ import annotations
@@ -66,26 +65,21 @@ def _read(env: Mapping[str, str], launcher: str) -> tuple[int, int, int, int] | 
 def detect_process(env: Mapping[str, str] | None = None) -> ProcessInfo:
     """Read rank, world size and rendezvous from the environment.
 
-    torchrun decides where its variables are set, then Open MPI, then Slurm (only inside `srun`, where
-    SLURM_STEP_ID is set: a batch script itself is one process). Without any of them this is a run of one process.
+    torchrun decides where its variables are set, also below a task of another launcher; then Open MPI, also below
+    Slurm; then Slurm (only inside `srun`, where SLURM_STEP_ID is set: a batch script itself is one process).
+    Without any of them this is a run of one process.
 
     Raises:
-        LaunchError: on malformed numbers, a rank outside the world, two launchers that disagree, or a missing
-            rendezvous address.
+        LaunchError: on malformed numbers, a rank outside the world, or a missing rendezvous address.
     """
     env = os.environ if env is None else env
     found = {name: numbers for name in _LAUNCHERS if (numbers := _read(env, name)) is not None}
-    if "slurm" in found and "SLURM_STEP_ID" not in env:
+    # Open MPI starts its daemons through srun: below them Slurm's variables are the daemon's, not the rank's.
+    if "slurm" in found and ("SLURM_STEP_ID" not in env or "mpi" in found):
         del found["slurm"]
     if not found:
         return ProcessInfo(0, 1, 0, 1, "", "single")
     launcher, (rank, world, local_rank, local_world) = next(iter(found.items()))
-    if launcher != "torchrun":  # torchrun starts its own ranks below one task of another launcher
-        for other, numbers in found.items():
-            if numbers[:2] != (rank, world):
-                raise LaunchError(
-                    f"{launcher} says rank {rank} of {world} but {other} says rank {numbers[0]} of {numbers[1]}"
-                )
     if not 0 <= rank < world:
         raise LaunchError(f"{launcher}: expected 0 <= rank < world size, found rank {rank} of {world}")
     return ProcessInfo(rank, world, local_rank, local_world, _rendezvous(env, world, launcher), launcher)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_qwenvl.checkpoint.files import CheckpointError
@@ -117,6 +118,7 @@ class Trainer:
             validation=validation,
             metrics=MetricsLog(config, runtime.is_main, progress.step),
             progress=progress,
+            _saved_step=-1 if newest is None else progress.step,
         )
 
     def run(self) -> Progress:
@@ -125,23 +127,32 @@ class Trainer:
         Raises:
             TrainingError: too many steps in a row without a finite loss and gradient.
             DataError: a shard cannot be read.
-            CheckpointError: a checkpoint could not be saved.
+            CheckpointError: a checkpoint could not be saved; of the last one also where failures do not stop a run.
         """
         try:
             for batches, waited, began in self._steps():
                 report = self._train(batches, waited, began)
                 self._guard(report)
-                self._checkpoint(self.checkpoints.poll)
+                self._report_save(self.checkpoints.poll)
                 if self._due(self.config.train.validation_interval):
                     self._validate()
                 if self._due(self.config.checkpoint.interval):
                     self._save()
-            if self._saved_step != self.progress.step:
-                self._save()
-            self._checkpoint(self.checkpoints.wait)
+            self._finish()
         finally:
             self.metrics.close()
         return self.progress
+
+    def _finish(self) -> None:
+        """Make sure that the last step is saved; a run whose result is lost does not end well."""
+        self._report_save(self.checkpoints.wait)
+        if self._saved_step != self.progress.step:
+            self._save()
+            self._report_save(self.checkpoints.wait)
+        if self._saved_step != self.progress.step:
+            raise CheckpointError(
+                f"step {self.progress.step}: the last checkpoint of the run could not be saved"
+            )
 
     def _steps(self) -> Iterator[tuple[list[Batch], float, float]]:
         """Micro-batches of every step still to do, the time waited for them and the time the step began."""
@@ -185,17 +196,16 @@ class Trainer:
                 self.metrics.validation(self.progress.step, self.runner.evaluate(list(step)))
 
     def _save(self) -> None:
-        self._checkpoint(self.checkpoints.wait)  # the save before may still be going on in the background
+        self._report_save(self.checkpoints.wait)  # the save before may still be going on in the background
         # Fused optimizers do not count steps in groups without parameters, and rank 0's count is what is saved.
         for group in self.optimizer.param_groups:
             group["step"] = self.progress.updates
         model = model_state(self.runner.model.module)
         optimizer = self.optimizer.sharded_state_dict(model, metadata=dict(OPTIMIZER_METADATA))
         step, progress = self.progress.step, asdict(self.progress)
-        self._saved_step = step
-        self._checkpoint(lambda: self.checkpoints.save(step, model, optimizer, progress))
+        self._report_save(lambda: self.checkpoints.save(step, model, optimizer, progress))
 
-    def _checkpoint(self, action: Callable[[], SaveReport | None]) -> None:
+    def _report_save(self, action: Callable[[], SaveReport | None]) -> None:
         """Do something with checkpoints and tell what was saved; a failed save stops the run if so configured.
 
         The manager lets every rank know of every failure, so all of them go on or stop alike.
@@ -209,7 +219,10 @@ class Trainer:
                 logger.error("checkpoint not saved, going on: %s", error)
             self.metrics.event("save_failed", step=self.progress.step, reason=str(error))
             return
-        if saved is not None and self.runtime.is_main:
+        if saved is None:
+            return
+        self._saved_step = saved.step
+        if self.runtime.is_main:
             self.metrics.event(
                 "save",
                 step=saved.step,
@@ -243,7 +256,26 @@ def _announce(config: RunConfig, runtime: Runtime, partition: str) -> None:
         logger.info(line)
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    _note_changes(folder / "config.yaml", config)
     (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+
+
+def _note_changes(earlier: Path, config: RunConfig) -> None:
+    """Say in what a run that is started again differs from before, layout and machine aside."""
+    if not earlier.is_file():
+        return
+    apart = {"parallel", "runtime", "logging"}
+    before, now = yaml.safe_load(earlier.read_text(encoding="utf-8")), yaml.safe_load(dump_yaml(config))
+    for section in sorted((before.keys() | now.keys()) - apart):
+        old, new = before.get(section), now.get(section)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            old, new = {"": old}, {"": new}
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                field = f"{section}.{name}".rstrip(".")
+                logger.warning(
+                    "%s was %s when this run was started before, now %s", field, old.get(name), new.get(name)
+                )
 
 
 def _first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage) -> None:

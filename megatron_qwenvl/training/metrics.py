@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,7 +66,8 @@ def format_duration(seconds: float) -> str:
 class MetricsLog:
     """Writes metrics of rank 0 under the run directory; does nothing on other ranks.
 
-    Files: `metrics.jsonl` (one record per logged step or validation, appended over resumes) and `tensorboard/`.
+    Files: `metrics.jsonl` (one record per logged step or validation, appended over resumes; numbers that are not
+    finite are null) and `tensorboard/`. Steps that were not applied are always logged.
     """
 
     def __init__(self, config: RunConfig, is_main: bool, first_step: int) -> None:
@@ -86,7 +88,8 @@ class MetricsLog:
 
     def train(self, record: dict[str, Any]) -> None:
         """Log a training step (0-based `record["step"]`)."""
-        if self._file is None or (record["step"] + 1) % self._config.logging.interval:
+        due = (record["step"] + 1) % self._config.logging.interval == 0 or not record["applied"]
+        if self._file is None or not due:
             return
         self._write({"kind": "train", **record}, prefix="train")
         logger.info(self._progress_line(record))
@@ -117,7 +120,8 @@ class MetricsLog:
 
     def _write(self, record: dict[str, Any], prefix: str) -> None:
         assert self._file is not None
-        self._file.write(json.dumps({**record, "time": time.time()}) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps({**finite, "time": time.time()}, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in record.items():

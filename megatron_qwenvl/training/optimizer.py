@@ -75,7 +75,6 @@ def build_optimizer(model: DistributedDataParallel, config: RunConfig) -> Megatr
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=settings.sharded,
         clip_grad=config.train.clip_grad,
-        overlap_param_gather=config.parallel.overlap_param_gather,
         log_num_zeros_in_grad=False,
     )
     return get_megatron_optimizer(engine_config, [model], config_overrides=group_overrides(config))

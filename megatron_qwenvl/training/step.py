@@ -62,7 +62,6 @@ def wrap_model(config: RunConfig, runtime: Runtime, stage: QwenVLStage) -> Distr
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.optimizer.sharded,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
         check_for_nan_in_grad=False,  # a non-finite gradient skips the step instead of ending the run
     )
     model = DistributedDataParallel(stage.config, settings, stage, pg_collection=runtime.groups)

@@ -85,9 +85,10 @@ def test_gradients_are_not_trivial() -> None:
 
 @pytest.mark.parametrize("frozen", ["stage1", "stage2", "stage3"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_nothing(recompute: str, frozen: str) -> None:
+@pytest.mark.parametrize("layout", ["tp2_pp2_sp", "tp2_pp2_sp_cut_in_vit"])
+def test_recomputation_changes_nothing(layout: str, recompute: str, frozen: str) -> None:
     expected = one_process(frozen, "mixed")
-    config = small_config(FROZEN[frozen], tensor=2, pipeline=2, sequence_parallel=True)
+    config = small_config(FROZEN[frozen], **LAYOUTS[layout][1])
     config = config.model_copy(update={"train": config.train.model_copy(update={"recompute": recompute})})
     assert_equal(run_ranks(4, gradients_of, config, expected["batches"]), expected)
 

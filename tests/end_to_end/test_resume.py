@@ -89,7 +89,18 @@ def test_resume_in_another_layout_continues_the_run(
     assert resumed == pytest.approx(straight, abs=2e-5)
 
 
-def test_losses_do_not_depend_on_the_layout(data: Path, tmp_path: Path) -> None:
+OVERLAPPED = {
+    "dp2_overlap": (2, ["--parallel.overlap_grad_reduce", "true"]),
+    "dp2_pp2_overlap": (4, ["--parallel.pipeline", "2", "--parallel.overlap_grad_reduce", "true"]),
+}
+
+
+def test_losses_do_not_depend_on_the_layout(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sharded optimizer throughout, with and without overlapped reduction of gradients."""
+    for layout, case in OVERLAPPED.items():
+        monkeypatch.setitem(LAYOUTS, layout, case)
     for layout in LAYOUTS:
         run(data, tmp_path / layout, layout)
     for layout in LAYOUTS:

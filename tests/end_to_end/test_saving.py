@@ -56,7 +56,9 @@ def test_a_full_disk_keeps_the_old_checkpoint(on_failure: str, data: Path, tmp_p
     if on_failure == "stop":
         assert all("File too large" in result for result in results)
     else:
-        assert results == [10, 10]
+        assert all(
+            "step 10: the last checkpoint of the run could not be saved" in result for result in results
+        )
         assert [record["step"] for record in records(run_dir, "save_failed")] == [6, 9, 10]
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_00000003"]
     resumed = run_ranks(2, train, run_config(data, run_dir, *saving, world=2))

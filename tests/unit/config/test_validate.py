@@ -88,11 +88,6 @@ CONTRADICTIONS = [
         "parallel.sequence_parallel: expected parallel.tensor > 1 to shard sequences over, found 1",
     ),
     (
-        {"parallel.overlap_param_gather": True},
-        "parallel.overlap_param_gather: expected parallel.overlap_grad_reduce and optimizer.sharded to be true, "
-        "found false and true",
-    ),
-    (
         {"runtime.device": "cpu", "runtime.kernels": "te"},
         "runtime.kernels: expected auto or torch with runtime.device cpu, found te",
     ),
@@ -192,7 +187,6 @@ FINE: list[dict[str, Any]] = [
     {"data.max_sample_length": 18},
     {"parallel.pipeline": 2, "parallel.layout": [11]},
     {"parallel.tensor": 4, "parallel.pipeline": 4, "parallel.sequence_parallel": True},
-    {"parallel.overlap_param_gather": True, "parallel.overlap_grad_reduce": True},
     {"data.sources": [SOURCE], "data.validation_sources": [SOURCE]},
 ]
 

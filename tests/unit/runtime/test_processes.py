@@ -45,9 +45,10 @@ def test_torchrun_below_a_slurm_task_decides() -> None:
     assert detect_process(env).launcher == "torchrun"
 
 
-def test_launchers_that_disagree_are_an_error() -> None:
-    with pytest.raises(LaunchError, match="mpi says rank 3 of 4 but slurm says rank 2 of 4"):
-        detect_process({**MPI, **SLURM, "SLURM_PROCID": "2", **RENDEZVOUS})
+def test_mpirun_below_slurm_decides() -> None:
+    """Its daemons are tasks of srun, so Slurm's numbers are those of the daemon."""
+    process = detect_process({**MPI, **SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "2", **RENDEZVOUS})
+    assert (process.launcher, process.rank, process.world_size) == ("mpi", 3, 4)
 
 
 def test_missing_rendezvous_is_named() -> None:
