@@ -276,11 +276,10 @@ class CheckpointManager:
             shutil.rmtree(condemned, ignore_errors=True)
 
     def _candidates(self) -> list[Path]:
-        """Complete checkpoints: the one that `latest` names, then the others from new to old."""
-        steps = sorted((p for p in self._directory.glob("step_*") if _STEP_NAME.match(p.name)), reverse=True)
-        pointer = self._directory / POINTER_NAME
-        first = pointer.read_text().strip() if pointer.is_file() else ""
-        return sorted(steps, key=lambda path: path.name != first)
+        """Complete checkpoints from new to old. The pointer is for people and tools: a crash may have left it one
+        checkpoint behind."""
+        steps = (path for path in self._directory.glob("step_*") if _STEP_NAME.match(path.name))
+        return sorted(steps, reverse=True)
 
     def _tidy(self) -> None:
         """Remove what an interrupted run left behind."""
