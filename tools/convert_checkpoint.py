@@ -15,6 +15,7 @@ Exit codes: 0 done; 1 refused, failed, damaged or different (the reason is print
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,8 @@ def _add_output(command: argparse.ArgumentParser, run: Callable[[argparse.Namesp
 def main() -> int:
     """Run one command."""
     arguments = _parser().parse_args()
+    # torch's memory in huge pages: tensors are read into fresh memory, whose small pages cost more than the reading.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         return arguments.run(arguments)
     except (CheckpointError, OSError) as error:

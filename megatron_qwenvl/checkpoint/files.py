@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 BLOCK_BYTES = 16 << 20
-"""Bytes read at a time when a file is copied or digested."""
+"""Bytes read or written at a time when a file is copied, digested or written."""
 
 OnBytes = Callable[[int], None]
 """Told the number of bytes just handled; drives progress."""
@@ -23,6 +24,55 @@ OnBytes = Callable[[int], None]
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or used; the message names the place, the expected and the
     found."""
+
+
+class FileSlice(io.RawIOBase):
+    """A byte range of a file as a file of its own, read straight into the reader's memory.
+
+    Args:
+        path: file to read from.
+        start: first byte.
+        length: bytes; fewer are read where the file ends before.
+    """
+
+    def __init__(self, path: Path, start: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)
+        self._start = start
+        self._length = length
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Always True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always True."""
+        return True
+
+    def tell(self) -> int:
+        """Position within the range."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move within the range."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as the range and the file go."""
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
+        self._file.seek(self._start + self._position)
+        done = 0
+        while done < len(view) and (count := self._file.readinto(view[done:])):
+            done += count
+        self._position += done
+        return done
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._file.close()
+        super().close()
 
 
 class FileRecord(BaseModel):
@@ -37,13 +87,16 @@ class FileRecord(BaseModel):
 
 
 class DigestWriter(io.RawIOBase):
-    """Sequential file writer that digests what passes through it. Not seekable."""
+    """Sequential file writer that digests what passes through it. Not seekable.
 
-    def __init__(self, path: Path, on_bytes: OnBytes = lambda count: None) -> None:
+    A buffer is digested while it is written, and the disk starts on every block at once instead of at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)
         self._hash = hashlib.sha256()
+        self._digesting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
         self._written = 0
-        self._on_bytes = on_bytes
         self.failure: OSError | None = None
         """Why a write failed; torch's own writer hides it."""
 
@@ -58,17 +111,24 @@ class DigestWriter(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Write and digest all of `data` (any contiguous buffer)."""
         view = memoryview(data).cast("B")
-        done = 0
+        digested = self._digesting.submit(self._hash.update, view)
         try:
-            while done < len(view):
-                done += self._file.write(view[done:])  # a raw write may be short
+            self._write(view)
         except OSError as error:
             self.failure = error
             raise
-        self._hash.update(view)
+        finally:
+            digested.result()
         self._written += len(view)
-        self._on_bytes(len(view))
         return len(view)
+
+    def _write(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            count = self._file.write(view[done : done + BLOCK_BYTES])  # a raw write may be short
+            # "Not needed again" makes the kernel write dirty pages out now.
+            os.posix_fadvise(self._file.fileno(), self._written + done, count, os.POSIX_FADV_DONTNEED)
+            done += count
 
     def sync(self) -> FileRecord:
         """Make the content durable and return its record."""
@@ -77,14 +137,15 @@ class DigestWriter(io.RawIOBase):
 
     def close(self) -> None:
         """Close the file; idempotent."""
+        self._digesting.shutdown()
         self._file.close()
         super().close()
 
 
 @contextmanager
-def writing(path: Path, on_bytes: OnBytes = lambda count: None) -> Iterator[DigestWriter]:
+def writing(path: Path) -> Iterator[DigestWriter]:
     """Open a `DigestWriter` and close it at the end; call `sync` inside to get the record."""
-    writer = DigestWriter(path, on_bytes)
+    writer = DigestWriter(path)
     try:
         yield writer
     finally:
@@ -123,7 +184,7 @@ def read_blocks(path: Path) -> Iterator[memoryview]:
             yield buffer[:count]
 
 
-def file_problem(path: Path, record: FileRecord, on_bytes: OnBytes = lambda count: None) -> str | None:
+def file_problem(path: Path, record: FileRecord) -> str | None:
     """What is wrong with the file, or None if it is what was recorded."""
     if not path.is_file():
         return f"{path}: missing (expected {record.bytes} bytes)"
@@ -133,7 +194,6 @@ def file_problem(path: Path, record: FileRecord, on_bytes: OnBytes = lambda coun
     try:
         for block in read_blocks(path):
             digest.update(block)
-            on_bytes(len(block))
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     if (found_digest := digest.hexdigest()) != record.sha256:
@@ -141,7 +201,7 @@ def file_problem(path: Path, record: FileRecord, on_bytes: OnBytes = lambda coun
     return None
 
 
-def copy_file(source: Path, target: Path, record: FileRecord, on_bytes: OnBytes = lambda count: None) -> None:
+def copy_file(source: Path, target: Path, record: FileRecord) -> None:
     """Copy durably, checking in the same pass that the source is what was recorded.
 
     Raises:
@@ -149,7 +209,7 @@ def copy_file(source: Path, target: Path, record: FileRecord, on_bytes: OnBytes 
     """
     if not source.is_file():
         raise CheckpointError(f"{source}: missing (expected {record.bytes} bytes)")
-    with writing(target, on_bytes) as writer:
+    with writing(target) as writer:
         for block in read_blocks(source):
             writer.write(block)
         found = writer.sync()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
-from .files import CheckpointError, DigestWriter, FileRecord, write_bytes
+from .files import CheckpointError, DigestWriter, FileRecord, FileSlice, write_bytes
 from .pickles import INDEX_NAME, load_data
 
 INDEX_VERSION = "1.0.0"
@@ -58,15 +58,14 @@ def read_item(folder: Path, where: _StorageInfo) -> Tensor:
         CheckpointError: the bytes are missing or are not a plain tensor.
     """
     path = folder / where.relative_path
+    end = where.offset + where.length
     try:
-        with open(path, "rb") as file:
-            file.seek(where.offset)
-            content = file.read(where.length)
+        if path.stat().st_size < end:
+            raise CheckpointError(f"{path}: truncated: expected {end} bytes or more")
+        with FileSlice(path, where.offset, where.length) as content:
+            tensor = load_data(path, content)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(content) != where.length:
-        raise CheckpointError(f"{path}: truncated: expected {where.offset + where.length} bytes or more")
-    tensor = load_data(path, content)
     if not isinstance(tensor, Tensor):
         raise CheckpointError(
             f"{path}: expected a tensor at byte {where.offset}, found {type(tensor).__name__}"

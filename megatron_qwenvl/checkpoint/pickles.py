@@ -11,12 +11,12 @@ import io
 import pickle
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from .files import CheckpointError
+from .files import CheckpointError, FileSlice
 
 INDEX_NAME = ".metadata"
 COMMON_NAME = "common.pt"
@@ -71,20 +71,19 @@ def read_index(folder: Path) -> Metadata:
     return index
 
 
-def load_data(path: Path, content: bytes | None = None) -> Any:
+def load_data(path: Path, content: IO[bytes] | io.RawIOBase | None = None) -> Any:
     """`torch.load` of plain data (tensors, numbers, strings, containers) and nothing else.
 
     Args:
         path: file to read, or to name in errors.
-        content: the bytes, if they are in memory already.
+        content: an open file to read instead, such as a part of it.
 
     Raises:
         CheckpointError: unreadable, or it holds more than data.
     """
     try:
-        return torch.load(
-            path if content is None else io.BytesIO(content), map_location="cpu", weights_only=True
-        )
+        source: Any = path if content is None else content
+        return torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:
@@ -103,6 +102,5 @@ def check_data_only(folder: Path) -> None:
     for where, place in index.storage_data.items():
         if isinstance(index.state_dict_metadata.get(where.fqn), BytesStorageMetadata):
             path = folder / place.relative_path
-            with open(path, "rb") as file:
-                file.seek(place.offset)
-                load_data(path, file.read(place.length))
+            with FileSlice(path, place.offset, place.length) as content:
+                load_data(path, content)

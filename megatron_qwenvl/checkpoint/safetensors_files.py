@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import CheckpointError, OnBytes, writing
+from .files import CheckpointError, writing
 from .stream import TensorSpec
 
 _DTYPES = {
@@ -98,7 +98,6 @@ def write_safetensors(
     path: Path,
     specs: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, Tensor]],
-    on_bytes: OnBytes = lambda count: None,
 ) -> None:
     """Write a file durably while its tensors are produced.
 
@@ -106,7 +105,6 @@ def write_safetensors(
         path: file to write.
         specs: what the file will hold, in the order of `tensors`.
         tensors: names and values, produced one at a time.
-        on_bytes: told the bytes written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -120,7 +118,7 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     expected = iter(specs.items())
-    with writing(path, on_bytes) as file:
+    with writing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
             assert (name, TensorSpec(tuple(tensor.shape), tensor.dtype)) == next(expected)

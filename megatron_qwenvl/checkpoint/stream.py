@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_qwenvl.model.shapes import Shape
 
-from .files import CheckpointError, FileRecord, OnBytes, sync_directory, write_bytes, writing
+from .files import CheckpointError, FileRecord, sync_directory, write_bytes, writing
 from .items import StoredItem, read_item, write_index, write_item
 from .names import chunk_grid
 from .pickles import COMMON_NAME, INDEX_NAME, read_index
@@ -127,15 +127,14 @@ class DistributedFolder:
 class FolderFile:
     """One `.distcp` file of a folder under construction; files can be written by different processes."""
 
-    def __init__(self, folder: Path, number: int, on_bytes: OnBytes = lambda count: None) -> None:
+    def __init__(self, folder: Path, number: int) -> None:
         self.name = f"__0_{number}.distcp"
         self._path = folder / self.name
-        self._on_bytes = on_bytes
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[StoredItem], FileRecord]:
         """Write full tensors, each in the chunks of `chunk_grid`, durably."""
         stored: list[StoredItem] = []
-        with writing(self._path, self._on_bytes) as file:
+        with writing(self._path) as file:
             for name, tensor in tensors:
                 axis, count = chunk_grid(name, tuple(tensor.shape))
                 size = tensor.shape[axis] // count if tensor.dim() else 1

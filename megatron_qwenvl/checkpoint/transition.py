@@ -10,7 +10,8 @@ from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, Stage
 from megatron_qwenvl.model.shapes import tensor_shapes
 
-from .files import CheckpointError, OnBytes, copy_file, new_directory, sync_directory
+from .convert import run_jobs
+from .files import CheckpointError, FileRecord, OnBytes, copy_file, new_directory, sync_directory
 from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest, write_manifest
 from .stream import DistributedFolder
 
@@ -76,10 +77,25 @@ def carry_out(transition: Transition, out: Path, on_bytes: OnBytes = lambda coun
     """
     with new_directory(out) as aside:
         (aside / MODEL_FOLDER).mkdir()
-        for name, record in transition.manifest.files.items():
-            copy_file(transition.source / name, aside / name, record, on_bytes)
+        jobs = [
+            _CopyJob(transition.source / name, aside / name, record)
+            for name, record in transition.manifest.files.items()
+        ]
+        run_jobs(_copy, jobs, on_bytes)
         sync_directory(aside / MODEL_FOLDER)
         write_manifest(aside, transition.manifest)
+
+
+@dataclass(frozen=True)
+class _CopyJob:
+    source: Path
+    target: Path
+    record: FileRecord
+
+
+def _copy(job: _CopyJob) -> tuple[int, None]:
+    copy_file(job.source, job.target, job.record)
+    return job.record.bytes, None
 
 
 def _check_tensors(source: Path, manifest: Manifest) -> None:
