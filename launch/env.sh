@@ -1,10 +1,106 @@
 # shellcheck shell=bash
-# Sourced by the launchers: which Python, and where the package is.
-# PYTHON chooses the interpreter; the default is .venv's, or python3 where there is none.
+# shellcheck disable=SC2034  # read by the scripts that source this
+# Sourced by the launchers and by batch scripts: what is started, by which Python, in which container, and where
+# the processes meet. It sets
+#   root         the repository
+#   program      what the launchers start: PROGRAM, which is `-m MODULE` or a script's path in the repository
+#                (tools/preflight.py); the default is the trainer
+#   interpreter  the Python of a rank; inside the container where there is one
+#   container    what srun must be told of the container
+#   python       the same Python for one process that the calling script starts itself:
+#                "${python[@]}" tools/convert_checkpoint.py ...
+# PYTHON chooses the interpreter; the default is .venv's, or python3 where there is none. In a container it is python3.
+# CONTAINER_IMAGE with CONTAINER_RUNTIME=pyxis or apptainer runs all of it in a container; CONTAINER_MOUNTS (default:
+# the repository, at its own path) says what is seen inside, CONTAINER_OPTIONS holds further options of the runtime.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-$root/.venv/bin/python}"
-[[ -n "${PYTHON:-}" || -x "$python" ]] || python=python3
-
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+die() {
+  echo "$(basename "$0"): $*" >&2
+  exit 2
+}
+
+# Splits a text into words as the shell does, but leaves * in them alone.
+words() { # NAME OF THE ARRAY, TEXT
+  read -r -d '' -a "$1" <<<"$2" || true # the end of the text counts as a failure
+}
+
+choose_program() {
+  local chosen="${PROGRAM:--m megatron_qwenvl.train}"
+  if [[ "$chosen" == "-m "* ]]; then
+    program=(-m "${chosen#-m }")
+  else
+    program=("$root/$chosen")
+    [[ -f "${program[0]}" ]] || die "PROGRAM=$chosen: there is no ${program[0]}"
+  fi
+}
+
+choose_python() {
+  local name
+  container=()
+  if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+    choose_container
+    return
+  fi
+  for name in CONTAINER_RUNTIME CONTAINER_MOUNTS CONTAINER_OPTIONS; do
+    [[ -z "${!name:-}" ]] || die "$name=${!name} is set but CONTAINER_IMAGE is not"
+  done
+  interpreter=("${PYTHON:-$root/.venv/bin/python}")
+  [[ -n "${PYTHON:-}" || -x "${interpreter[0]}" ]] || interpreter=(python3)
+  python=("${interpreter[@]}")
+}
+
+choose_container() {
+  local mounts="${CONTAINER_MOUNTS:-$root:$root}" options
+  words options "${CONTAINER_OPTIONS:-}"
+  case "${CONTAINER_RUNTIME:-}" in
+    pyxis)
+      # The image's own working directory would take what a run writes to a relative path, and go with the container.
+      container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD"
+        "${options[@]}")
+      interpreter=("${PYTHON:-python3}")
+      python=(srun --nodes=1 --ntasks=1 "${container[@]}" "${interpreter[@]}")
+      ;;
+    apptainer)
+      interpreter=(apptainer exec --nv --bind "$mounts" "${options[@]}" "$CONTAINER_IMAGE" "${PYTHON:-python3}")
+      python=("${interpreter[@]}")
+      ;;
+    "") die "CONTAINER_IMAGE=$CONTAINER_IMAGE is set but CONTAINER_RUNTIME (pyxis or apptainer) is not" ;;
+    *) die "CONTAINER_RUNTIME=$CONTAINER_RUNTIME: expected pyxis or apptainer" ;;
+  esac
+}
+
+# pyxis is a plugin of srun; the other launchers cannot enter its containers.
+refuse_pyxis() {
+  ((${#container[@]} == 0)) || die "CONTAINER_RUNTIME=pyxis works through srun only: use launch/srun.sh"
+}
+
+# Where the processes meet: MASTER_ADDR and MASTER_PORT, each as given or chosen here.
+export_rendezvous() { # ADDRESS OF THE FIRST NODE
+  export MASTER_ADDR="${MASTER_ADDR:-$1}"
+  export MASTER_PORT="${MASTER_PORT:-$(free_port)}"
+}
+
+# A port that nobody answers on this machine, below those that the system hands out by itself. A random one, so that
+# jobs differ that share a node, also where that node is another one than this.
+free_port() {
+  local port
+  while
+    port=$((20000 + RANDOM % 12000))
+    (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null
+  do :; done
+  echo "$port"
+}
+
+# Slurm's address of the first node of the allocation: a node's name need not resolve.
+first_node_address() {
+  local first address
+  first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+  address="$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*')"
+  echo "${address#NodeAddr=}"
+}
+
+choose_program
+choose_python

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # Train inside a Slurm allocation (salloc or sbatch), one process per task:
 #   salloc --nodes 2 --ntasks-per-node 8 launch/srun.sh --recipe stage2
-# The first node of the allocation is the rendezvous; MASTER_ADDR and MASTER_PORT override.
+# NPROC takes another number of tasks than the allocation has, SRUN_OPTIONS further options of srun, in words.
+# The first node of the allocation is the rendezvous; MASTER_ADDR and MASTER_PORT override, and must where
+# SRUN_OPTIONS leave that node out. PROGRAM, PYTHON and CONTAINER_* are explained in launch/env.sh.
+# The exit code is srun's: the highest of all tasks, where a task that had to be ended counts 128 + its signal.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-: "${SLURM_JOB_ID:?launch/srun.sh runs inside an allocation: start it through salloc or sbatch}"
-first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-# Slurm's address for the node: a node's name need not resolve.
-address="$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*')"
-export MASTER_ADDR="${MASTER_ADDR:-${address#NodeAddr=}}"
-export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}" # jobs that share a node differ
+[[ -n "${SLURM_JOB_ID:-}" ]] || die "runs inside an allocation: start it through salloc or sbatch"
+export_rendezvous "$(first_node_address)"
 
-exec srun --kill-on-bad-exit=1 "$python" -m megatron_qwenvl.train "$@"
+words options "${SRUN_OPTIONS:-}"
+[[ -z "${NPROC:-}" ]] || options=(--ntasks="$NPROC" "${options[@]}")
+# Since Slurm 22.05 srun does not take over what the allocation says of CPUs; each task would get one.
+[[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
+
+exec srun --kill-on-bad-exit=1 "${container[@]}" "${options[@]}" "${interpreter[@]}" "${program[@]}" "$@"

@@ -1,7 +1,8 @@
 """python tools/index_shards.py DIR... [--tokenizer qwen.tiktoken] [--workers N] [--verify-images] [--force]
 
 Writes the index of every WebDataset shard (`*.tar`) of the directories, and their manifests. Shards whose index is
-current are left alone. Runs in N processes, or over all ranks when started by mpirun or srun (needs mpi4py).
+current are left alone. Runs in N processes, or over all ranks when started by mpirun or srun (needs mpi4py); under
+torchrun rank 0 alone works, in N processes.
 `--check` reads every shard and compares its digest instead. Exits with 1 when a shard could not be indexed; the
 others are indexed all the same.
 """
@@ -17,13 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.indexing import IndexJob, ShardResult, index_directory
 from megatron_qwenvl.data.manifest import open_directory
 from megatron_qwenvl.data.tokenizer import load_tokenizer
-
-RANK_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+from megatron_qwenvl.runtime.processes import LaunchError, ProcessInfo, detect_process, load_mpi
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,22 +49,39 @@ def parse_arguments() -> argparse.Namespace:
 def executor(workers: int) -> Iterator[Executor | None]:
     """What runs the shards: MPI ranks, a process pool, or a thread of this process.
 
-    None on all MPI ranks but the first; they have worked for it when they come here.
+    None on all ranks but the first; MPI's have worked for it when they come here.
+
+    Raises:
+        LaunchError: the launcher contradicts itself, or its ranks cannot work together through mpi4py.
     """
-    if (ranks := max(int(os.environ.get(name, 1)) for name in RANK_COUNTS)) > 1:
-        try:
-            from mpi4py import MPI
-            from mpi4py.futures import MPICommExecutor
-        except ImportError as error:
-            raise DataError(f"started as {ranks} ranks, which needs mpi4py: {error}") from error
-        with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
+    process = detect_process(rendezvous=False)
+    if process.world_size > 1 and process.launcher in ("mpi", "slurm"):
+        with mpi_ranks(process) as pool:
             yield pool
+    elif process.rank > 0:
+        yield None
     elif workers > 1:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             yield pool
     else:
         with ThreadPoolExecutor(1) as pool:
             yield pool
+
+
+@contextlib.contextmanager
+def mpi_ranks(process: ProcessInfo) -> Iterator[Executor | None]:
+    """All ranks as one executor, on rank 0; the others work for it and get None."""
+    world = load_mpi(f"started as {process.world_size} ranks, which needs mpi4py").COMM_WORLD
+    if world.size != process.world_size:  # each rank would index everything
+        raise LaunchError(
+            f"{process.launcher} started {process.world_size} ranks but mpi4py sees {world.size}: its MPI library does "
+            "not know this launcher (under Slurm try srun --mpi=pmix)"
+        )
+    from mpi4py.futures import MPICommExecutor
+
+    ranks: Any = MPICommExecutor(world, root=0)  # its stub is wrong on what entering gives
+    with ranks as pool:
+        yield pool
 
 
 def progress(directory: Path) -> Callable[[ShardResult, int], None]:
@@ -113,7 +131,7 @@ def main() -> int:
             for directory in arguments.directories if pool else ():
                 results = index_directory(directory, job, pool, progress(directory))
                 failed += summarise(directory, results)
-    except DataError as error:
+    except (DataError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 1 if failed else 0

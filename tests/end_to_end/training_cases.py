@@ -42,28 +42,29 @@ def run_config(
     data: Path, run_dir: Path, *overrides: str, recipe: str = "tiny_stage2", world: int = 1
 ) -> RunConfig:
     """A small run on `data/mixed`."""
-    return load_config(
-        recipe,
-        [
-            "--run_dir", str(run_dir),
-            "--data.root", str(data),
-            "--data.sources", "[{name: mixed, path: mixed}]",
-            "--data.global_batch_size", "8",
-            "--data.workers", "0",
-            "--data.image_size", "56",
-            "--data.pack_length", "512",
-            "--data.max_sample_length", "512",
-            "--model.vision.layers", "2", "--model.vision.width", "32", "--model.vision.mlp_hidden", "48",
-            "--model.decoder.layers", "2", "--model.decoder.hidden", "48", "--model.decoder.ffn_hidden", "64",
-            "--train.steps", "10",
-            "--optimizer.warmup_steps", "2",
-            "--train.validation_interval", "0",
-            "--checkpoint.interval", "0",
-            "--logging.tensorboard", "false", "--logging.interval", "1",
-            *overrides,
-        ],
-        world_size=world,
-    )  # fmt: skip
+    return load_config(recipe, run_arguments(data, run_dir, *overrides), world_size=world)
+
+
+def run_arguments(data: Path, run_dir: Path, *overrides: str) -> list[str]:
+    """What a small run on `data/mixed` changes in a recipe, as a command line says it."""
+    return [
+        "--run_dir", str(run_dir),
+        "--data.root", str(data),
+        "--data.sources", "[{name: mixed, path: mixed}]",
+        "--data.global_batch_size", "8",
+        "--data.workers", "0",
+        "--data.image_size", "56",
+        "--data.pack_length", "512",
+        "--data.max_sample_length", "512",
+        "--model.vision.layers", "2", "--model.vision.width", "32", "--model.vision.mlp_hidden", "48",
+        "--model.decoder.layers", "2", "--model.decoder.hidden", "48", "--model.decoder.ffn_hidden", "64",
+        "--train.steps", "10",
+        "--optimizer.warmup_steps", "2",
+        "--train.validation_interval", "0",
+        "--checkpoint.interval", "0",
+        "--logging.tensorboard", "false", "--logging.interval", "1",
+        *overrides,
+    ]  # fmt: skip
 
 
 def train(process: ProcessInfo, config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The launchers start every rank with its place, its rendezvous and its arguments."""
+"""The launchers start every rank with its place, its rendezvous and its arguments, and return its exit code."""
 
 from __future__ import annotations
 
@@ -14,40 +14,83 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TRAIN = """
+REPORT = """
 import dataclasses, json, sys
 from pathlib import Path
-from .processes import detect_process
+from megatron_qwenvl.processes import detect_process
 process = detect_process()
-report = {**dataclasses.asdict(process), "arguments": sys.argv[1:]}
+report = {**dataclasses.asdict(process), "arguments": sys.argv[1:], "program": __file__}
 Path(__file__).parents[1].joinpath(f"rank-{process.rank}.json").write_text(json.dumps(report))
+sys.exit(7 if "--fail" in sys.argv and process.rank == 1 else 0)
 """
+STAND_IN = """#!/usr/bin/env bash
+printf '%s\\n' "$(basename "$0")" "$@" >"$RECORD"
+env >"$RECORD.env"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$*" in
+  "show hostnames node[3-4]") printf 'node3\\nnode4\\n' ;;
+  "--oneliner show node node3") echo "NodeName=node3 Arch=x86_64 NodeAddr=10.0.0.3 NodeHostName=node3" ;;
+esac
+"""
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[3-4]"}
+PYXIS = {"CONTAINER_IMAGE": "ngc/pytorch:25.10", "CONTAINER_RUNTIME": "pyxis"}
+APPTAINER = {"CONTAINER_IMAGE": "torch.sif", "CONTAINER_RUNTIME": "apptainer"}
+
+needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="Open MPI is not installed")
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The launchers beside a trainer that writes down which process it is."""
+    """The launchers beside a trainer and a tool that write down which process they are."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    package = tmp_path / "megatron_qwenvl"
+    package, tools = tmp_path / "megatron_qwenvl", tmp_path / "tools"
     package.mkdir()
+    tools.mkdir()
     (package / "__init__.py").touch()
-    (package / "train.py").write_text(TRAIN)
+    (package / "train.py").write_text(REPORT)
+    (tools / "report.py").write_text(REPORT)
     shutil.copy(ROOT / "megatron_qwenvl/runtime/processes.py", package)
     return tmp_path
 
 
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs of a cluster that write down how they were called."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("srun", "mpirun", "apptainer", "scontrol"):
+        (programs / name).write_text(SCONTROL if name == "scontrol" else STAND_IN)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORD", str(tmp_path / "record"))
+    return tmp_path / "record"
+
+
+def run(tree: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a launcher from another directory, in an environment without any launcher's variables."""
+    launchers = ("SLURM", "OMPI", "PMI", "MASTER_", "PYTHON", "CONTAINER_", "RANK", "WORLD_", "LOCAL_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    return subprocess.run(
+        [tree / "launch" / script, *arguments],
+        cwd="/", env={**clean, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
 def launch(tree: Path, script: str, **environment: str) -> list[dict[str, Any]]:
     """Run a launcher with two processes and return what they wrote, by rank."""
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "MASTER_ADDR", "MASTER_PORT")
-    }
-    command = [tree / "launch" / script, "--name", "two words", "--seed=3"]
-    env = {**clean, "PYTHON": sys.executable, "NPROC": "2", **environment}
-    result = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=120)
+    settings = {"PYTHON": sys.executable, "NPROC": "2", **AS_ROOT, **environment}
+    result = run(tree, script, "--name", "two words", "--seed=3", **settings)
     assert result.returncode == 0, result.stderr
     return [json.loads((tree / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def recorded(record: Path, tree: Path, script: str, *arguments: str, **environment: str) -> list[str]:
+    """The call that a launcher ends in, word by word, where stand-ins record it."""
+    result = run(tree, script, *arguments, **environment)
+    assert result.returncode == 0, result.stderr
+    return record.read_text().splitlines()
 
 
 def check(reports: list[dict[str, Any]], launcher: str) -> None:
@@ -61,22 +104,199 @@ def check(reports: list[dict[str, Any]], launcher: str) -> None:
 
 
 def test_local(tree: Path) -> None:
-    check(launch(tree, "local.sh"), "torchrun")
+    reports = launch(tree, "local.sh")
+    check(reports, "torchrun")
+    assert reports[0]["node_rank"] == 0
+    assert reports[0]["program"] == str(tree / "megatron_qwenvl/train.py")
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="Open MPI is not installed")
+@needs_mpirun
 def test_mpirun(tree: Path) -> None:
+    reports = launch(tree, "mpirun.sh")
+    check(reports, "mpi")
+    assert reports[0]["program"] == str(tree / "megatron_qwenvl/train.py")
+
+
+@needs_mpirun
+def test_a_given_port_wins(tree: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    reports = launch(tree, "mpirun.sh", MASTER_PORT=port, **as_root)
+    assert launch(tree, "mpirun.sh", MASTER_PORT=port)[1]["init_method"] == f"tcp://127.0.0.1:{port}"
+
+
+@needs_mpirun
+def test_other_mpi_launchers_are_asked_through_mpi4py(tree: Path) -> None:
+    """Without Open MPI's own variables its PMIx rank is left, as prrte and srun --mpi=pmix set it."""
+    loads = subprocess.run(
+        [sys.executable, "-c", "from mpi4py import MPI"], env={**os.environ, **AS_ROOT}, capture_output=True
+    )
+    if loads.returncode:
+        pytest.skip("mpi4py finds no MPI library")
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    hidden = [word for name in names for word in ("-u", f"OMPI_COMM_WORLD_{name}")]
+    command = ["mpirun", "-np", "2", "--host", "localhost:2", "env", *hidden, sys.executable]
+    command += [str(tree / "tools/report.py"), "--name", "two words", "--seed=3"]
+    env = {**os.environ, **AS_ROOT, "PYTHONPATH": str(tree)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    reports = [json.loads((tree / f"rank-{rank}.json").read_text()) for rank in range(2)]
     check(reports, "mpi")
-    assert reports[0]["init_method"].endswith(port)
-
-
-def test_srun_outside_an_allocation_says_what_to_do(tree: Path) -> None:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    result = subprocess.run([tree / "launch/srun.sh"], env=clean, capture_output=True, text=True, timeout=60)
+    assert [report["node_rank"] for report in reports] == [0, 0]  # Open MPI's variables have no node
+    assert reports[0]["init_method"].rpartition(":")[2] != "0"
+    # One rank's wrong number stops them all, also the one that has no complaint and would wait for ever.
+    env["RANK"] = "0"
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert result.returncode != 0
-    assert "start it through salloc or sbatch" in result.stderr
+    assert "RANK=0 contradicts mpi4py's rank=1" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["local.sh", pytest.param("mpirun.sh", marks=needs_mpirun)])
+def test_another_program_and_its_exit_code(script: str, tree: Path) -> None:
+    settings = {"PYTHON": sys.executable, "NPROC": "2", "PROGRAM": "tools/report.py", **AS_ROOT}
+    assert run(tree, script, "--fail", **settings).returncode == 7
+    report = json.loads((tree / "rank-1.json").read_text())
+    assert (report["program"], report["arguments"]) == (str(tree / "tools/report.py"), ["--fail"])
+
+
+def test_srun(tree: Path, stand_ins: Path) -> None:
+    options = {"SRUN_OPTIONS": " --label\n  --comment=* ", "SLURM_CPUS_PER_TASK": "5", "PYTHON": "python9"}
+    called = recorded(stand_ins, tree, "srun.sh", "--name", "two words", **ALLOCATION, **options)
+    assert called == [
+        "srun", "--kill-on-bad-exit=1", "--label", "--comment=*",
+        "python9", "-m", "megatron_qwenvl.train", "--name", "two words",
+    ]  # fmt: skip
+    environment = stand_ins.with_suffix(".env").read_text().splitlines()
+    assert {"MASTER_ADDR=10.0.0.3", "SRUN_CPUS_PER_TASK=5", f"PYTHONPATH={tree}"} <= set(environment)
+    (port,) = (line.removeprefix("MASTER_PORT=") for line in environment if line.startswith("MASTER_PORT="))
+    assert 20000 <= int(port) < 32000
+
+
+def test_number_of_processes_under_slurm(tree: Path, stand_ins: Path) -> None:
+    assert "--ntasks=3" in recorded(stand_ins, tree, "srun.sh", **ALLOCATION, NPROC="3")
+    called = recorded(stand_ins, tree, "mpirun.sh", **ALLOCATION, NPROC="3")
+    assert called[called.index("-np") + 1] == "3"
+
+
+def test_mpirun_takes_the_allocation_as_it_is(tree: Path, stand_ins: Path) -> None:
+    called = recorded(stand_ins, tree, "mpirun.sh", **ALLOCATION, PYTHON="python9")
+    assert called[:3] == ["mpirun", "--bind-to", "none"]
+    assert called[-3:] == ["python9", "-m", "megatron_qwenvl.train"]
+    assert "MASTER_ADDR=10.0.0.3" in stand_ins.with_suffix(".env").read_text()
+
+
+def test_mpirun_hands_over_what_a_rank_needs(tree: Path, stand_ins: Path) -> None:
+    settings = {
+        "HOSTS": "node5:8,node6:8",
+        "NCCL_DEBUG": "INFO",
+        "SECRET": "x",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    called = recorded(stand_ins, tree, "mpirun.sh", **settings)
+    assert called[:3] == ["mpirun", "--host", "node5:8,node6:8"] and "-np" not in called
+    handed = {called[i + 1] for i, word in enumerate(called) if word == "-x"}
+    rendezvous = {"MASTER_ADDR", "MASTER_PORT"}
+    assert {*rendezvous, "PYTHONPATH", "PATH", "OMP_NUM_THREADS", *settings} - handed == {"HOSTS", "SECRET"}
+    assert "MASTER_ADDR=node5" in stand_ins.with_suffix(".env").read_text()
+
+
+def test_pyxis_runs_the_ranks_in_a_container(tree: Path, stand_ins: Path) -> None:
+    called = recorded(
+        stand_ins, tree, "srun.sh", **ALLOCATION, **PYXIS, CONTAINER_OPTIONS="--container-writable"
+    )
+    assert called == [
+        "srun", "--kill-on-bad-exit=1", "--container-image=ngc/pytorch:25.10",
+        f"--container-mounts={tree}:{tree}", "--container-workdir=/", "--container-writable",
+        "python3", "-m", "megatron_qwenvl.train",
+    ]  # fmt: skip
+    mounts = {"CONTAINER_MOUNTS": "/data:/data"}
+    assert "--container-mounts=/data:/data" in recorded(
+        stand_ins, tree, "srun.sh", **ALLOCATION, **PYXIS, **mounts
+    )
+
+
+def test_apptainer_runs_the_ranks_in_a_container(tree: Path, stand_ins: Path) -> None:
+    inside = [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--bind",
+        f"{tree}:{tree}",
+        "--writable-tmpfs",
+        "torch.sif",
+        "python3",
+    ]
+    settings = {**APPTAINER, "CONTAINER_OPTIONS": "--writable-tmpfs"}
+    called = recorded(stand_ins, tree, "srun.sh", **ALLOCATION, **settings)
+    assert called == ["srun", "--kill-on-bad-exit=1", *inside, "-m", "megatron_qwenvl.train"]
+    called = recorded(stand_ins, tree, "mpirun.sh", **settings)
+    assert called[-10:] == [*inside, "-m", "megatron_qwenvl.train"]
+    called = recorded(stand_ins, tree, "local.sh", **settings)
+    assert called[:9] == [*inside, f"{tree}/launch/torchrun.py"]
+
+
+@pytest.mark.parametrize(
+    ("container", "inside"),
+    [
+        ({"PYTHON": "python9"}, ["python9"]),
+        (PYXIS, ["srun", "--nodes=1", "--ntasks=1", "--container-image=ngc/pytorch:25.10"]),
+        (APPTAINER, ["apptainer", "exec", "--nv"]),
+    ],
+)
+def test_one_process_of_a_batch_script(container: dict[str, str], inside: list[str], tree: Path) -> None:
+    script = tree / "launch" / "batch.sh"
+    script.write_text('source "$(dirname "$0")/env.sh"; printf "%s\\n" "${python[@]}"')
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", script], env={**os.environ, **container}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[: len(inside)] == inside
+
+
+def test_a_port_that_somebody_uses_is_not_taken(tree: Path) -> None:
+    command = ["bash", "-c", f'source "{tree}/launch/env.sh"; RANDOM=1; free_port']
+    port = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    with socket.create_server(("127.0.0.1", port)):
+        other = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert port != other
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "message"),
+    [
+        ("srun.sh", {}, "start it through salloc or sbatch"),
+        (
+            "mpirun.sh",
+            {**ALLOCATION, "HOSTS": "node9"},
+            "HOSTS=node9 contradicts SLURM_JOB_NODELIST=node[3-4]",
+        ),
+        ("local.sh", {"PROGRAM": "tools/none.py"}, "PROGRAM=tools/none.py: there is no "),
+        ("local.sh", PYXIS, "use launch/srun.sh"),
+        ("mpirun.sh", PYXIS, "use launch/srun.sh"),
+        ("local.sh", {"CONTAINER_IMAGE": "x"}, "CONTAINER_RUNTIME (pyxis or apptainer) is not"),
+        (
+            "local.sh",
+            {**APPTAINER, "CONTAINER_RUNTIME": "docker"},
+            "CONTAINER_RUNTIME=docker: expected pyxis or",
+        ),
+        (
+            "local.sh",
+            {"CONTAINER_RUNTIME": "pyxis"},
+            "CONTAINER_RUNTIME=pyxis is set but CONTAINER_IMAGE is not",
+        ),
+        ("local.sh", {"CONTAINER_MOUNTS": "/a"}, "CONTAINER_MOUNTS=/a is set but CONTAINER_IMAGE is not"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    script: str, settings: dict[str, str], message: str, tree: Path
+) -> None:
+    result = run(tree, script, **settings)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.startswith(f"{script}: ")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck() -> None:
+    scripts = sorted(ROOT.glob("launch/*.sh"))
+    result = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

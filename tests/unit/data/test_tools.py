@@ -63,13 +63,36 @@ def test_indexing_over_mpi_ranks_gives_what_one_process_gives(shards: Path) -> N
         str(shards),
         "--force",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **as_root}
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=environment, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("(4 indexed now)") == 1
     assert (shards / "manifest.json").read_bytes() == manifest
+
+
+def test_indexing_under_torchrun_is_done_by_rank_0(shards: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "PROGRAM": "tools/index_shards.py", "NPROC": "2"}
+    command = [ROOT / "launch" / "local.sh", shards, "--workers", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("(4 indexed now)") == 1 and "(0 indexed now)" not in result.stdout
+
+
+def test_ranks_that_do_not_see_each_other_index_nothing(shards: Path, tmp_path: Path) -> None:
+    """An MPI library that does not know the launcher puts every rank in a world of its own."""
+    (tmp_path / "mpi4py.py").write_text("class MPI:\n    class COMM_WORLD:\n        size = 1\n")
+    step = {"STEP_ID": "0", "STEP_NUM_TASKS": "2", "STEP_TASKS_PER_NODE": "2"}
+    task = {"PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    slurm = {f"SLURM_{name}": value for name, value in {**step, **task}.items()}
+    environment = {**os.environ, **slurm, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, ROOT / "tools" / "index_shards.py", shards]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 1
+    assert "slurm started 2 ranks but mpi4py sees 1" in result.stderr
+    assert not (shards / "manifest.json").exists()
 
 
 def test_a_truncated_shard_is_named_and_the_rest_indexed(shards: Path) -> None:
