@@ -3,7 +3,8 @@
     python benchmarks/bench_convert.py [--directory DIR] [--vit-layers 48] [--decoder-layers 32]
 
 Makes a published Qwen-VL directory with random weights (19.3 GB at full size; about 60 GB of free disk are needed),
-then imports, compares, verifies, transitions and exports it. Every command is set against the mean of a copy right
+then imports, compares (equal, and with a difference in every 256 kB, bit by bit and to a tolerance), verifies,
+transitions and exports it. Every command is set against the mean of a copy right
 before and one right after it: disks are noisy.
 Peak memory is the resident size of the converter and its children.
 """
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from torch import Tensor
 from megatron_qwenvl.checkpoint.exports import published_table
 from megatron_qwenvl.checkpoint.names import TABLE_NAME, qwenvl_rules
 from megatron_qwenvl.checkpoint.published_config import published_config
-from megatron_qwenvl.checkpoint.safetensors_files import write_safetensors
+from megatron_qwenvl.checkpoint.safetensors_files import read_header, write_safetensors
 from megatron_qwenvl.checkpoint.stream import TensorSpec
 from megatron_qwenvl.config.schema import DecoderConfig, ModelConfig, VisionConfig
 from megatron_qwenvl.model.shapes import tensor_shapes
@@ -99,8 +101,17 @@ def resident(process: psutil.Process) -> int:
     return total
 
 
-def run(*command: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command that must succeed."""
+def change_all(folder: Path) -> None:
+    """Flip the lowest bit of a number in every 256 kB of the weights; doing it again restores them."""
+    for file in sorted(folder.glob("*.safetensors")):
+        begin = min(tensor.offset for tensor in read_header(file).values())
+        content = np.memmap(file, np.uint8, "r+", begin)
+        content[:: 1 << 18] ^= 1
+        content.flush()
+
+
+def run(*command: str, expected: int = 0) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a command that must end with the expected exit code."""
     began, peak = time.monotonic(), 0
     with subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -111,7 +122,7 @@ def run(*command: str) -> tuple[float, int]:
             time.sleep(0.03)
         assert process.stderr is not None
         errors = process.stderr.read().decode()
-    if process.returncode:
+    if process.returncode != expected:
         raise SystemExit(f"{' '.join(command[:3])}: exit code {process.returncode}\n{errors[-2000:]}")
     return time.monotonic() - began, peak
 
@@ -145,15 +156,24 @@ def main() -> int:
     size = make_published(published, model)
     before = copy(published)
     print(f"{size / 1e9:.2f} GB; copy with fsync {before:.1f} s ({size / before / 1e6:.0f} MB/s)", flush=True)
-    commands = {
-        "import-qwenvl": ["--from", str(published), "--out", str(ours)],
-        "compare": [str(ours), str(published)],
-        "verify": [str(ours)],
-        "next-stage": ["--from", str(ours), "--to", "stage2", "--out", str(scratch / "next")],
-        "export-qwenvl": ["--from", str(ours), "--out", str(scratch / "exported")],
-    }
-    for name, options in commands.items():
-        seconds, peak = run(str(TOOL), name, *options)
+    exported = ["export-qwenvl", "--from", str(ours), "--out", str(scratch / "exported")]
+    commands: list[tuple[str, list[str], int]] = [
+        ("import-qwenvl", ["import-qwenvl", "--from", str(published), "--out", str(ours)], 0),
+        ("compare", ["compare", str(ours), str(published)], 0),
+        ("  different", ["compare", str(ours), str(published)], 1),
+        ("  tolerance", ["compare", str(ours), str(published), "--tolerance", "1e-3"], 1),
+        ("verify", ["verify", str(ours)], 0),
+        (
+            "next-stage",
+            ["next-stage", "--from", str(ours), "--to", "stage2", "--out", str(scratch / "next")],
+            0,
+        ),
+        ("export-qwenvl", exported, 0),
+    ]
+    for name, command, expected in commands:
+        if name.strip() in ("different", "verify"):
+            change_all(published)
+        seconds, peak = run(str(TOOL), *command, expected=expected)
         shutil.rmtree(scratch / "next", ignore_errors=True)
         after = copy(published)
         ratio = seconds / ((before + after) / 2)

@@ -17,24 +17,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from megatron_qwenvl.checkpoint.examine import compare, describe, open_weights, verify
 from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.files import CheckpointError
+from megatron_qwenvl.checkpoint.files import CheckpointError, OnBytes, check_target
 from megatron_qwenvl.checkpoint.imports import Import, carry_out_import, plan_parts, plan_qwenvl
 from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.checkpoint.progress import Progress
 from megatron_qwenvl.checkpoint.transition import carry_out, plan_transition
 from megatron_qwenvl.config.recipes import RECIPES
 
+DRY_RUN = (
+    "write nothing; check what shows without reading the weights: configuration, sizes of files, names, types and "
+    "shapes of all tensors (not their values, and not digests: see verify)"
+)
+
 
 def next_stage(arguments: argparse.Namespace) -> int:
     """Make the start of the next stage from a finished one."""
     plan = plan_transition(arguments.source, arguments.to, arguments.force)
     _tell(plan.notes)
-    return _convert(arguments, plan.manifest.total_bytes, lambda add: carry_out(plan, arguments.out, add))
+    work = partial(carry_out, plan, arguments.out)
+    return _convert(arguments, [plan.source], plan.manifest.total_bytes, work)
 
 
 def import_parts(arguments: argparse.Namespace) -> int:
@@ -52,7 +59,8 @@ def export_qwenvl(arguments: argparse.Namespace) -> int:
     """Write a checkpoint in the published layout."""
     plan = plan_export(arguments.source, arguments.tokenizer)
     _tell(plan.notes)
-    return _convert(arguments, plan.total_bytes, lambda add: carry_out_export(plan, arguments.out, add))
+    work = partial(carry_out_export, plan, arguments.out)
+    return _convert(arguments, [plan.source.path], plan.total_bytes, work)
 
 
 def inspect_checkpoint(arguments: argparse.Namespace) -> int:
@@ -85,12 +93,14 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace, plan: Import) -> int:
     _tell(plan.notes)
-    return _convert(arguments, plan.total_bytes, lambda add: carry_out_import(plan, arguments.out, add))
+    work = partial(carry_out_import, plan, arguments.out)
+    return _convert(arguments, plan.sources, plan.total_bytes, work)
 
 
-def _convert(arguments: argparse.Namespace, total: int, work: Callable[[Callable[[int], None]], None]) -> int:
-    if arguments.out.exists():
-        raise CheckpointError(f"{arguments.out}: exists already; choose another name or remove it")
+def _convert(
+    arguments: argparse.Namespace, sources: Iterable[Path], total: int, work: Callable[[OnBytes], None]
+) -> int:
+    check_target(arguments.out, sources)
     if arguments.dry_run:
         print(f"would write {total / 1e9:.3f} GB to {arguments.out}")
         return 0
@@ -114,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("next-stage", help="weights of a finished stage as the start of the next")
     _add_source(command, "checkpoint or run directory")
     command.add_argument("--to", choices=("stage2", "stage3"), required=True, help="stage to start")
-    command.add_argument("--force", action="store_true", help="accept weights of any stage")
+    command.add_argument(
+        "--force", action="store_true", help="accept weights of any stage and of unfinished runs"
+    )
     _add_output(command, next_stage)
 
     command = commands.add_parser("import-parts", help="OpenCLIP ViT, Qwen-7B and a new adapter")
@@ -134,7 +146,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export-qwenvl", help="the published layout from a checkpoint")
     _add_source(command, "checkpoint or run directory")
-    command.add_argument("--tokenizer", type=Path, help="tokenizer file or directory to copy along")
+    command.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="tokenizer file, or published directory whose tokenizer and code files are copied along",
+    )
     _add_output(command, export_qwenvl)
 
     command = commands.add_parser("inspect", help="what a checkpoint is")
@@ -163,7 +179,7 @@ def _add_source(command: argparse.ArgumentParser, what: str) -> None:
 
 def _add_output(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
     command.add_argument("--out", type=Path, required=True, help="directory to create")
-    command.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    command.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     command.set_defaults(run=run)
 
 

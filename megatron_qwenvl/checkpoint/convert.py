@@ -9,8 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
 import torch
@@ -109,28 +111,69 @@ def split_into_files(
     return [*parts, Part(part.source, tuple(rules))] if rules else parts
 
 
+_REPORT_SECONDS = 0.2
+
+_handled: Synchronized[int] | None = None
+"""In a worker process: bytes that all workers have handled so far."""
+
+
+def count_bytes(count: int) -> None:
+    """Called within a job of `run_jobs`: `count` more bytes are done."""
+    assert _handled is not None, "outside of a job"
+    with _handled.get_lock():
+        _handled.value += count
+
+
+def counted(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on within a job and count each one's bytes when it is done with."""
+    for name, tensor in tensors:
+        yield name, tensor
+        count_bytes(tensor.nbytes)
+
+
 def run_jobs(
-    work: Callable[[JobType], tuple[int, ResultType]], jobs: list[JobType], on_bytes: OnBytes
+    work: Callable[[JobType], ResultType], jobs: Iterable[JobType], on_bytes: OnBytes
 ) -> list[ResultType]:
     """Run independent jobs in `WORKERS` processes; results in the order of `jobs`.
 
     Args:
-        work: module-level function; returns the bytes it handled, for progress, and its result.
+        work: module-level function; calls `count_bytes` as it goes.
         jobs: picklable arguments.
-        on_bytes: told the bytes of each finished job.
+        on_bytes: told about the counted bytes a few times a second.
 
     Raises:
-        CheckpointError: what a job raised; the others are abandoned.
+        CheckpointError: what a job raised, or a worker process was killed; the other jobs are abandoned.
     """
     context = multiprocessing.get_context("fork")
+    handled = context.Value("q", 0)
     with ProcessPoolExecutor(
-        WORKERS, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+        WORKERS, mp_context=context, initializer=_start_worker, initargs=(handled,)
     ) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         try:
-            for future in as_completed(futures):
-                on_bytes(future.result()[0])
-        except BaseException:
+            _watch(futures, handled, on_bytes)
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise CheckpointError(
+                "a worker process was killed; perhaps the machine ran out of memory"
+            ) from None
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        return [future.result()[1] for future in futures]
+
+
+def _start_worker(handled: Synchronized[int]) -> None:
+    global _handled
+    _handled = handled
+    torch.set_num_threads(1)
+
+
+def _watch(futures: list[Future[ResultType]], handled: Synchronized[int], on_bytes: OnBytes) -> None:
+    """Report progress until all jobs are done or one has failed; raises what it raised."""
+    told, waiting = 0, set(futures)
+    while waiting:
+        done, waiting = wait(waiting, _REPORT_SECONDS, FIRST_EXCEPTION)
+        now = handled.value
+        on_bytes(now - told)
+        told = now
+        for future in done:
+            future.result()

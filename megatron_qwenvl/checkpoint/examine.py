@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from megatron_qwenvl.model.shapes import tensor_shapes
-
-from .convert import Part, our_specs, run_jobs
-from .files import CheckpointError, FileRecord, OnBytes, file_problem
+from .convert import Part, count_bytes, our_specs, run_jobs
+from .differences import measure
+from .files import CheckpointError, FileRecord, OnBytes, file_problem, untold
 from .imports import plan_qwenvl
 from .manifest import MANIFEST_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, Manifest, find_checkpoint, read_manifest
 from .names import Rule
 from .pickles import check_data_only
+from .source import tensor_problems
 from .stream import DistributedFolder, TensorSource, TensorSpec
 
 
@@ -31,7 +30,8 @@ def describe(path: Path) -> Iterator[str]:
     specs = DistributedFolder(checkpoint / MODEL_FOLDER).specs
     yield f"checkpoint  {checkpoint}"
     yield f"kind        {manifest.kind}"
-    yield f"weights     {manifest.origin}, step {manifest.step}, recipe {manifest.recipe}"
+    steps = f"{manifest.step} of {manifest.steps}" if manifest.steps else str(manifest.step)
+    yield f"weights     {manifest.origin}, step {steps}, recipe {manifest.recipe}"
     if manifest.start_of:
         yield f"starts      {manifest.start_of}"
     yield f"images      {manifest.image_size or 'unknown'} pixels"
@@ -50,7 +50,7 @@ def describe(path: Path) -> Iterator[str]:
     yield from (f"  {name}  {spec}" for name, spec in specs.items())
 
 
-def verify(path: Path, on_bytes: OnBytes = lambda count: None) -> list[str]:
+def verify(path: Path, on_bytes: OnBytes = untold) -> list[str]:
     """Everything that is wrong with a checkpoint: files against digests, files that do not belong, tensors against
     the model's configuration, and content that is not data.
 
@@ -76,8 +76,8 @@ class _DigestJob:
     record: FileRecord
 
 
-def _digest(job: _DigestJob) -> tuple[int, str | None]:
-    return job.record.bytes, file_problem(job.path, job.record)
+def _digest(job: _DigestJob) -> str | None:
+    return file_problem(job.path, job.record, count_bytes)
 
 
 def _folder_problems(folder: Path) -> list[str]:
@@ -91,6 +91,8 @@ def _folder_problems(folder: Path) -> list[str]:
         check_data_only(folder)
     except CheckpointError as error:
         problems.append(str(error))
+    except OSError as error:
+        problems.append(f"{error.filename or folder}: cannot be read ({error.strerror})")
     return problems
 
 
@@ -99,17 +101,7 @@ def _model_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
         found = DistributedFolder(checkpoint / MODEL_FOLDER).specs
     except CheckpointError:
         return []  # reported with the folder
-    expected = tensor_shapes(manifest.model)
-    problems = [f"{checkpoint}: tensor {name} is missing" for name in expected.keys() - found.keys()]
-    problems += [
-        f"{checkpoint}: tensor {name} does not belong to the model" for name in found.keys() - expected
-    ]
-    problems += [
-        f"{checkpoint}: tensor {name}: expected {list(shape)}, found {list(found[name].shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]
-    return sorted(problems)
+    return [f"{checkpoint}: {problem}" for problem in tensor_problems(found, manifest.model)]
 
 
 def open_weights(path: Path) -> TensorSource:
@@ -144,7 +136,7 @@ class PublishedAsOurs:
 
 
 def compare(
-    a: TensorSource, b: TensorSource, tolerance: float = 0.0, on_bytes: OnBytes = lambda count: None
+    a: TensorSource, b: TensorSource, tolerance: float = 0.0, on_bytes: OnBytes = untold
 ) -> list[str]:
     """What differs between two sets of weights, tensor by tensor.
 
@@ -156,13 +148,11 @@ def compare(
     """
     names = [*a.specs, *(name for name in b.specs if name not in a.specs)]
     jobs = [_CompareJob(a, b, tuple(group), tolerance) for group in _groups(names, a)]
-    return [
-        difference for differences in run_jobs(_differences, jobs, on_bytes) for difference in differences
-    ]
+    return [difference for found in run_jobs(_differences, jobs, on_bytes) for difference in found]
 
 
 _GROUP_BYTES = 256 << 20
-"""A job compares about this much, so that progress is fine-grained and a source is not sent along too often."""
+"""A job compares about this much, so that a source is not sent along too often."""
 
 
 def _groups(names: list[str], source: TensorSource) -> Iterator[list[str]]:
@@ -187,11 +177,13 @@ class _CompareJob:
     tolerance: float
 
 
-def _differences(job: _CompareJob) -> tuple[int, list[str]]:
+def _differences(job: _CompareJob) -> list[str]:
     a, b = job.a.specs, job.b.specs
-    found = [_difference(job, name, a.get(name), b.get(name)) for name in job.names]
-    handled = sum(a[name].nbytes for name in job.names if name in a)
-    return handled, [difference for difference in found if difference]
+    found = []
+    for name in job.names:
+        found.append(_difference(job, name, a.get(name), b.get(name)))
+        count_bytes(a[name].nbytes if name in a else 0)
+    return [difference for difference in found if difference]
 
 
 def _difference(job: _CompareJob, name: str, a: TensorSpec | None, b: TensorSpec | None) -> str | None:
@@ -199,36 +191,9 @@ def _difference(job: _CompareJob, name: str, a: TensorSpec | None, b: TensorSpec
         return f"{name}: only in the {'second' if a is None else 'first'}"
     if a.shape != b.shape or (a.dtype != b.dtype and not job.tolerance):
         return f"{name}: {a} and {b}"
-    first, second = job.a.read(name), job.b.read(name)
+    found = measure(job.a.read(name), job.b.read(name))
     if job.tolerance:
-        largest = float((first.float() - second.float()).abs().max())
-        return None if largest <= job.tolerance else f"{name}: largest difference {largest:.3g}"
-    return None if _same_bits(first, second) else f"{name}: {_count_different(first, second)}"
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bit by bit; unlike numbers, equal NaNs are the same and 0.0 and -0.0 are not."""
-    first, second = _words(a), _words(b)
-    if first is None or second is None:
-        kind = _BITS[a.element_size()]
-        first, second = a.contiguous().view(kind), b.contiguous().view(kind)
-    return torch.equal(first, second)
-
-
-def _words(tensor: Tensor) -> Tensor | None:
-    """The tensor's memory eight bytes at a time, which compares three times as fast; None where it does not
-    divide."""
-    flat = tensor.contiguous().flatten()
-    if flat.nbytes % 8 or flat.storage_offset() * flat.element_size() % 8:
+        return None if found.largest <= job.tolerance else f"{name}: largest difference {found.largest:.3g}"
+    if not found.count:
         return None
-    return flat.view(torch.int64)
-
-
-def _count_different(a: Tensor, b: Tensor) -> str:
-    kind = _BITS[a.element_size()]
-    count = int((a.contiguous().view(kind) != b.contiguous().view(kind)).sum())
-    largest = float((a.float() - b.float()).abs().max())
-    return f"{count:,} of {a.numel():,} elements differ, by {largest:.3g} at most"
+    return f"{name}: {found.count:,} of {found.elements:,} elements differ, by {found.largest:.3g} at most"

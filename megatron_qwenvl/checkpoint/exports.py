@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,22 +13,41 @@ from torch import Tensor
 
 from megatron_qwenvl.config.schema import ModelConfig
 
-from .convert import Part, run_jobs, split_into_files, their_specs, to_theirs
-from .files import CheckpointError, OnBytes, new_directory, write_bytes
-from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest
+from .convert import Part, counted, run_jobs, split_into_files, their_specs, to_theirs
+from .files import CheckpointError, FileRecord, OnBytes, file_problem, new_directory, untold, write_bytes
+from .manifest import MODEL_FOLDER, Manifest
 from .names import TABLE_NAME, Rule, qwenvl_rules
-from .published_config import generation_config, published_config, published_limits
+from .published_config import CODE_FILES, generation_config, published_config, published_limits
 from .safetensors_files import write_safetensors
-from .stream import DistributedFolder, TensorSpec
+from .source import WeightsSource, open_source
+from .stream import TensorSpec
 
 _DEFAULT_IMAGE_SIZE = 448
+
+
+_BESIDE = (
+    "*.py",
+    "*.tiktoken",
+    "SimSun.ttf",
+    "added_tokens.json",
+    "merges*",
+    "special_tokens_map.json",
+    "tokenization*",
+    "tokenizer*",
+    "vocab*",
+)
+"""Files of a published directory that belong to its tokenizer and code; the font draws boxes."""
+
+_INDEX = "model.safetensors.index.json"
+_CONFIGURATIONS = (_INDEX, "config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class Export:
     """A checked export, ready to be carried out."""
 
-    manifest: Manifest
+    source: WeightsSource
+    """The checkpoint."""
     parts: tuple[Part, ...]
     specs: dict[str, TensorSpec]
     """The published tensors."""
@@ -48,40 +66,70 @@ def plan_export(path: Path, tokenizer: Path | None = None) -> Export:
 
     Args:
         path: checkpoint directory, a run's checkpoints folder or a run's directory.
-        tokenizer: file, or directory whose files are all copied.
+        tokenizer: file, or directory whose tokenizer and code files are copied.
 
     Raises:
-        CheckpointError: no checkpoint, a tensor missing, or no tokenizer at `tokenizer`.
+        CheckpointError: no checkpoint, one that is not whole, or no tokenizer at `tokenizer`.
     """
-    source = find_checkpoint(path)
-    manifest = read_manifest(source)
-    folder = DistributedFolder(source / MODEL_FOLDER)
-    table = PositionTable(manifest.model, folder.specs)
+    source = open_source(path)
+    model = source.manifest.model
+    table = PositionTable(model, source.folder.specs)
     parts = (
-        Part(folder, tuple(qwenvl_rules(manifest.model))),
+        Part(source.folder, tuple(qwenvl_rules(model))),
         Part(table, (Rule((TABLE_NAME,), (TABLE_NAME,)),)),
     )
     try:
         specs = {name: spec for part in parts for name, spec in their_specs(part).items()}
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from None
-    limits = tuple(f"note: the published code differs: {limit}" for limit in published_limits(manifest.model))
-    return Export(manifest, parts, specs, _tokenizer_files(tokenizer), limits)
+        raise CheckpointError(f"{source.path}: {error}") from None
+    beside = _tokenizer_files(tokenizer)
+    return Export(source, parts, specs, beside, _notes(source.manifest, beside))
 
 
-def carry_out_export(plan: Export, out: Path, on_bytes: OnBytes = lambda count: None) -> None:
-    """Write sharded safetensors with their index, configuration and tokenizer files.
+def _notes(manifest: Manifest, beside: tuple[Path, ...]) -> tuple[str, ...]:
+    kind = "Qwen-VL-Chat" if _is_chat(manifest) else "Qwen-VL"
+    notes = [f"generation_config.json: that of {kind}, for {manifest.origin} weights"]
+    notes += [f"note: the published code differs: {limit}" for limit in published_limits(manifest.model)]
+    if missing := sorted(set(CODE_FILES) - {file.name for file in beside}):
+        notes.append(
+            f"note: config.json names {' and '.join(missing)}, which --tokenizer did not give; copy the published "
+            "directory's *.py there to load the model"
+        )
+    return tuple(notes)
+
+
+def _is_chat(manifest: Manifest) -> bool:
+    return manifest.origin == "stage3"  # trained on dialogues
+
+
+def _tokenizer_files(path: Path | None) -> tuple[Path, ...]:
+    if path is None:
+        return ()
+    if path.is_file():
+        if path.name in _CONFIGURATIONS or path.suffix == ".safetensors":
+            raise CheckpointError(f"{path}: not a tokenizer; the export writes its own {path.name}")
+        return (path,)
+    files = {file for pattern in _BESIDE for file in path.glob(pattern) if file.is_file()}
+    if not files:
+        raise CheckpointError(f"{path}: no tokenizer file ({', '.join(_BESIDE)})")
+    return tuple(sorted(files))
+
+
+def carry_out_export(plan: Export, out: Path, on_bytes: OnBytes = untold) -> None:
+    """Write sharded safetensors with their index, configuration and tokenizer files, and compare every file of the
+    source with its digest meanwhile.
 
     Raises:
-        CheckpointError: `out` exists, or the checkpoint cannot be read.
+        CheckpointError: `out` exists, or the checkpoint is damaged, named file by file.
     """
-    with new_directory(out) as aside:
+    with new_directory(out, [plan.source.path]) as aside:
         pieces = [
             p for part in plan.parts for p in split_into_files(part, plan.specs, lambda rule: rule.theirs)
         ]
         names = [f"model-{i:05d}-of-{len(pieces):05d}.safetensors" for i in range(1, len(pieces) + 1)]
-        jobs = [_FileJob(aside / name, piece) for name, piece in zip(names, pieces, strict=True)]
-        run_jobs(_write_file, jobs, on_bytes)
+        _run(
+            plan, [_FileJob(aside / name, piece) for name, piece in zip(names, pieces, strict=True)], on_bytes
+        )
         weight_map = {
             tensor: name
             for name, piece in zip(names, pieces, strict=True)
@@ -89,16 +137,73 @@ def carry_out_export(plan: Export, out: Path, on_bytes: OnBytes = lambda count: 
             for tensor in rule.theirs
         }
         index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        manifest = plan.source.manifest
         dtype = str(plan.specs["transformer.wte.weight"].dtype).removeprefix("torch.")
-        image_size = plan.manifest.image_size or _DEFAULT_IMAGE_SIZE
-        for name, content in {
-            "model.safetensors.index.json": index,
-            "config.json": published_config(plan.manifest.model, image_size, dtype),
-            "generation_config.json": generation_config(),
-        }.items():
+        config = published_config(manifest.model, manifest.image_size or _DEFAULT_IMAGE_SIZE, dtype)
+        contents = (index, config, generation_config(_is_chat(manifest)))
+        for name, content in zip(_CONFIGURATIONS, contents, strict=True):
             write_bytes(aside / name, json.dumps(content, indent=2).encode())
         for file in plan.tokenizer:
-            shutil.copyfile(file, aside / file.name)
+            write_bytes(aside / file.name, file.read_bytes())
+
+
+@dataclass(frozen=True)
+class _FileJob:
+    path: Path
+    part: Part
+
+
+@dataclass(frozen=True)
+class _DigestJob:
+    path: Path
+    record: FileRecord
+
+
+def _run(plan: Export, jobs: list[_FileJob], on_bytes: OnBytes) -> None:
+    """Write the files and digest the sources.
+
+    Raises:
+        CheckpointError: naming every damaged file of the source, or what else went wrong.
+    """
+    digests = {name: _DigestJob(plan.source.path / name, r) for name, r in sorted(plan.source.files.items())}
+    try:
+        found = run_jobs(_work, _in_reading_order(plan, digests, jobs), on_bytes)
+    except CheckpointError:
+        # What a reader stumbled over may be damage: the digests tell.
+        found = run_jobs(_work, list(digests.values()), untold)
+        if not any(found):
+            raise
+    if problems := [problem for problem in found if problem]:
+        raise CheckpointError("; ".join(problems))
+
+
+def _in_reading_order(
+    plan: Export, digests: Mapping[str, _DigestJob], jobs: list[_FileJob]
+) -> Iterator[_FileJob | _DigestJob]:
+    """A file is digested right before the first job that reads it, so that the disk gives it once."""
+    left = dict(digests)
+    for job in jobs:
+        if job.part.source is plan.source.folder:
+            read = {
+                file
+                for rule in job.part.rules
+                for name in rule.ours
+                for file in plan.source.folder.files_of(name)
+            }
+            for name in sorted(f"{MODEL_FOLDER}/{file}" for file in read):
+                if name in left:
+                    yield left.pop(name)
+        yield job
+    yield from left.values()
+
+
+def _work(job: _FileJob | _DigestJob) -> str | None:
+    """What is wrong with a source file, or None."""
+    if isinstance(job, _DigestJob):
+        return file_problem(job.path, job.record)
+    specs = their_specs(job.part)
+    write_safetensors(job.path, specs, counted(to_theirs(job.part)))
+    return None
 
 
 class PositionTable:
@@ -117,27 +222,6 @@ class PositionTable:
     def read(self, name: str) -> Tensor:
         """Compute it."""
         return published_table(self._grid, self._spec.shape[1], self._spec.dtype)
-
-
-@dataclass(frozen=True)
-class _FileJob:
-    path: Path
-    part: Part
-
-
-def _write_file(job: _FileJob) -> tuple[int, None]:
-    specs = their_specs(job.part)
-    write_safetensors(job.path, specs, to_theirs(job.part))
-    return sum(spec.nbytes for spec in specs.values()), None
-
-
-def _tokenizer_files(path: Path | None) -> tuple[Path, ...]:
-    if path is None:
-        return ()
-    files = (path,) if path.is_file() else tuple(sorted(p for p in path.glob("*") if p.is_file()))
-    if not files:
-        raise CheckpointError(f"{path}: no tokenizer file")
-    return files
 
 
 def published_table(grid: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -6,11 +6,12 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,6 +20,10 @@ BLOCK_BYTES = 16 << 20
 
 OnBytes = Callable[[int], None]
 """Told the number of bytes just handled; drives progress."""
+
+
+def untold(count: int) -> None:
+    """An `OnBytes` for work that nobody watches."""
 
 
 class CheckpointError(RuntimeError):
@@ -86,16 +91,14 @@ class FileRecord(BaseModel):
     """Digest of the content, lower-case hexadecimal."""
 
 
-class DigestWriter(io.RawIOBase):
-    """Sequential file writer that digests what passes through it. Not seekable.
+class DurableWriter(io.RawIOBase):
+    """Sequential file writer for content that must survive a crash. Not seekable.
 
-    A buffer is digested while it is written, and the disk starts on every block at once instead of at the end.
+    The disk starts on every block at once instead of at the end.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)
-        self._hash = hashlib.sha256()
-        self._digesting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
         self._written = 0
         self.failure: OSError | None = None
         """Why a write failed; torch's own writer hides it."""
@@ -109,47 +112,66 @@ class DigestWriter(io.RawIOBase):
         return self._written
 
     def write(self, data: Any) -> int:
-        """Write and digest all of `data` (any contiguous buffer)."""
+        """Write all of `data` (any contiguous buffer)."""
         view = memoryview(data).cast("B")
-        digested = self._digesting.submit(self._hash.update, view)
+        done = 0
         try:
-            self._write(view)
+            while done < len(view):
+                done += self._write_block(view[done : done + BLOCK_BYTES])
         except OSError as error:
             self.failure = error
             raise
-        finally:
-            digested.result()
-        self._written += len(view)
         return len(view)
 
-    def _write(self, view: memoryview) -> None:
-        done = 0
-        while done < len(view):
-            count = self._file.write(view[done : done + BLOCK_BYTES])  # a raw write may be short
-            # "Not needed again" makes the kernel write dirty pages out now.
-            os.posix_fadvise(self._file.fileno(), self._written + done, count, os.POSIX_FADV_DONTNEED)
-            done += count
+    def _write_block(self, block: memoryview) -> int:
+        count = self._file.write(block)  # a raw write may be short
+        if hasattr(os, "posix_fadvise"):  # "not needed again" makes the kernel write dirty pages out now
+            os.posix_fadvise(self._file.fileno(), self._written, count, os.POSIX_FADV_DONTNEED)
+        self._written += count
+        return count
+
+    def make_durable(self) -> None:
+        """Wait until the content is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._file.close()
+        super().close()
+
+
+class DigestWriter(DurableWriter):
+    """A `DurableWriter` that digests what passes through it, a buffer while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._hash = hashlib.sha256()
+        self._digesting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
+
+    def write(self, data: Any) -> int:
+        """Write and digest all of `data` (any contiguous buffer)."""
+        digested = self._digesting.submit(self._hash.update, memoryview(data).cast("B"))
+        try:
+            return super().write(data)
+        finally:
+            digested.result()
 
     def sync(self) -> FileRecord:
         """Make the content durable and return its record."""
-        os.fsync(self._file.fileno())
+        self.make_durable()
         return FileRecord(bytes=self._written, sha256=self._hash.hexdigest())
 
     def close(self) -> None:
         """Close the file; idempotent."""
         self._digesting.shutdown()
-        self._file.close()
         super().close()
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[DigestWriter]:
     """Open a `DigestWriter` and close it at the end; call `sync` inside to get the record."""
-    writer = DigestWriter(path)
-    try:
+    with closing(DigestWriter(path)) as writer:
         yield writer
-    finally:
-        writer.close()
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:
@@ -184,16 +206,24 @@ def read_blocks(path: Path) -> Iterator[memoryview]:
             yield buffer[:count]
 
 
-def file_problem(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with the file, or None if it is what was recorded."""
+def size_problem(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with the file as far as its size tells, or None."""
     if not path.is_file():
         return f"{path}: missing (expected {record.bytes} bytes)"
     if (found := path.stat().st_size) != record.bytes:
         return f"{path}: expected {record.bytes} bytes, found {found}"
+    return None
+
+
+def file_problem(path: Path, record: FileRecord, on_bytes: OnBytes = untold) -> str | None:
+    """What is wrong with the file, or None if it is what was recorded."""
+    if problem := size_problem(path, record):
+        return problem
     digest = hashlib.sha256()
     try:
         for block in read_blocks(path):
             digest.update(block)
+            on_bytes(len(block))
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     if (found_digest := digest.hexdigest()) != record.sha256:
@@ -201,7 +231,7 @@ def file_problem(path: Path, record: FileRecord) -> str | None:
     return None
 
 
-def copy_file(source: Path, target: Path, record: FileRecord) -> None:
+def copy_file(source: Path, target: Path, record: FileRecord, on_bytes: OnBytes = untold) -> None:
     """Copy durably, checking in the same pass that the source is what was recorded.
 
     Raises:
@@ -212,6 +242,7 @@ def copy_file(source: Path, target: Path, record: FileRecord) -> None:
     with writing(target) as writer:
         for block in read_blocks(source):
             writer.write(block)
+            on_bytes(len(block))
         found = writer.sync()
     if found != record:
         raise CheckpointError(
@@ -220,21 +251,45 @@ def copy_file(source: Path, target: Path, record: FileRecord) -> None:
         )
 
 
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Fill a directory aside and give it its name when it is complete; on failure nothing remains.
+def check_target(path: Path, sources: Iterable[Path]) -> None:
+    """Make sure that a directory can be made at `path` without touching what is there.
 
     Raises:
-        CheckpointError: `path` exists.
+        CheckpointError: `path` exists, or it and a source lie inside one another.
     """
+    target = path.resolve()
+    for source in sources:
+        if target.is_relative_to(source.resolve()) or source.resolve().is_relative_to(target):
+            raise CheckpointError(
+                f"{path}: lies inside {source}, or the other way round; choose another place"
+            )
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another name or remove it")
-    aside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+
+
+@contextmanager
+def new_directory(path: Path, sources: Iterable[Path] = ()) -> Iterator[Path]:
+    """Fill a directory aside and give it its name when it is complete; on failure nothing remains.
+
+    The place aside has a name of its own, so nothing that was there before is touched, and of two runs with the same
+    `path` the later one fails.
+
+    Args:
+        path: directory to make.
+        sources: what is read meanwhile.
+
+    Raises:
+        CheckpointError: `path` exists, also if it came up meanwhile, or it and a source lie inside one another.
+    """
+    check_target(path, sources)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")
+    aside.mkdir()
     try:
         yield aside
         sync_directory(aside)
+        if path.exists():  # a rename would replace an empty directory
+            raise CheckpointError(f"{path}: exists already; another run made it meanwhile")
         aside.rename(path)
         sync_directory(path.parent)
     except BaseException:

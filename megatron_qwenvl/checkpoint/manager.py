@@ -14,7 +14,6 @@ moment leaves the older checkpoint and at most a `.tmp` that the next run remove
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -23,26 +22,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_qwenvl.config.schema import RunConfig
 
-from .collective import agree, attempt, find_problems
+from .collective import Peers, attempt, find_problems
 from .files import CheckpointError, replace_bytes, sync_directory
 from .manifest import (
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
     POINTER_NAME,
     Manifest,
-    model_differences,
+    checkpoints_of_run,
     read_manifest,
+    step_of,
     write_manifest,
 )
 from .shards import FolderSave, ShardedState, load_folder
+from .start import check_resume
 
 logger = logging.getLogger(__name__)
 
-_STEP_NAME = re.compile(r"step_(\d{8,})$")
+TOGETHER_SECONDS = 10.0
+"""Ranks that stop for the same reason notice it within this time."""
 
 
 @dataclass
@@ -64,9 +64,10 @@ class SaveReport:
     step: int
     """Step of the checkpoint."""
     stall_seconds: float
-    """Time for which training stood still."""
+    """Time for which training stood still: from the beginning of the save until its writing went on in the background,
+    and for its completion, also where the next save had to wait for that."""
     total_seconds: float
-    """Time from the call of `save` until `latest` pointed at the checkpoint."""
+    """Time from the beginning of the save until the checkpoint was in place."""
     bytes: int
     """Size of the checkpoint."""
 
@@ -102,11 +103,19 @@ class CheckpointManager:
         self._keep_every = keep_every
         self._asynchronous = asynchronous
         self._pending: _Pending | None = None
+        self._damaged: set[int] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._on_main(self._tidy, f"{directory}: cannot be prepared")
+        self.peers = Peers(config.checkpoint.timeout_minutes)
+        """All ranks, as checkpoints need them."""
+        self.peers.main(self._tidy, f"{directory}: cannot be prepared")
 
     def save(
-        self, step: int, model: ShardedState, optimizer: ShardedState, progress: dict[str, Any]
+        self,
+        step: int,
+        model: ShardedState,
+        optimizer: ShardedState,
+        progress: dict[str, Any],
+        began: float | None = None,
     ) -> SaveReport | None:
         """Save a checkpoint of `step`; an asynchronous save that is still running is finished first.
 
@@ -115,6 +124,7 @@ class CheckpointManager:
             model: sharded state dict of the weights.
             optimizer: sharded state dict of the optimizer.
             progress: counters and schedule, equal on all ranks; JSON values.
+            began: when training stopped for this save, by `time.monotonic`; none: now.
 
         Returns:
             What was saved, or None if the save goes on in the background (see `poll`).
@@ -124,12 +134,12 @@ class CheckpointManager:
                 the older ones are untouched.
         """
         self.wait()
-        began = time.monotonic()
+        began = time.monotonic() if began is None else began
         aside = self._aside(step)
         try:
-            self._on_main(lambda: self._make_folders(aside), f"{aside}: cannot be created")
+            self.peers.main(lambda: self._make_folders(aside), f"{aside}: cannot be created")
             folders = {
-                name: FolderSave(state, aside / name, self._asynchronous)
+                name: FolderSave(state, aside / name, self._asynchronous, self.peers)
                 for name, state in ((MODEL_FOLDER, model), (OPTIMIZER_FOLDER, optimizer))
             }
         except CheckpointError:
@@ -151,9 +161,18 @@ class CheckpointManager:
         """
         if self._pending is None:
             return None
-        done = [False] * dist.get_world_size()
-        dist.all_gather_object(done, self._pending.writing.done())
-        return self.wait() if all(done) else None
+        return self.wait() if self.peers.all_true(self._pending.writing.done()) else None
+
+    def wait_if_all_come(self) -> SaveReport | None:
+        """Complete the background save if every rank calls this; for a run that ends by an error which other ranks
+        may not have, and which may not wait for them.
+
+        Raises:
+            CheckpointError: the save failed; see `save`.
+        """
+        if self._pending is None or not self.peers.all_come(TOGETHER_SECONDS):
+            return None
+        return self.wait()
 
     def wait(self) -> SaveReport | None:
         """Wait for the background save, if there is one, and complete it.
@@ -167,14 +186,14 @@ class CheckpointManager:
         waited = time.monotonic()
         aside = self._aside(pending.step)
         try:
-            agree(pending.writing.result(), f"checkpoint of step {pending.step} was not written")
+            self.peers.agree(pending.writing.result(), f"checkpoint of step {pending.step} was not written")
             files = {
                 f"{folder}/{name}": record
                 for folder, save in pending.folders.items()
                 for name, record in save.finish().items()
             }
             manifest = self._manifest(pending, files)
-            self._on_main(lambda: self._publish(aside, manifest), f"{aside}: cannot be published")
+            self.peers.main(lambda: self._publish(aside, manifest), f"{aside}: cannot be published")
         except CheckpointError:
             self._discard(aside)
             raise
@@ -188,19 +207,22 @@ class CheckpointManager:
         compared with its digest, each rank reading its share; damaged ones are logged file by file.
 
         Raises:
-            CheckpointError: there are checkpoints but all are damaged.
+            CheckpointError: there are checkpoints but all are damaged, or their folder cannot be read.
         """
-        shared: list[list[Path]] = [self._candidates() if dist.get_rank() == 0 else []]
-        dist.broadcast_object_list(shared, src=0)
-        for candidate in shared[0]:
-            problems = find_problems(candidate)
+        found = self.peers.main(
+            lambda: checkpoints_of_run(self._directory), f"{self._directory}: cannot be read"
+        )
+        candidates = self.peers.broadcast(found)
+        for candidate in candidates:
+            problems = find_problems(candidate, self.peers)
             if not problems:
                 return candidate
-            if dist.get_rank() == 0:
+            self._damaged.add(step_of(candidate))
+            if self.peers.is_main:
                 for problem in problems:
                     logger.error("damaged checkpoint: %s", problem)
-        if shared[0]:
-            raise CheckpointError(f"{self._directory}: all {len(shared[0])} checkpoints are damaged")
+        if candidates:
+            raise CheckpointError(f"{self._directory}: all {len(candidates)} checkpoints are damaged")
         return None
 
     def load(self, checkpoint: Path, model: ShardedState, optimizer: ShardedState) -> Loaded:
@@ -209,33 +231,44 @@ class CheckpointManager:
         Raises:
             CheckpointError: not a training checkpoint, of another stage or model, or it holds more than data.
         """
-        manifest = read_manifest(checkpoint)
-        if manifest.kind != "training" or manifest.origin != self._config.stage:
-            found = f"{manifest.kind} of {manifest.origin}"
-            raise CheckpointError(f"{checkpoint}: expected training of {self._config.stage}, found {found}")
-        if differences := model_differences(manifest.model, self._config.model):
-            raise CheckpointError(f"{checkpoint}: another model: " + "; ".join(differences))
+
+        def read() -> Manifest:
+            manifest = read_manifest(checkpoint)
+            check_resume(checkpoint, manifest, self._config)
+            return manifest
+
         return Loaded(
-            manifest,
-            load_folder(model, checkpoint / MODEL_FOLDER),
-            load_folder(optimizer, checkpoint / OPTIMIZER_FOLDER),
+            self.peers.each(read, "cannot be resumed from"),
+            load_folder(model, checkpoint / MODEL_FOLDER, self.peers),
+            self._load_optimizer(checkpoint / OPTIMIZER_FOLDER, optimizer),
         )
+
+    def _load_optimizer(self, folder: Path, state: ShardedState) -> ShardedState:
+        try:
+            return load_folder(state, folder, self.peers)
+        except CheckpointError as error:
+            if "param_groups" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{error}. Without optimizer.sharded a run cannot change between optimizer.vit_layer_decay 1 and "
+                "less: set it as before"
+            ) from error
 
     def _manifest(self, pending: _Pending, files: dict[str, Any]) -> Manifest:
         config = self._config
         parallel = config.parallel
-        world = dist.get_world_size()
         return Manifest(
             kind="training",
             origin=config.stage,
             step=pending.step,
+            steps=config.train.steps,
             recipe=config.name,
             image_size=config.data.image_size,
             model=config.model,
             layout={
                 "tensor": parallel.tensor,
                 "pipeline": parallel.pipeline,
-                "data": world // (parallel.tensor * parallel.pipeline),
+                "data": self.peers.size // (parallel.tensor * parallel.pipeline),
             },
             progress=pending.progress,
             files=files,
@@ -251,38 +284,51 @@ class CheckpointManager:
         (aside / OPTIMIZER_FOLDER).mkdir()
 
     def _publish(self, aside: Path, manifest: Manifest) -> None:
+        """Give the checkpoint its name. From then on it is the one that a run resumes from, so that what fails later
+        is no failure of the save."""
         write_manifest(aside, manifest)
         final = aside.with_suffix("")
+        replaced = final.with_suffix(".old")
         if final.exists():  # the step was saved before, perhaps damaged: the new one takes its place
-            shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-            final.rename(final.with_suffix(".old"))
-        aside.rename(final)
-        sync_directory(self._directory)
-        replace_bytes(self._directory / POINTER_NAME, f"{final.name}\n".encode())
-        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-        self._retire(manifest.step)
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        try:
+            aside.rename(final)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(final)
+            raise
+        self._damaged.discard(manifest.step)
+        _warn("the checkpoint's name may not be durable yet", lambda: sync_directory(self._directory))
+        self._point_to(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        _warn("older checkpoints were not removed", lambda: self._retire(manifest.step))
+
+    def _point_to(self, checkpoint: Path) -> None:
+        pointer = self._directory / POINTER_NAME
+        _warn(
+            f"{pointer} does not name {checkpoint.name}, the newest checkpoint",
+            lambda: replace_bytes(pointer, f"{checkpoint.name}\n".encode()),
+        )
 
     def _retire(self, newest: int) -> None:
         """Of the checkpoints up to `newest`, remove all but the last `keep_last` and those of `keep_every`.
 
-        Later steps, left from before a fall-back to an older checkpoint, are replaced when they are reached.
+        Damaged ones do not count as kept. Later steps, left from before a fall-back to an older checkpoint, are
+        replaced when they are reached.
         """
-        steps = {int(path.name.removeprefix("step_")): path for path in self._candidates()}
-        for step in sorted((step for step in steps if step <= newest), reverse=True)[self._keep_last :]:
-            if self._keep_every and step % self._keep_every == 0:
+        past = [path for path in checkpoints_of_run(self._directory) if step_of(path) <= newest]
+        kept = [path for path in past if step_of(path) not in self._damaged][: self._keep_last]
+        for path in past:
+            if path in kept or (self._keep_every and step_of(path) % self._keep_every == 0):
                 continue
-            condemned = steps[step].with_suffix(".tmp")  # a half-removed checkpoint must not look like one
-            steps[step].rename(condemned)
+            condemned = path.with_suffix(".tmp")  # a half-removed checkpoint must not look like one
+            path.rename(condemned)
             shutil.rmtree(condemned, ignore_errors=True)
 
-    def _candidates(self) -> list[Path]:
-        """Complete checkpoints from new to old. The pointer is for people and tools: a crash may have left it one
-        checkpoint behind."""
-        steps = (path for path in self._directory.glob("step_*") if _STEP_NAME.match(path.name))
-        return sorted(steps, reverse=True)
-
     def _tidy(self) -> None:
-        """Remove what an interrupted run left behind."""
+        """Remove what an interrupted run left behind, and let `latest` name the newest checkpoint if that run could
+        not."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._directory.glob("step_*.tmp"):
             shutil.rmtree(leftover)
@@ -291,14 +337,20 @@ class CheckpointManager:
                 shutil.rmtree(replaced)
             else:
                 replaced.rename(replaced.with_suffix(""))
+        pointer = self._directory / POINTER_NAME
+        newest = checkpoints_of_run(self._directory)[:1]
+        if newest and not (pointer.is_file() and pointer.read_text().strip() == newest[0].name):
+            self._point_to(newest[0])
 
     def _discard(self, aside: Path) -> None:
-        if dist.get_rank() == 0:
+        if self.peers.is_main:
             shutil.rmtree(aside, ignore_errors=True)
 
-    @staticmethod
-    def _on_main(action: Callable[[], object], what: str) -> None:
-        agree(attempt(action) if dist.get_rank() == 0 else None, what)
+
+def _warn(consequence: str, action: Callable[[], object]) -> None:
+    """Do what a checkpoint that is in place can do without, and only tell if it fails."""
+    if error := attempt(action):
+        logger.warning("%s: %s", consequence, error)
 
 
 def _write_all(folders: dict[str, FolderSave]) -> Exception | None:

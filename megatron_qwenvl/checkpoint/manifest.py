@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ MANIFEST_NAME = "manifest.json"
 MODEL_FOLDER = "model"
 OPTIMIZER_FOLDER = "optimizer"
 POINTER_NAME = "latest"
+
+_STEP_NAME = re.compile(r"step_(\d{8,})$")
 
 Origin = Literal["parts", "stage1", "stage2", "stage3", "published"]
 
@@ -38,6 +41,8 @@ class Manifest(BaseModel):
     """The stage that a weights checkpoint was made to start; none: any."""
     step: int = 0
     """Optimizer steps done in the stage `origin`."""
+    steps: int | None = None
+    """Optimizer steps planned for the stage; none: not a training run or not known."""
     recipe: str
     """Name of the run's recipe, or of the command that made the weights."""
     image_size: int | None = None
@@ -99,8 +104,23 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a directory's name says; -1: not the name of a run's checkpoint."""
+    match = _STEP_NAME.match(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoints_of_run(directory: Path) -> list[Path]:
+    """The checkpoints below a run's checkpoints folder, from new to old. A directory gets such a name when it is
+    complete."""
+    return sorted(
+        (path for path in directory.glob("step_*") if step_of(path) >= 0), key=step_of, reverse=True
+    )
+
+
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint directory that `path` means: itself, a run's checkpoints folder, or the run's directory.
+    """The checkpoint directory that `path` means: itself, or the newest of a run's checkpoints folder or of the run's
+    directory.
 
     Raises:
         CheckpointError: there is none.
@@ -108,12 +128,23 @@ def find_checkpoint(path: Path) -> Path:
     for candidate in (path, path / "checkpoints"):
         if (candidate / MANIFEST_NAME).is_file():
             return candidate
-        pointer = candidate / POINTER_NAME
-        if pointer.is_file():
-            return candidate / pointer.read_text().strip()
+        if newest := _newest(candidate):
+            return newest
     raise CheckpointError(
         f"{path}: not a checkpoint (no {MANIFEST_NAME}, no {POINTER_NAME}, no checkpoints/)"
     )
+
+
+def _newest(directory: Path) -> Path | None:
+    """What the pointer names, or what is newer: a crash may leave a complete checkpoint that it does not name yet."""
+    pointer = directory / POINTER_NAME
+    named = directory / pointer.read_text().strip() if pointer.is_file() else None
+    for checkpoint in checkpoints_of_run(directory):
+        if named is not None and step_of(checkpoint) <= step_of(named):
+            break
+        if (checkpoint / MANIFEST_NAME).is_file():
+            return checkpoint
+    return named
 
 
 def model_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:

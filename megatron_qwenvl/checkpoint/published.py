@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,23 @@ _RELEASE_BYTES = 1 << 30
 
 
 class PublishedWeights:
-    """The tensors of a weights file or of a directory as published.
+    """The tensors of a weights file or of a directory as published. An index is followed: a tensor comes from the file
+    that the index names, whatever other files hold under its name.
 
     Raises:
-        CheckpointError: no weights there, a shard missing, or a file that is damaged or holds more than data.
+        CheckpointError: no weights there, a shard or a tensor of it missing, or a file that is damaged or holds more
+            than data.
     """
 
     def __init__(self, path: Path) -> None:
-        self._files = _weight_files(path)
+        self._path = path
         self._stored: dict[str, StoredTensor] = {}
         self._torch: dict[str, Path] = {}
         self._specs: dict[str, TensorSpec] = {}
         self._mapped: tuple[Path, dict[str, Tensor]] | None = None
         self._touched = 0
-        for file in self._files:
-            self._add(file)
+        for file, names in _weight_files(path).items():
+            self._add(file, names)
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -56,7 +59,7 @@ class PublishedWeights:
         if name in self._stored:
             return self._stored[name].read()
         if name not in self._torch:
-            raise CheckpointError(f"{self._files[0].parent}: no tensor {name}")
+            raise CheckpointError(f"{self._path}: no tensor {name}")
         path = self._torch[name]
         if self._mapped is None or self._mapped[0] != path or self._touched > _RELEASE_BYTES:
             self._mapped, self._touched = (path, _map_torch_file(path)), 0
@@ -67,40 +70,60 @@ class PublishedWeights:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": None}
 
-    def _add(self, file: Path) -> None:
+    def _add(self, file: Path, names: set[str] | None) -> None:
+        """Take the tensors `names` of a file; None: all that it holds."""
         if file.suffix == ".safetensors":
-            tensors = read_header(file)
-            self._stored.update(tensors)
-            self._specs.update({name: tensor.spec for name, tensor in tensors.items()})
+            stored = read_header(file)
+            for name in _listed(file, stored.keys(), names):
+                self._stored[name] = stored[name]
+                self._specs[name] = stored[name].spec
             return
-        for name, tensor in _map_torch_file(file).items():
+        tensors = _map_torch_file(file)
+        for name in _listed(file, tensors.keys(), names):
             self._torch[name] = file
-            self._specs[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
+            self._specs[name] = TensorSpec(tuple(tensors[name].shape), tensors[name].dtype)
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _listed(file: Path, found: AbstractSet[str], names: set[str] | None) -> Iterable[str]:
+    if names is None:
+        return found
+    if missing := sorted(names - found):
+        raise CheckpointError(f"{file}: tensor {missing[0]} is missing, but the index names this file for it")
+    return names
+
+
+def _weight_files(path: Path) -> dict[Path, set[str] | None]:
+    """The files, each with the tensors that are its own by the index; None: all, there is no index."""
     if path.is_file():
-        return [path]
+        return {path: None}
     for index in _INDEXES:
         if (path / index).is_file():
-            return _shards(path / index)
+            return {**_shards(path / index)}
     for name in _SINGLE:
         if (path / name).is_file():
-            return [path / name]
+            return {path / name: None}
     raise CheckpointError(
         f"{path}: no weights: expected a weights file or one of {', '.join(_INDEXES + _SINGLE)}"
     )
 
 
-def _shards(index: Path) -> list[Path]:
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+def _shards(index: Path) -> dict[Path, set[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map")
-    files = [index.parent / Path(str(name)).name for name in sorted(set(names.values()))]
+    files: dict[Path, set[str]] = {}
+    for tensor, name in weight_map.items():
+        file = index.parent / Path(str(name)).name
+        files.setdefault(file, set()).add(_plain(tensor))
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, but {index.name} lists it")
     return files
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what a wrapper of the model put before it."""
+    return name.removeprefix("module.")
 
 
 def _map_torch_file(path: Path) -> dict[str, Tensor]:
@@ -113,7 +136,7 @@ def _map_torch_file(path: Path) -> dict[str, Tensor]:
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: expected a dictionary of tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    return {_plain(name): tensor for name, tensor in content.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

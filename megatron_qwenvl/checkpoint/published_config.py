@@ -15,6 +15,15 @@ from .files import CheckpointError
 from .published import read_json
 from .stream import TensorSpec
 
+_AUTO_MAP = {
+    "AutoConfig": "configuration_qwen.QWenConfig",
+    "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+}
+"""Where the published code is found beside the weights."""
+
+CODE_FILES = tuple(f"{place.split('.')[0]}.py" for place in _AUTO_MAP.values())
+"""The files that `config.json` names; they import others of the published directory."""
+
 _HEAD_WIDTH = 128
 """The published code gives its adapter one head per 128 channels; `adapter_heads` is our addition."""
 
@@ -32,10 +41,12 @@ def read_model(path: Path, specs: Mapping[str, TensorSpec]) -> ModelConfig:
     config = read_json(path)
     try:
         visual = config["visual"]
+        if not isinstance(visual, dict):
+            raise TypeError(f"visual: expected an object, found {visual}")
         width = int(visual["width"])
         positions = specs["transformer.visual.positional_embedding"].shape[0]
         queries = specs["transformer.visual.attn_pool.query"].shape[0]
-        return ModelConfig(
+        model = ModelConfig(
             vision=VisionConfig(
                 layers=visual["layers"],
                 width=width,
@@ -58,11 +69,59 @@ def read_model(path: Path, specs: Mapping[str, TensorSpec]) -> ModelConfig:
                 norm_eps=config["layer_norm_epsilon"],
             ),
         )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a Qwen-VL configuration: {error}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+    ) as error:  # a key missing, or a value of another type
+        raise CheckpointError(f"{path}: not a Qwen-VL configuration: {error}") from None
+    check_decoder(path, config, model.decoder)
+    return model
+
+
+def read_image_size(path: Path) -> int | None:
+    """The image size in a Qwen-VL's `config.json` that `read_model` could read; None: not told.
+
+    Raises:
+        CheckpointError: not a number of pixels.
+    """
+    size = read_json(path)["visual"].get("image_size")
+    if size is not None and not (isinstance(size, int) and size > 0):
+        raise CheckpointError(f"{path}: visual.image_size: expected pixels, found {size}")
+    return size
+
+
+def check_decoder(path: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> None:
+    """Compare a published configuration with a decoder, in what tensors' shapes do not tell and in what they do. Keys
+    that are not there are not compared.
+
+    Raises:
+        CheckpointError: naming the first key that differs.
+    """
+    for key, expected in _published_decoder(decoder).items():
+        found = config.get(key)
+        if found is not None and found != expected:
+            raise CheckpointError(f"{path}: {key}: expected {expected}, found {found}")
+
+
+def _published_decoder(decoder: DecoderConfig) -> dict[str, Any]:
+    """The keys that say what the decoder computes."""
+    return {
+        "hidden_size": decoder.hidden,
+        "intermediate_size": 2 * decoder.ffn_hidden,
+        "kv_channels": decoder.hidden // decoder.heads,
+        "layer_norm_epsilon": decoder.norm_eps,
+        "no_bias": True,
+        "num_attention_heads": decoder.heads,
+        "num_hidden_layers": decoder.layers,
+        "rotary_emb_base": decoder.rotary_base,
+        "rotary_pct": 1.0,
+        "tie_word_embeddings": False,
+    }
 
 
 def published_config(model: ModelConfig, image_size: int, dtype: str) -> dict[str, Any]:
@@ -83,31 +142,18 @@ def published_config(model: ModelConfig, image_size: int, dtype: str) -> dict[st
         visual["adapter_heads"] = adapter.heads
     return {
         "architectures": ["QWenLMHeadModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_qwen.QWenConfig",
-            "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
-        },
+        "auto_map": _AUTO_MAP,
         "attn_dropout_prob": 0.0,
         "bf16": dtype == "bfloat16",
         "emb_dropout_prob": 0.0,
         "fp16": dtype == "float16",
         "fp32": dtype == "float32",
-        "hidden_size": decoder.hidden,
         "initializer_range": 0.02,
-        "intermediate_size": 2 * decoder.ffn_hidden,
-        "kv_channels": decoder.hidden // decoder.heads,
-        "layer_norm_epsilon": decoder.norm_eps,
         "max_position_embeddings": 8192,
         "model_type": "qwen",
-        "no_bias": True,
-        "num_attention_heads": decoder.heads,
-        "num_hidden_layers": decoder.layers,
         "onnx_safe": None,
-        "rotary_emb_base": decoder.rotary_base,
-        "rotary_pct": 1.0,
         "scale_attn_weights": True,
         "seq_length": 2048,
-        "tie_word_embeddings": False,
         "tokenizer_type": "QWenTokenizer",
         "torch_dtype": dtype,
         "use_cache": True,
@@ -116,6 +162,7 @@ def published_config(model: ModelConfig, image_size: int, dtype: str) -> dict[st
         "use_logn_attn": True,
         "visual": visual,
         "vocab_size": decoder.vocab_size,
+        **_published_decoder(decoder),
     }
 
 
@@ -142,14 +189,14 @@ def _mlp_ratio(width: int, hidden: int) -> float:
     raise CheckpointError(f"no mlp_ratio gives {hidden} from width {width}")
 
 
-def generation_config() -> dict[str, Any]:
-    """`generation_config.json` of a pre-trained (not chat) Qwen-VL: greedy, stops at `<|endoftext|>`."""
-    return {
-        "do_sample": False,
+def generation_config(chat: bool) -> dict[str, Any]:
+    """`generation_config.json` of Qwen-VL-Chat (ChatML, sampling) or of pre-trained Qwen-VL (plain text, greedy)."""
+    common = {
         "eos_token_id": 151643,
         "max_new_tokens": 512,
-        "pad_token_id": 151643,
-        "stop_words_ids": [[151643]],
-        "chat_format": "raw",
         "max_window_size": 6144,
+        "pad_token_id": 151643,
     }
+    if chat:
+        return {**common, "chat_format": "chatml", "do_sample": True, "top_k": 0, "top_p": 0.3}
+    return {**common, "chat_format": "raw", "do_sample": False, "stop_words_ids": [[151643]]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import CheckpointError, writing
+from .files import CheckpointError, DurableWriter
 from .stream import TensorSpec
 
 _DTYPES = {
@@ -118,12 +119,12 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     expected = iter(specs.items())
-    with writing(path) as file:
+    with closing(DurableWriter(path)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
             assert (name, TensorSpec(tuple(tensor.shape), tensor.dtype)) == next(expected)
             file.write(_bytes_of(tensor.contiguous()))
-        file.sync()
+        file.make_durable()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

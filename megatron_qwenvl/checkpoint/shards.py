@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
@@ -28,21 +28,21 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.validation import (
-    StrictHandling,
-    determine_global_metadata,
-    validate_sharding_integrity,
-)
+from megatron.core.dist_checkpointing.validation import StrictHandling, validate_sharding_integrity
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .collective import agree, attempt
+from .collective import Peers
 from .files import CheckpointError, FileRecord, sync_directory, write_bytes, writing
 from .items import StoredItem, write_index, write_item
 from .pickles import check_data_only
 
 ShardedState = dict[str, Any]
 """A megatron-core sharded state dict of this rank."""
+
+_Item = tuple[Any, Tensor | io.BytesIO]
+"""What is stored under which index."""
 
 
 def without_extra_state(state: ShardedState) -> ShardedState:
@@ -53,6 +53,12 @@ def without_extra_state(state: ShardedState) -> ShardedState:
     )[0]
 
 
+def is_gathered(state: ShardedState) -> bool:
+    """Whether the state is an optimizer's that megatron-core has gathered into host memory of its own, which
+    training does not change."""
+    return state.get("param_state_sharding_type") == "fully_reshardable"
+
+
 class FolderSave:
     """A save of one folder in three steps: plan (collective), write (local), finish (collective).
 
@@ -60,19 +66,22 @@ class FolderSave:
         state: this rank's sharded state dict; consumed.
         folder: empty existing directory, the same on all ranks.
         snapshot: copy the tensors to host memory now, so that training may change them while `write` runs.
+        peers: all ranks.
+
+    Raises:
+        CheckpointError: on every rank, if the state of any cannot be laid out or copied.
     """
 
-    def __init__(self, state: ShardedState, folder: Path, snapshot: bool) -> None:
+    def __init__(self, state: ShardedState, folder: Path, snapshot: bool, peers: Peers) -> None:
         self._folder = folder
-        sharded, self._common = save_preprocess(without_extra_state(state), validate_access_integrity=False)
-        _, shards_of_all_ranks = determine_global_metadata(sharded)
-        agree(
-            attempt(lambda: validate_sharding_integrity(shards_of_all_ranks)),
-            f"{folder}: inconsistent shards",
+        self._peers = peers
+        copied = snapshot and not is_gathered(state)
+        sharded, self._common = _checked(state, folder, peers)
+        self._index, local = _plan(sharded, folder, peers)
+        self._items = peers.each(
+            lambda: [(where, _host_copy(data, always=True) if copied else data) for where, data in local()],
+            f"{folder}: state cannot be copied to host memory",
         )
-        self._index, self._items = _plan(sharded)
-        if snapshot:
-            self._items = [(item, _host_copy(data, always=True)) for item, data in self._items]
         self._stored: list[StoredItem] = []
         self._files: dict[str, FileRecord] = {}
 
@@ -82,15 +91,14 @@ class FolderSave:
         Raises:
             OSError: the file system refused.
         """
-        rank = dist.get_rank()
         if self._items:
-            name = f"__{rank}_0.distcp"
+            name = f"__{self._peers.rank}_0.distcp"
             with writing(self._folder / name) as file:
                 while self._items:  # a snapshot's memory is given back as it is written
                     item, data = self._items.pop(0)
                     self._stored.append(write_item(file, name, item, _host_copy(data)))
                 self._files[name] = file.sync()
-        if rank == 0:
+        if self._peers.is_main:
             content = io.BytesIO()
             torch.save(self._common, content)
             self._files[COMMON_STATE_FNAME] = write_bytes(
@@ -108,36 +116,51 @@ class FolderSave:
         Raises:
             CheckpointError: on every rank, if the index cannot be written.
         """
-        gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object((self._stored, self._files), gathered)
-        files: dict[str, FileRecord] = {}
+        gathered = self._peers.gather((self._stored, self._files))
 
-        def write() -> None:
-            assert gathered is not None and self._index is not None
-            stored = [item for items, _ in gathered for item in items]
-            files[".metadata"] = write_index(self._folder, self._index, stored)
-            for _, written in gathered:
-                files.update(written)
+        def write() -> dict[str, FileRecord]:
+            assert self._index is not None
+            index = write_index(self._folder, self._index, [item for items, _ in gathered for item in items])
             sync_directory(self._folder)
+            return {
+                ".metadata": index,
+                **{name: record for _, files in gathered for name, record in files.items()},
+            }
 
-        agree(attempt(write) if gathered is not None else None, f"{self._folder}: index not written")
-        return files
+        return self._peers.main(write, f"{self._folder}: index not written") or {}
 
 
-def _plan(sharded: ShardedState) -> tuple[Metadata | None, list[tuple[Any, Tensor | io.BytesIO]]]:
-    """The index without places (rank 0) and this rank's items. Collective."""
-    main_replicas, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+def _checked(state: ShardedState, folder: Path, peers: Peers) -> tuple[ShardedState, dict[str, Any]]:
+    """The shards and the common rest of `state`, after making sure that the main replicas of all ranks cover every
+    tensor once. Collective."""
+
+    def take_apart() -> tuple[ShardedState, dict[str, Any], list[Any]]:
+        sharded, common = save_preprocess(without_extra_state(state), validate_access_integrity=False)
+        return sharded, common, [shard.without_data() for shard in nested_values(sharded)]
+
+    sharded, common, described = peers.each(take_apart, f"{folder}: state cannot be saved")
+    gathered = peers.gather(described)
+    peers.main(lambda: validate_sharding_integrity(gathered), f"{folder}: inconsistent shards")
+    return sharded, common
+
+
+def _plan(
+    sharded: ShardedState, folder: Path, peers: Peers
+) -> tuple[Metadata | None, Callable[[], list[_Item]]]:
+    """The index without places (rank 0), and what gives this rank's items. Collective."""
+    problem = f"{folder}: tensors cannot be laid out in a checkpoint"
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    planner.set_up_planner(mcore_to_pyt_state_dict(main_replicas), is_coordinator=dist.get_rank() == 0)
-    local = planner.create_local_plan()
-    plans: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(local, plans)
-    index: list[Metadata] = []
-    error = None if plans is None else attempt(lambda: index.append(planner.create_global_plan(plans)[1]))
-    agree(error, "tensors cannot be laid out in a checkpoint")
+
+    def plan() -> Any:
+        main_replicas, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        planner.set_up_planner(mcore_to_pyt_state_dict(main_replicas), is_coordinator=peers.is_main)
+        return planner.create_local_plan()
+
+    local = peers.each(plan, problem)
+    plans = peers.gather(local)
+    index = peers.main(lambda: planner.create_global_plan(plans)[1], problem)
     planner.finish_plan(local)
-    items = [(item.index, planner.resolve_data(item)) for item in local.items]
-    return (index[0] if index else None), items
+    return index, lambda: [(item.index, planner.resolve_data(item)) for item in local.items]
 
 
 def _host_copy(data: Tensor | io.BytesIO, always: bool = False) -> Tensor | io.BytesIO:
@@ -150,20 +173,22 @@ def _host_copy(data: Tensor | io.BytesIO, always: bool = False) -> Tensor | io.B
     return host.clone() if (shared and always) or not owns_storage else host
 
 
-def load_folder(state: ShardedState, folder: Path) -> ShardedState:
+def load_folder(state: ShardedState, folder: Path, peers: Peers) -> ShardedState:
     """Load a folder into this rank's shards, at any parallel layout. Collective.
 
     Args:
         state: sharded state dict that says what this rank wants.
         folder: folder written by `FolderSave` or by the streaming converter.
+        peers: all ranks.
 
     Returns:
         `state`'s structure with plain tensors.
 
     Raises:
-        CheckpointError: the folder holds more than data, or its tensors are not those asked for.
+        CheckpointError: the folder holds more than data, its tensors are not those asked for, or a rank cannot read
+            them.
     """
-    agree(attempt(lambda: check_data_only(folder)) if dist.get_rank() == 0 else None, "refused")
+    peers.main(lambda: check_data_only(folder), "refused")
     try:
         with torch.no_grad():
             return dist_checkpointing.load(
@@ -172,5 +197,10 @@ def load_folder(state: ShardedState, folder: Path) -> ShardedState:
                 validate_access_integrity=False,
                 strict=StrictHandling.RAISE_ALL,
             )
-    except (dist_checkpointing.core.CheckpointingException, KeyError) as error:
+    except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder}: does not hold what the run needs: {error}") from error
+    except (
+        CheckpointException
+    ) as error:  # torch tells all ranks what went wrong on one, outside of `Exception`
+        reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
+        raise CheckpointError(f"{folder}: cannot be read: {'; '.join(reasons[:4])}") from error

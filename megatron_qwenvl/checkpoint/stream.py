@@ -7,11 +7,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     ChunkStorageMetadata,
@@ -86,13 +88,27 @@ class DistributedFolder:
         files = {place.relative_path for place in self._places.values()}
         return sorted(name for name in files if not (self._folder / name).is_file())
 
+    def files_of(self, name: str) -> set[str]:
+        """Names of the files that hold a tensor."""
+        places = (self._place(name, chunk) for chunk in self._tensors[name].chunks)
+        return {place.relative_path for place in places if place is not None}
+
     def uncovered(self) -> list[str]:
-        """Names of tensors whose stored chunks do not add up to the full tensor."""
-        return [
-            name
-            for name, entry in self._tensors.items()
-            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size)
-        ]
+        """Names of tensors whose stored chunks do not add up to the full tensor: some lie nowhere, over one another or
+        outside, or a part is missing."""
+        return [name for name, entry in self._tensors.items() if not self._covered(name, entry)]
+
+    def _covered(self, name: str, entry: TensorStorageMetadata) -> bool:
+        elements = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+        return (
+            elements == math.prod(entry.size)
+            and all(self._place(name, chunk) is not None for chunk in entry.chunks)
+            and all(_is_inside(chunk, entry.size) for chunk in entry.chunks)
+            and not any(_overlap(a, b) for a, b in combinations(entry.chunks, 2))
+        )
+
+    def _place(self, name: str, chunk: ChunkStorageMetadata) -> _StorageInfo | None:
+        return self._places.get(MetadataIndex(name, chunk.offsets))
 
     def read(self, name: str) -> Tensor:
         """Read a full tensor from its chunks.
@@ -112,7 +128,7 @@ class DistributedFolder:
         return full
 
     def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._places.get(MetadataIndex(name, chunk.offsets))
+        place = self._place(name, chunk)
         if place is None:
             raise CheckpointError(
                 f"{self._folder / INDEX_NAME}: {name}: no place for offset {list(chunk.offsets)}"
@@ -122,6 +138,20 @@ class DistributedFolder:
             path = self._folder / place.relative_path
             raise CheckpointError(f"{path}: {name}: expected {list(chunk.sizes)}, found {list(tensor.shape)}")
         return tensor
+
+
+def _is_inside(chunk: ChunkStorageMetadata, full: torch.Size) -> bool:
+    return len(chunk.offsets) == len(full) and all(
+        0 <= offset <= offset + size <= length
+        for offset, size, length in zip(chunk.offsets, chunk.sizes, full, strict=True)
+    )
+
+
+def _overlap(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:
+    return all(
+        max(first, second) < min(first + first_size, second + second_size)
+        for first, first_size, second, second_size in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    )
 
 
 class FolderFile:

@@ -8,18 +8,12 @@ from typing import Literal
 
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, Stage
-from megatron_qwenvl.model.shapes import tensor_shapes
 
-from .convert import run_jobs
-from .files import CheckpointError, FileRecord, OnBytes, copy_file, new_directory, sync_directory
-from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest, write_manifest
-from .stream import DistributedFolder
-
-_STARTS_FROM: dict[str, tuple[str, ...]] = {
-    "stage1": ("parts", "published"),
-    "stage2": ("stage1", "published"),
-    "stage3": ("stage2", "published"),
-}
+from .convert import count_bytes, run_jobs
+from .files import CheckpointError, FileRecord, OnBytes, copy_file, new_directory, sync_directory, untold
+from .manifest import MODEL_FOLDER, Manifest, write_manifest
+from .order import check_order
+from .source import open_source
 
 
 @dataclass(frozen=True)
@@ -40,42 +34,39 @@ def plan_transition(path: Path, target: Literal["stage2", "stage3"], force: bool
     Args:
         path: checkpoint directory, a run's checkpoints folder or a run's directory.
         target: stage to start.
-        force: accept weights that did not go through the stage before.
+        force: accept weights that did not go through the stage before, or not to its end.
 
     Raises:
-        CheckpointError: no checkpoint, an order of stages that makes no sense, an incomplete checkpoint, or an
-            image size that the model cannot take.
+        CheckpointError: no checkpoint, an order of stages that makes no sense, a run that was not finished, an
+            incomplete checkpoint, or an image size that the model cannot take.
     """
-    source = find_checkpoint(path)
-    found = read_manifest(source)
-    if found.origin not in _STARTS_FROM[target] and not force:
-        expected = " or ".join(_STARTS_FROM[target])
-        raise CheckpointError(
-            f"{source}: {target} starts from {expected} weights, found {found.origin} (--force to do it anyway)"
-        )
-    _check_tensors(source, found)
+    source = open_source(path)
+    found = source.manifest
+    if not force:
+        check_order(source.path, found, target, "--force to do it anyway")
     recipe = _recipe_after(found.recipe, found.origin, target)
     manifest = Manifest(
         kind="weights",
         origin=found.origin,
         start_of=target,
         step=found.step,
+        steps=found.steps,
         recipe=found.recipe,
         image_size=found.image_size,
         model=found.model,
         layout=found.layout,
-        files=found.part(MODEL_FOLDER),
+        files=source.files,
     )
-    return Transition(source, manifest, _notes(source, found, recipe, target))
+    return Transition(source.path, manifest, _notes(source.path, found, recipe, target))
 
 
-def carry_out(transition: Transition, out: Path, on_bytes: OnBytes = lambda count: None) -> None:
+def carry_out(transition: Transition, out: Path, on_bytes: OnBytes = untold) -> None:
     """Write the weights checkpoint, checking every file against its digest on the way.
 
     Raises:
         CheckpointError: `out` exists, or a source file is missing or damaged.
     """
-    with new_directory(out) as aside:
+    with new_directory(out, [transition.source]) as aside:
         (aside / MODEL_FOLDER).mkdir()
         jobs = [
             _CopyJob(transition.source / name, aside / name, record)
@@ -93,23 +84,8 @@ class _CopyJob:
     record: FileRecord
 
 
-def _copy(job: _CopyJob) -> tuple[int, None]:
-    copy_file(job.source, job.target, job.record)
-    return job.record.bytes, None
-
-
-def _check_tensors(source: Path, manifest: Manifest) -> None:
-    found = DistributedFolder(source / MODEL_FOLDER).specs
-    expected = tensor_shapes(manifest.model)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            raise CheckpointError(f"{source}: tensor {name} is missing")
-        if name not in expected:
-            raise CheckpointError(f"{source}: tensor {name} does not belong to the model")
-        if found[name].shape != expected[name]:
-            raise CheckpointError(
-                f"{source}: tensor {name}: expected {list(expected[name])}, found {list(found[name].shape)}"
-            )
+def _copy(job: _CopyJob) -> None:
+    copy_file(job.source, job.target, job.record, count_bytes)
 
 
 def _recipe_after(recipe: str, origin: str, target: Stage) -> RunConfig:

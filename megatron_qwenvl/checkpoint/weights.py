@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
-
 from megatron_qwenvl.config.schema import RunConfig
 
-from .collective import find_problems
+from .collective import Peers, find_problems
 from .files import CheckpointError
-from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, model_differences, read_manifest
+from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest
 from .shards import ShardedState, load_folder
+from .start import check_start
 
 MODEL_METADATA: dict[str, Any] = {"non_homogeneous_layers": True}
 """For `sharded_state_dict` of a model: one tensor per layer, so that any partition reads any other's."""
@@ -54,37 +53,30 @@ def fill_model(chunk: ModelChunk, loaded: ShardedState) -> None:
         raise CheckpointError(f"model and loaded tensors differ: missing {missing}, unexpected {unexpected}")
 
 
-def load_weights(path: Path, config: RunConfig, chunk: ModelChunk) -> Manifest:
+def load_weights(path: Path, config: RunConfig, chunk: ModelChunk, peers: Peers | None = None) -> Manifest:
     """Fill the model from any checkpoint, training or weights, written at any layout. Collective.
 
     Args:
         path: checkpoint directory, a run's checkpoints folder or a run's directory.
         config: the run that starts.
         chunk: the model part of this rank.
+        peers: all ranks; none: a group is made for this call.
 
     Raises:
         CheckpointError: there is none, it is damaged (named file by file), it is of another model, or it was
             made to start another stage.
     """
-    checkpoint = find_checkpoint(path)
-    manifest = read_manifest(checkpoint)
-    check_start(checkpoint, manifest, config)
-    if problems := find_problems(checkpoint):
+    peers = peers or Peers(config.checkpoint.timeout_minutes)
+
+    def find() -> tuple[Path, Manifest]:
+        checkpoint = find_checkpoint(path)
+        manifest = read_manifest(checkpoint)
+        check_start(checkpoint, manifest, config)
+        return checkpoint, manifest
+
+    checkpoint, manifest = peers.each(find, "cannot be started from")
+    if problems := find_problems(checkpoint, peers):
         raise CheckpointError("damaged checkpoint: " + "; ".join(problems))
-    fill_model(chunk, load_folder(model_state(chunk), checkpoint / MODEL_FOLDER))
-    dist.barrier()
+    fill_model(chunk, load_folder(model_state(chunk), checkpoint / MODEL_FOLDER, peers))
+    peers.barrier()
     return manifest
-
-
-def check_start(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None:
-    """Make sure that the checkpoint's weights fit the run.
-
-    Raises:
-        CheckpointError: another model shape, or made to start another stage.
-    """
-    if differences := model_differences(manifest.model, config.model):
-        raise CheckpointError(f"{checkpoint}: another model: " + "; ".join(differences))
-    if manifest.start_of not in (None, config.stage):
-        raise CheckpointError(
-            f"{checkpoint}: made to start {manifest.start_of}, but this run is {config.stage}"
-        )

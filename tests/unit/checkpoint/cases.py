@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ def weights(value: float) -> torch.Tensor:
     return torch.arange(64.0).reshape(8, 8) + value
 
 
-def join(process: ProcessInfo) -> None:
-    """Join the gloo process group of a test."""
+def join(process: ProcessInfo, timeout_seconds: float = 120) -> None:
+    """Join the gloo process group of a test; the timeout is that of training's collectives."""
     dist.init_process_group(
-        "gloo", init_method=process.init_method, rank=process.rank, world_size=process.world_size
+        "gloo",
+        init_method=process.init_method,
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
     )
 
 

@@ -56,7 +56,7 @@ def config_json(model: ModelConfig, image_size: int) -> dict[str, object]:
             "layers": model.vision.layers,
             "mlp_ratio": model.vision.mlp_hidden / model.vision.width + 1e-4,
             "output_dim": model.decoder.hidden,
-            "patch_size": 14,
+            "patch_size": model.vision.patch_size,
             "width": model.vision.width,
             "adapter_heads": model.adapter.heads,
         },
@@ -67,6 +67,12 @@ def publish(folder: Path, model: ModelConfig, weights: dict[str, Tensor], safete
     """Write a published Qwen-VL directory in two shards."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_json(model, 448)))
+    write_shards(folder, weights, safetensors)
+    return folder
+
+
+def write_shards(folder: Path, weights: dict[str, Tensor], safetensors: bool) -> None:
+    """Write weights in two shards with their index."""
     names = sorted(weights)
     shards = {0: names[::2], 1: names[1::2]}
     files = {}
@@ -81,7 +87,6 @@ def publish(folder: Path, model: ModelConfig, weights: dict[str, Tensor], safete
         files.update(dict.fromkeys(part, file))
     index = "model.safetensors.index.json" if safetensors else "pytorch_model.bin.index.json"
     (folder / index).write_text(json.dumps({"weight_map": files}))
-    return folder
 
 
 def open_clip_weights(model: ModelConfig) -> dict[str, Tensor]:
@@ -145,6 +150,13 @@ def publish_parts(folder: Path, model: ModelConfig, vocab: int) -> tuple[Path, P
     vit.mkdir(parents=True)
     llm.mkdir()
     save_file(open_clip_weights(model), vit / "open_clip_model.safetensors")
+    save_file(language_weights(model, vocab), llm / "model.safetensors")
+    (llm / "config.json").write_text(json.dumps(config_json(model, 448)))
+    return vit, llm
+
+
+def language_weights(model: ModelConfig, vocab: int) -> dict[str, Tensor]:
+    """Qwen-7B's tensors with `vocab` rows."""
     language = {
         name: value.bfloat16().contiguous()
         for name, value in random_weights(model).items()
@@ -152,6 +164,4 @@ def publish_parts(folder: Path, model: ModelConfig, vocab: int) -> tuple[Path, P
     }
     for name in ("transformer.wte.weight", "lm_head.weight"):
         language[name] = language[name][:vocab].clone()
-    save_file(language, llm / "model.safetensors")
-    (llm / "config.json").write_text(json.dumps({"num_attention_heads": model.decoder.heads}))
-    return vit, llm
+    return language

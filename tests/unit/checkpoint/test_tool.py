@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from megatron_qwenvl.checkpoint import convert, files, transition
 from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from tools import convert_checkpoint
@@ -94,9 +97,14 @@ def test_an_image_size_that_does_not_divide_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
     model = TINY.model_copy(update={"vision": TINY.vision.model_copy(update={"patch_size": 15})})
+    other = publish(tmp_path / "other", model, random_weights(model))
+    carry_out_import(plan_qwenvl(other), tmp_path / "ours")
+    became(tmp_path / "ours", origin="stage1", recipe="tiny_stage1")
+    arguments = ("next-stage", "--to", "stage2", "--out", tmp_path / "x", "--from")
+    assert run(monkeypatch, *arguments, tmp_path / "ours") == 1
+    assert "images of 56 pixels do not divide into patches of 15 pixels" in capsys.readouterr().err
     became(trained, model=model.model_dump())
-    arguments = ("next-stage", "--from", trained, "--to", "stage2", "--out", tmp_path / "x")
-    assert run(monkeypatch, *arguments) == 1
+    assert run(monkeypatch, *arguments, trained) == 1
     assert "conv1.weight: expected [24, 3, 15, 15], found [24, 3, 14, 14]" in capsys.readouterr().err
 
 
@@ -178,3 +186,54 @@ def test_a_wrong_path_is_one_line_without_traceback(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "not a checkpoint" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("convert",),
+        ("next-stage", "--from", "a", "--to", "stage1", "--out", "b"),
+        ("export-qwenvl", "--from", "a"),
+        ("compare", "a", "b", "--tolerance", "small"),
+        ("verify", "a", "--dry-run"),
+    ],
+)
+def test_wrong_usage_exits_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    assert "usage: " in capsys.readouterr().err
+
+
+def test_a_killed_worker_is_one_line_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
+) -> None:
+    """As the kernel does when memory runs out."""
+    monkeypatch.setattr(transition, "copy_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    arguments = ("next-stage", "--from", trained, "--to", "stage2", "--out", tmp_path / "start2")
+    assert run(monkeypatch, *arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "next-stage: a worker process was killed; perhaps the machine ran out of memory"
+    assert not list(tmp_path.glob("start2*"))
+
+
+def test_progress_moves_within_a_file(monkeypatch: pytest.MonkeyPatch, trained: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(convert, "_REPORT_SECONDS", 0.001)
+    monkeypatch.setattr(transition, "copy_file", slow_copy)
+    plan = transition.plan_transition(trained, "stage2")
+    transition.carry_out(plan, tmp_path / "start2", told.append)
+    assert sum(told) == plan.manifest.total_bytes
+    assert sum(count > 0 for count in told) > 2 * len(plan.manifest.files)
+
+
+def slow_copy(source: Path, target: Path, record: files.FileRecord, on_bytes: files.OnBytes) -> None:
+    def count(size: int) -> None:
+        on_bytes(size)
+        time.sleep(0.005)
+
+    files.copy_file(source, target, record, count)

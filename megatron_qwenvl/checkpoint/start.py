@@ -1,0 +1,107 @@
+"""What a run starts from, told from manifests alone: its own newest checkpoint, given weights, or nothing.
+
+Needs neither torch nor process groups, so that a run that cannot start is known before it holds its machines.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_qwenvl.config.schema import RunConfig
+
+from .files import CheckpointError
+from .manifest import Manifest, find_checkpoint, model_differences, read_manifest
+from .order import check_training_order
+
+_STEP_NAME = re.compile(r"step_\d{8,}$")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run would start from now."""
+
+    checkpoint: Path | None
+    """Directory of the checkpoint; None: fresh weights."""
+    manifest: Manifest | None
+    """Its manifest."""
+    damaged: tuple[str, ...] = ()
+    """What is wrong with newer checkpoints that would be passed over, one line each."""
+
+
+def find_start(config: RunConfig) -> Start:
+    """The rules of a starting run, without digests: a file is compared by its size only.
+
+    Raises:
+        CheckpointError: all of the run's checkpoints are damaged; the weights to start from are missing or damaged;
+            or what would be used does not fit the run.
+    """
+    own = own_checkpoints(Path(config.run_dir) / "checkpoints")
+    damaged: list[str] = []
+    for checkpoint in own:
+        try:
+            manifest = read_whole(checkpoint)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        check_resume(checkpoint, manifest, config)
+        return Start(checkpoint, manifest, tuple(damaged))
+    if own:
+        raise CheckpointError(f"all {len(own)} checkpoints of the run are damaged: {damaged[0]}")
+    if config.checkpoint.init_from is None:
+        return Start(None, None)
+    checkpoint = find_checkpoint(Path(config.checkpoint.init_from))
+    manifest = read_whole(checkpoint)
+    check_start(checkpoint, manifest, config)
+    return Start(checkpoint, manifest)
+
+
+def own_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints of a run's checkpoints folder, from new to old."""
+    return sorted((path for path in directory.glob("step_*") if _STEP_NAME.match(path.name)), reverse=True)
+
+
+def read_whole(checkpoint: Path) -> Manifest:
+    """Read the manifest and make sure that every file has its recorded size.
+
+    Raises:
+        CheckpointError: naming the manifest or the first file that is missing or has another size.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, record in manifest.files.items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != record.bytes:
+            was = "missing" if found is None else f"found {found}"
+            raise CheckpointError(f"{path}: expected {record.bytes} bytes, {was}")
+    return manifest
+
+
+def check_start(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None:
+    """Make sure that the checkpoint's weights fit the run.
+
+    Raises:
+        CheckpointError: another model shape, made to start another stage, or a run's that does not come before.
+    """
+    if differences := model_differences(manifest.model, config.model):
+        raise CheckpointError(f"{checkpoint}: another model: " + "; ".join(differences))
+    if manifest.start_of not in (None, config.stage):
+        raise CheckpointError(
+            f"{checkpoint}: made to start {manifest.start_of}, but this run is {config.stage}"
+        )
+    check_training_order(checkpoint, manifest, config.stage)
+
+
+def check_resume(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None:
+    """Make sure that the run can go on from one of its own checkpoints.
+
+    Raises:
+        CheckpointError: not a training checkpoint, of another stage or of another model shape.
+    """
+    if manifest.kind != "training" or manifest.origin != config.stage:
+        raise CheckpointError(
+            f"{checkpoint}: expected training of {config.stage}, found {manifest.kind} of {manifest.origin}"
+        )
+    if differences := model_differences(manifest.model, config.model):
+        raise CheckpointError(f"{checkpoint}: another model: " + "; ".join(differences))

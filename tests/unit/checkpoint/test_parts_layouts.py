@@ -1,0 +1,60 @@
+"""Weights made of parts, and weights in bf16, through real sharded models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_qwenvl.checkpoint.examine import compare, open_weights, verify
+from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.weights import load_weights, model_state
+from megatron_qwenvl.config.schema import ModelConfig, RunConfig
+from megatron_qwenvl.model.build import build_stage
+from megatron_qwenvl.model.partition import make_partition
+from megatron_qwenvl.runtime import engine
+from megatron_qwenvl.runtime.processes import ProcessInfo
+from tests.distributed.harness import run_ranks
+from tests.distributed.model_cases import small_config
+
+from .published_cases import MIDDLE, TINY, publish, publish_parts, random_weights
+
+
+def config_of(model: ModelConfig, **changes: object) -> RunConfig:
+    """TP 2 x PP 2."""
+    config = small_config(tensor=2, pipeline=2, sequence_parallel=True)
+    return config.model_copy(update={"model": model, **changes})
+
+
+def load_and_save(process: ProcessInfo, weights: Path, config: RunConfig, out: Path) -> None:
+    """Into sharded models and out again, in the weights' own precision."""
+    runtime = engine.start(config, process)
+    stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
+    if config.train.precision == "bf16":
+        stage.bfloat16()
+    load_weights(weights, config, stage)
+    CheckpointManager(out, config).save(1, model_state(stage), {}, {})
+
+
+def test_parts_load_into_a_sharded_stage_1(tmp_path: Path) -> None:
+    """The language model has fewer rows than the model and comes in bf16, the ViT in float32; the run computes in
+    float32 and holds every value."""
+    vit, llm = publish_parts(tmp_path / "parts", TINY, vocab=90)
+    config = config_of(TINY, stage="stage1")
+    carry_out_import(plan_parts(vit, llm, config, seed=1), tmp_path / "ours")
+    run_ranks(4, load_and_save, tmp_path / "ours", config, tmp_path / "run")
+    assert verify(tmp_path / "run") == []
+    assert compare(open_weights(tmp_path / "run"), open_weights(tmp_path / "ours"), tolerance=1e-30) == []
+
+
+def test_bf16_weights_pass_through_a_layout_bitwise(tmp_path: Path) -> None:
+    weights = random_weights(MIDDLE, torch.bfloat16)
+    published = publish(tmp_path / "published", MIDDLE, weights)
+    carry_out_import(plan_qwenvl(published), tmp_path / "ours")
+    config = config_of(MIDDLE)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
+    run_ranks(4, load_and_save, tmp_path / "ours", config, tmp_path / "run")
+    saved = open_weights(tmp_path / "run")
+    assert {spec.dtype for spec in saved.specs.values()} == {torch.bfloat16}
+    assert compare(saved, open_weights(published)) == []
