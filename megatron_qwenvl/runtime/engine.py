@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,9 +19,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwenvl.config.schema import RunConfig
 
 from . import adamw
+from .devices import choose_device
 from .engine_on_cpu import adapt_engine
 from .kernels import Kernels, choose_kernels
-from .processes import LaunchError, ProcessInfo, detect_process
+from .processes import ProcessInfo, detect_process
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,16 @@ class Runtime:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.groups.mp)
         return values
 
+    def all_max(self, values: Sequence[float]) -> list[float]:
+        """Maximum over all ranks of each value."""
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
+    def any_rank(self, here: bool) -> bool:
+        """True on every rank if it is true on any."""
+        return self.all_max([float(here)])[0] > 0
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.on_gpu:
@@ -81,31 +94,19 @@ class Runtime:
             torch.cuda.synchronize()
 
     def peak_memory_bytes(self) -> int:
-        """Largest memory allocated on the device (GPU), or resident in this process (CPU), so far."""
+        """Largest memory allocated on the device since the last reset (GPU), or resident in this process ever (CPU)."""
         if self.on_gpu:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def reset_peak_memory(self) -> None:
+        """Let `peak_memory_bytes` start anew on a GPU; the peak of a CPU process cannot be reset."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
 
-def choose_device(wanted: str, local_rank: int, launcher: str = "single") -> torch.device:
-    """`auto`: CUDA where a GPU is visible, else CPU.
-
-    A GPU is chosen by local rank, unless Slurm or MPI shows every task only its own.
-
-    Raises:
-        LaunchError: CUDA was asked for and is not there, or there are fewer GPUs than local ranks.
-    """
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise LaunchError("runtime.device: cuda was asked for but no GPU is visible")
-    if wanted == "cpu" or not available:
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if count == 1 and launcher in ("slurm", "mpi"):
-        return torch.device("cuda", 0)
-    if local_rank >= count:
-        raise LaunchError(f"local rank {local_rank} needs a GPU of its own but this node shows {count}")
-    return torch.device("cuda", local_rank)
+    def device_name(self) -> str:
+        """Name of the device's model, or the kind of CPU."""
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU ({platform.machine()})"
 
 
 def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
@@ -157,6 +158,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """True if the error says that another process of the run is gone, not what went wrong in this one."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
 def _prepare_device(device: torch.device, config: RunConfig) -> None:
     # Every tensor from a loader worker holds an open file while it lives.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -187,15 +194,26 @@ def _join_processes(process: ProcessInfo, device: torch.device, config: RunConfi
     )
 
 
+class _RankFormatter(logging.Formatter):
+    """`time [rank N] message` on every line, tracebacks included; rank 0 is named in errors only."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__("%(message)s")
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        named = self._rank > 0 or record.levelno >= logging.ERROR
+        prefix = self.formatTime(record) + (f" [rank {self._rank}] " if named else " ")
+        return "\n".join(prefix + line for line in super().format(record).splitlines())
+
+
 def configure_logging(rank: int) -> None:
-    """Log to stderr: rank 0 from INFO, other ranks from WARNING with their rank in front.
+    """Log to stderr: rank 0 from INFO, other ranks from WARNING; errors name their rank.
 
     Libraries speak from WARNING on. Set MEGATRON_QWENVL_LOG to another level for this package.
     """
     level = os.environ.get("MEGATRON_QWENVL_LOG", "INFO" if rank == 0 else "WARNING")
-    prefix = "" if rank == 0 else f"[rank {rank}] "
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format=f"%(asctime)s {prefix}%(message)s", force=True
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
+    logging.root.handlers[0].setFormatter(_RankFormatter(rank))
     logging.getLogger("megatron_qwenvl").setLevel(level)
     logging.getLogger("megatron").setLevel(logging.ERROR)

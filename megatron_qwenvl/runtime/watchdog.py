@@ -1,0 +1,74 @@
+"""Ends a run that no longer makes steps, and leaves behind where every thread of every rank was."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from .exit_codes import HUNG
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5.0
+"""Between the stacks and the end: launchers kill all ranks once one has ended, and every rank is to tell."""
+
+
+class Watchdog:
+    """Counts the time since the last sign of life of a run.
+
+    When it exceeds the limit the stacks of all threads go to a file, `FAILED (hang)` to the log, and the process
+    ends. A thread does this, also while the main thread waits in a collective; should that hold Python's lock, a
+    timer in C writes the stacks and ends the process a little later.
+
+    Args:
+        limit: seconds without a sign of life; 0: never.
+        folder: where the stacks go; created when it is needed.
+        rank: names this process's file.
+    """
+
+    def __init__(self, limit: float, folder: Path, rank: int) -> None:
+        self._limit = limit
+        self._folder = folder
+        self._rank = rank
+        self._limit_now = limit
+        self._alive_at = time.monotonic()
+        self._doing = "starting"
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Start watching."""
+        if self._limit > 0:
+            self.alive("starting")
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def alive(self, doing: str, limit: float | None = None) -> None:
+        """A sign of life; `doing` names what comes next, for the message, and `limit` is what that may take, where it
+        is not the usual limit."""
+        self._alive_at, self._doing = time.monotonic(), doing
+        self._limit_now = self._limit if limit is None else limit
+        if self._limit > 0:
+            faulthandler.dump_traceback_later(self._limit_now + 3 * GRACE_SECONDS, exit=True)
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while (left := self._alive_at + self._limit_now - time.monotonic()) > 0:
+            if self._stopped.wait(min(left, 1.0)):
+                return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stacks = self._folder / f"rank_{self._rank:05d}_{time.strftime('%Y%m%dT%H%M%S')}.txt"
+        with stacks.open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        what = f"no sign of life for {self._limit_now:.0f} s in {self._doing}"
+        logger.error("FAILED (hang) %s; stacks of all threads: %s", what, stacks)
+        sys.stderr.flush()
+        time.sleep(GRACE_SECONDS)
+        os._exit(HUNG)

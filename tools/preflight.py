@@ -1,0 +1,195 @@
+"""PROGRAM=tools/preflight.py launch/srun.sh --recipe R [--section.field value ...] [--bad-nodes FILE] [--deadline S]
+
+Can this run start here and work? Takes the trainer's arguments, runs one process per rank like the trainer, and checks
+in under a minute: all ranks there; versions, devices and kernels equal; a matrix product right; the run directory
+writable and shared, with room for the next checkpoints; data and start weights; the links between nodes and an
+all-reduce. Also through launch/local.sh and launch/mpirun.sh, or as one process by itself.
+
+  --bad-nodes FILE    write the names of bad nodes there, one a line; removed where there are none
+  --deadline S        seconds that all ranks have to report (default 30); all of it takes at most twice as long
+  --slow-nodes W      what a node is that computes or sends more than twice as slowly as the median: warning (default)
+                      or failure
+
+Exit codes: 0 passed; 1 the run cannot work, on whatever nodes; 2 arguments or configuration; 3 one or more nodes are
+bad. torchrun (launch/local.sh) makes 1 of every failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_qwenvl.checkpoint.files import CheckpointError
+from megatron_qwenvl.checkpoint.space import checkpoint_bytes, checkpoints_to_come
+from megatron_qwenvl.checkpoint.start import Start, find_start, own_checkpoints
+from megatron_qwenvl.config.cli import HEAD_START_SECONDS, USAGE_ERROR, parse_run_arguments
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.plan import StepPlan, training_plan, validation_plan
+from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.runtime.environment import describe_environment
+from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR
+from megatron_qwenvl.runtime.preflight.rules import (
+    Finding,
+    bad_nodes,
+    ok,
+    run_failure,
+    warning,
+)
+from megatron_qwenvl.runtime.processes import LaunchError, detect_process
+
+
+def parse_own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This tool's arguments, and those that it shares with the trainer.
+
+    Raises:
+        ArgumentError: a value that cannot be used.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--bad-nodes", type=Path)
+    deadline = parser.add_argument("--deadline", type=float, default=30.0)
+    parser.add_argument("--slow-nodes", choices=("warning", "failure"), default="warning")
+    arguments, shared = parser.parse_known_args(argv)
+    if not 1 <= arguments.deadline <= 3600:
+        raise argparse.ArgumentError(deadline, f"expected 1 to 3600 seconds, found {arguments.deadline}")
+    return arguments, shared
+
+
+def parse_arguments(
+    argv: Sequence[str], world_size: int, quiet: bool
+) -> tuple[argparse.Namespace, RunConfig]:
+    """All arguments; exits with 2 and one message for bad ones, as `parse_run_arguments` does."""
+    try:
+        arguments, shared = parse_own_arguments(argv)
+    except argparse.ArgumentError as error:
+        if quiet:
+            time.sleep(HEAD_START_SECONDS)
+        else:
+            print(f"preflight: {error}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+    description = __doc__ or ""
+    return arguments, parse_run_arguments(shared, "preflight", description, world_size, quiet)
+
+
+def check_data(config: RunConfig) -> list[Finding]:
+    """Data sources exist, are indexed, and fit the tokenizer."""
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer).fingerprint
+        plans = [training_plan(config, tokenizer)]
+        if config.data.validation_sources and config.train.validation_interval:
+            plans.append(validation_plan(config, tokenizer))
+        return [ok("data", "; ".join(map(describe_plan, plans)))]
+    except (DataError, OSError) as error:
+        return [run_failure("data", str(error))]
+
+
+def describe_plan(plan: StepPlan) -> str:
+    """One line; reads the first index of every source."""
+    for number in range(len(plan.sources)):
+        plan.index(number, 0)
+    counts = {source.config.name: int(source.directory.counts.sum()) for source in plan.sources}
+    return ", ".join(f"{name} {count} samples" for name, count in counts.items())
+
+
+def check_weights(config: RunConfig) -> list[Finding]:
+    """There is something to start from that fits the run."""
+    try:
+        start = find_start(config)
+    except CheckpointError as error:
+        return [run_failure("weights", str(error))]
+    damaged = [warning("weights", f"passed over: {problem}") for problem in start.damaged]
+    return [*damaged, ok("weights", describe_start(start, config))]
+
+
+def describe_start(start: Start, config: RunConfig) -> str:
+    """One line."""
+    if start.checkpoint is None or start.manifest is None:
+        return f"fresh, seed {config.seed}"
+    return f"{start.checkpoint}, {start.manifest.origin} at step {start.manifest.step}"
+
+
+def write_bad_nodes(path: Path, names: Sequence[str]) -> None:
+    """Replace the file, or remove it where there are none; says so where it cannot."""
+    try:
+        if names:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{name}\n" for name in names))
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:  # often the very reason for which the checks will fail
+        say(warning("bad nodes", f"{path}: cannot be written ({error.strerror})"))
+
+
+def needed_paths(config: RunConfig) -> tuple[Path, ...]:
+    """What every node must see."""
+    data = config.data
+    validation = data.validation_sources if config.train.validation_interval else ()
+    paths = [Path(data.root) / source.path for source in (*data.sources, *validation)]
+    return (*paths, *(Path(path) for path in (data.tokenizer, config.checkpoint.init_from) if path))
+
+
+def say(finding: Finding) -> None:
+    print(finding.line(), flush=True)
+
+
+def conclude(findings: Sequence[Finding], bad_nodes_file: Path | None, began: float) -> None:
+    """The last line, and the file of bad nodes."""
+    if bad_nodes_file:
+        write_bad_nodes(bad_nodes_file, bad_nodes(findings))
+    failures = [finding for finding in findings if finding.level == "failure"]
+    if failures:
+        node = f"{failures[0].node}: " if failures[0].node else ""
+        print(f"preflight: FAILED: {failures[0].check}: {node}{failures[0].text}", flush=True)
+    else:
+        print(f"preflight: passed in {time.monotonic() - began:.1f} s", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
+    try:
+        process = detect_process()
+    except LaunchError as error:
+        print(f"preflight: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    argv = sys.argv[1:] if argv is None else argv
+    arguments, config = parse_arguments(argv, process.world_size, quiet=process.rank > 0)
+    if arguments.bad_nodes and process.rank == 0:
+        write_bad_nodes(arguments.bad_nodes, [])  # those of an earlier job
+
+    # Everything below needs torch; configuration errors are said before it is loaded.
+    from megatron_qwenvl.runtime.preflight.exchange import RendezvousError
+    from megatron_qwenvl.runtime.preflight.run import Checklist, run_preflight
+
+    kept = len(own_checkpoints(Path(config.run_dir) / "checkpoints"))
+    checklist = Checklist(
+        run_dir=Path(config.run_dir),
+        runtime=config.runtime,
+        checkpoint_bytes=checkpoint_bytes(config) if config.checkpoint.save else 0,
+        checkpoints=checkpoints_to_come(config, kept),
+        paths=needed_paths(config),
+        own_checks=lambda: [*check_data(config), *check_weights(config)],
+        deadline=arguments.deadline,
+        slow=arguments.slow_nodes,
+    )
+    try:
+        return run_preflight(
+            process,
+            describe_environment(process),
+            checklist,
+            say,
+            lambda findings: conclude(findings, arguments.bad_nodes, began),
+        ).code
+    except RendezvousError as error:
+        print(f"preflight: FAILED: {error}", file=sys.stderr)
+        return BAD_NODES if process.rank else RUN_ERROR
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that hangs in a file system or a network must not hold up the end
