@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 4 -m megatron_qwenvl.train --recipe tiny_stage1 --parallel.tensor 2
 
 `--print-config` shows the resolved configuration, `--help` explains every field. A run that has a checkpoint in
-its `run_dir` goes on from the newest good one.
+its `run_dir` goes on from the newest good one. SIGUSR1 or SIGTERM: all ranks finish the same step, save and end with
+exit code 75; started again the run goes on from there.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megatron_qwenvl.config.cli import USAGE_ERROR, parse_run_arguments
+from megatron_qwenvl.runtime.exit_codes import CRASHED, INTERRUPTED, RUN_ERROR
+from megatron_qwenvl.runtime.interrupt import StopRequest
 from megatron_qwenvl.runtime.processes import LaunchError, detect_process
 
 logger = logging.getLogger(__name__)
 
-RUN_ERROR = 1
-"""Exit code of a run that stopped for a reason that its last log line names."""
+PEER_SECONDS = 5.0
+"""A rank that lost a neighbour waits before it ends, so that the launcher sees the neighbour's end first."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world_size=process.world_size,
         quiet=process.rank > 0,
     )
+    stop = StopRequest.listen()
 
     # Everything below needs torch; configuration errors are said before it is loaded.
     warnings.filterwarnings(
@@ -53,20 +59,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine.configure_logging(process.rank)
     try:
         runtime = engine.start(config, process)
-        progress = Trainer.build(config, runtime).run()
+        trainer = Trainer.build(config, runtime, stop)
+        progress = trainer.run()
         if runtime.is_main:
-            logger.info("finished at step %d of %d", progress.step, config.train.steps)
+            how = "interrupted" if trainer.interrupted else "finished"
+            logger.info("%s at step %d of %d", how, progress.step, config.train.steps)
         engine.stop()
     except (CheckpointError, DataError, EngineVersionError, KernelError, LaunchError, TrainingError) as error:
-        logger.error("%s: %s", type(error).__name__, error)
-        sys.stderr.flush()
-        # Other ranks may wait in a collective: leave without the handshake that would wait for them.
-        os._exit(RUN_ERROR)
-    except Exception:
-        logger.exception("rank %d stops", process.rank)
-        sys.stderr.flush()
-        os._exit(RUN_ERROR)
-    return 0
+        logger.error("FAILED (error) %s: %s", type(error).__name__, error)
+        _leave(RUN_ERROR)
+    except Exception as error:
+        if engine.is_lost_peer(error):
+            logger.error("FAILED (lost peer) %s", " ".join(str(error).split()))
+            time.sleep(PEER_SECONDS)
+        else:
+            logger.exception("FAILED (crash) %s: %s", type(error).__name__, " ".join(str(error).split()))
+        _leave(CRASHED)
+    return INTERRUPTED if trainer.interrupted else 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: other ranks may wait in a collective, and the usual way out would wait for them."""
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ class TrainConfig(Section):
     steps: int = Field(50_000, ge=1)
     """Optimizer steps of the whole run."""
     stop_after: int | None = Field(None, ge=1)
-    """Stop (with a checkpoint) after this step although the schedule goes on; none: run to `steps`."""
+    """Stop (with a checkpoint, see `checkpoint.save`) after this step although the schedule goes on; none: run
+    to `steps`."""
     frozen: tuple[FreezableGroup, ...] = ()
     """Parts that are not trained. `adapter_output` is the adapter's final norm and projection alone."""
     gradient_accumulation: int = Field(6, ge=1)
@@ -209,8 +210,12 @@ class RuntimeConfig(Section):
     kernels: Literal["auto", "te", "apex", "torch"] = "auto"
     """GEMM layers, norms and optimizer: Transformer Engine, apex norms and optimizer, or plain torch.
     `auto`: the first of te, apex, torch that works on the device."""
-    timeout_minutes: float = Field(10, gt=0)
-    """Time after which a collective that does not finish ends the run."""
+    hang_minutes: float = Field(15, ge=0)
+    """Time without a step, a validation or a save after which every rank writes its stacks to `run_dir`/stacks and the
+    run ends; 0: never."""
+    timeout_minutes: float = Field(20, gt=0)
+    """Time after which a collective that does not finish ends the run; longer than `hang_minutes`, so that the stacks
+    are written first."""
     threads: int = Field(0, ge=0)
     """CPU threads per process; 0: OMP_NUM_THREADS or torch's default."""
 
@@ -220,6 +225,8 @@ class CheckpointConfig(Section):
 
     init_from: str | None = None
     """Checkpoint directory whose weights start the run when the run has no checkpoint of its own."""
+    save: bool = True
+    """False saves nothing, for throughput measurements; needs `train.stop_after`."""
     interval: int = Field(500, ge=0)
     """Steps between saves; 0: only at the end."""
     keep_last: int = Field(3, ge=1)
@@ -230,6 +237,9 @@ class CheckpointConfig(Section):
     """Copy the state to host memory and write it while training goes on."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What a failed save (a full disk) does to the run; the older checkpoints stay in both cases."""
+    timeout_minutes: float = Field(240, gt=0)
+    """Time for which ranks wait for each other while a checkpoint is written, checked or put in place; meanwhile
+    runtime.hang_minutes and runtime.timeout_minutes do not count."""
 
 
 class LoggingConfig(Section):

@@ -67,6 +67,9 @@ def _parallel_problems(config: RunConfig) -> Iterator[str]:
         yield from _indivisible(name, value, "parallel.tensor", parallel.tensor)
     if parallel.sequence_parallel and parallel.tensor == 1:
         yield "parallel.sequence_parallel: expected parallel.tensor > 1 to shard sequences over, found 1"
+    hang, timeout = config.runtime.hang_minutes, config.runtime.timeout_minutes
+    if hang >= timeout:
+        yield f"runtime.hang_minutes: expected less than runtime.timeout_minutes ({timeout:g}), found {hang:g}"
     if config.runtime.device == "cpu" and config.runtime.kernels in ("te", "apex"):
         yield f"runtime.kernels: expected auto or torch with runtime.device cpu, found {config.runtime.kernels}"
 
@@ -165,6 +168,8 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
         yield f"train.frozen: expected a part that is left to train, found {list(train.frozen)}"
     if train.stop_after is not None and train.stop_after > train.steps:
         yield f"train.stop_after: expected at most train.steps ({train.steps}), found {train.stop_after}"
+    if not config.checkpoint.save and train.stop_after is None:
+        yield "checkpoint.save: expected true without train.stop_after, because nothing of the run is kept, found false"
     if optimizer.warmup_steps >= train.steps:
         yield (
             f"optimizer.warmup_steps: expected fewer than train.steps ({train.steps}), found {optimizer.warmup_steps}"

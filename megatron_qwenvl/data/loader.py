@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime.interrupt import ignore_stop_signals
 
 from .batch import Batch, DataNeeds
 from .cache import LruCache
@@ -145,7 +146,7 @@ class StepLoader:
         parallel: dict[str, Any] = {}
         if workers:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
+            context.set_forkserver_preload([__name__, f"{__package__}.fork_server"])
             # A step starts when all its micro-batches are there, so a whole step must fit into what is ahead.
             ahead = max(
                 data.prefetch, -(-self.info(self.steps[0]).micro_batches // workers) if self.steps else 0
@@ -157,7 +158,7 @@ class StepLoader:
             batch_size=None,
             num_workers=workers,
             pin_memory=self._pin_memory,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # the default would draw from the model's random numbers
             **parallel,
         )
@@ -206,11 +207,14 @@ def _raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
         yield batch
 
 
-def _end_with_parent(_: int) -> None:
-    """Let this worker end when the training process is killed.
+def _prepare_worker(_: int) -> None:
+    """Let this worker end with the training process, and with nothing else.
 
     Torch's own watch looks at the worker's parent, which is the fork server, and that one lives as long as a worker.
+    Torch has also set a worker to end at SIGTERM, but Slurm sends that to every process of a job, and the training
+    process still wants its batches to finish a step and save.
     """
+    ignore_stop_signals()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

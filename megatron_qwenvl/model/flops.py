@@ -1,8 +1,9 @@
 """FLOP accounting of one micro-batch, layer by layer.
 
 A multiply-add counts 2. Only matrix products and attention are counted, causal attention at half the square,
-recomputation not at all ("model FLOPs"). Backward costs are counted where they happen: the weight gradient only
-for trained layers, the input gradient only where something trained lies below.
+recomputation not at all ("model FLOPs"). Backward costs are counted where they are needed: the weight gradient
+only for trained layers, the input gradient only where something trained lies below, both gradients of attention
+with either.
 """
 
 from __future__ import annotations
@@ -46,25 +47,63 @@ def expected_workload(model: ModelConfig, data: DataConfig, rows: int = 1) -> Wo
     return Workload(samples, patches, data.pack_length, squares, samples * 32)
 
 
-def forward_flops(layer: Layer, model: ModelConfig, work: Workload) -> float:
-    """Floating-point operations of one layer's forward pass over `work`."""
-    vision, hidden = model.vision, model.decoder.hidden
-    patches = work.images * work.patches
+@dataclass(frozen=True)
+class _Products:
+    """FLOPs of a layer's forward pass by what their backward pass needs."""
+
+    first: float
+    """Products of the layer's input with weights."""
+    inner: float = 0.0
+    """Products of what the layer has computed with weights."""
+    attention: float = 0.0
+    """Products of activations with activations."""
+
+    @property
+    def forward(self) -> float:
+        return self.first + self.inner + self.attention
+
+    def backward(self, trained: bool, trained_below: bool) -> float:
+        """A weight gradient costs as much as its product, and so does an input gradient; inside a trained layer
+        input gradients lead to its earlier weights. Attention has a gradient for each of its two factors."""
+        passed_on = trained or trained_below
+        weights = (self.first + self.inner) if trained else 0.0
+        inputs = (self.inner if passed_on else 0.0) + (self.first if trained_below else 0.0)
+        return weights + inputs + (2 * self.attention if passed_on else 0.0)
+
+
+def _products(layer: Layer, model: ModelConfig, work: Workload) -> _Products:
+    vision, decoder, hidden = model.vision, model.decoder, model.decoder.hidden
+    width, patches = vision.width, work.images * work.patches
     if layer.kind == "patch_embed":
-        return 2 * patches * 3 * vision.patch_size**2 * vision.width
+        return _Products(2 * patches * 3 * vision.patch_size**2 * width)
     if layer.kind == "vit":
-        linear = 2 * patches * (4 * vision.width**2 + 2 * vision.width * vision.mlp_hidden)
-        return linear + 4 * patches * work.patches * vision.width
+        return _Products(
+            first=2 * patches * 3 * width**2,
+            inner=2 * patches * (width**2 + 2 * width * vision.mlp_hidden),
+            attention=4 * patches * work.patches * width,
+        )
     if layer.kind == "adapter":
         queries = work.images * model.image_tokens
-        linear = 2 * patches * (vision.width * hidden + 2 * hidden**2) + 2 * queries * 2 * hidden**2
-        return linear + 2 * model.image_tokens * hidden**2 + 4 * queries * work.patches * hidden
+        learned = model.image_tokens if work.images else 0  # projected once for all images
+        return _Products(
+            first=2 * patches * width * hidden,
+            inner=2 * (2 * patches + 2 * queries + learned) * hidden**2,
+            attention=4 * queries * work.patches * hidden,
+        )
     if layer.kind == "embedding":
-        return 0.0
+        return _Products(0.0)
     if layer.kind == "decoder":
-        linear = 2 * work.tokens * (4 * hidden**2 + 3 * hidden * model.decoder.ffn_hidden)
-        return linear + 2 * work.attention_pairs * hidden
-    return 2 * work.loss_tokens * hidden * model.decoder.vocab_size
+        return _Products(
+            first=2 * work.tokens * 3 * hidden**2,
+            inner=2 * work.tokens * (hidden**2 + 3 * hidden * decoder.ffn_hidden),
+            attention=2 * work.attention_pairs * hidden,
+        )
+    return _Products(2 * work.loss_tokens * hidden * decoder.vocab_size)
+
+
+def forward_flops(layer: Layer, model: ModelConfig, work: Workload) -> float:
+    """Floating-point operations of one layer's forward pass over `work`."""
+    return _products(layer, model, work).forward
 
 
 def layer_flops(model: ModelConfig, frozen: tuple[FreezableGroup, ...], work: Workload) -> list[float]:
@@ -74,10 +113,8 @@ def layer_flops(model: ModelConfig, frozen: tuple[FreezableGroup, ...], work: Wo
     """
     costs, trained_below = [], False
     for layer in list_layers(model):
-        forward = forward_flops(layer, model, work)
-        trained = layer.part not in frozen
-        backward = (forward if trained else 0.0) + (forward if trained_below else 0.0)
-        costs.append(forward + backward)
+        products, trained = _products(layer, model, work), layer.part not in frozen
+        costs.append(products.forward + products.backward(trained, trained_below))
         trained_below |= trained
     return costs
 

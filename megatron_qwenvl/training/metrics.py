@@ -5,35 +5,88 @@ from __future__ import annotations
 import json
 import logging
 import math
+import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+import megatron.core
+import torch
+
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.model.flops import total_flops
+from megatron_qwenvl.runtime.engine import Runtime
+from megatron_qwenvl.runtime.peak_flops import dense_bf16_flops
 
 from .step import StepReport
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """What a step took."""
+
+    seconds: float
+    """Wall time from asking for its data to the end of its update on every rank."""
+    data_wait: float
+    """Seconds in which the rank that waited longest for its data did so; the others wait for that rank."""
+    peak_memory_bytes: int
+    """Largest memory of a rank since the record before (see `Runtime.peak_memory_bytes`)."""
+
+
+def mfu_reference(config: RunConfig, runtime: Runtime) -> float | None:
+    """Peak bf16 FLOP/s of this rank's device; None where it is not known or the run does not compute in bf16."""
+    return dense_bf16_flops(runtime.device_name()) if config.train.precision == "bf16" else None
+
+
+def start_record(config: RunConfig, runtime: Runtime, step: int) -> dict[str, Any]:
+    """What a run computes on, from `step` on; the rates of its step records hold for this."""
+    return {
+        "step": step,
+        "device": runtime.device_name(),
+        "peak_flops_per_device": mfu_reference(config, runtime),
+        "processes": runtime.process.world_size,
+        "data_parallel": runtime.data_size,
+        "kernels": runtime.kernels.name,
+        "torch": torch.__version__,
+        "megatron_core": megatron.core.__version__,
+        "transformer_engine": _version("transformer-engine") if runtime.kernels.name == "te" else None,
+        "python": platform.python_version(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # imports all the same, as from a source tree
+        return None
+
+
 def step_metrics(
     config: RunConfig,
     report: StepReport,
+    cost: StepCost,
     step: int,
-    seconds: float,
-    data_wait: float,
     lr: float,
     devices: int,
+    peak_flops: float | None,
 ) -> dict[str, Any]:
     """The record of one step.
 
-    Rates are over all devices unless named `_per_device`; `tflops_per_device` counts model FLOPs of tokens and
-    images without padding (see `model.flops`); `padding` is the share of decoder positions that are padding;
-    `data_wait` is the share of the step spent waiting for data on rank 0.
+    Rates are over all devices unless named `_per_device`; `flops` are model FLOPs of tokens and images without
+    padding (see `model.flops`), `mfu` is their rate's share of `peak_flops` per device, if that is known;
+    `padding` is the share of decoder positions that are padding; `data_wait` is the share of the step in which
+    the rank that waited longest waited for data.
     """
+    seconds = cost.seconds
     patches = (config.data.image_size // config.model.vision.patch_size) ** 2
     flops = total_flops(config.model, config.train.frozen, report.workload(patches))
+    per_device = flops / seconds / devices
     return {
         "step": step,
         "loss": report.loss,
@@ -43,15 +96,26 @@ def step_metrics(
         "lr": lr,
         "seconds": seconds,
         "samples": report.samples,
+        "images": report.images,
+        "tokens": report.tokens,
+        "padded_tokens": report.padded_tokens,
         "loss_tokens": report.loss_tokens,
+        "micro_batches": report.micro_batches,
+        "flops": flops,
         "samples_per_second": report.samples / seconds,
         "images_per_second": report.images / seconds,
         "tokens_per_second": report.tokens / seconds,
-        "tflops_per_device": flops / seconds / devices / 1e12,
+        "tflops_per_device": per_device / 1e12,
+        "mfu": per_device / peak_flops if peak_flops else None,
+        "peak_memory_bytes": cost.peak_memory_bytes,
         "padding": 1 - report.tokens / max(1, report.padded_tokens),
-        "data_wait": data_wait / seconds,
+        "data_wait": cost.data_wait / seconds,
         "unreadable_samples": report.skipped_samples,
     }
+
+
+def _mfu(record: dict[str, Any]) -> str:
+    return "" if record["mfu"] is None else f"MFU {record['mfu']:.1%} | "
 
 
 def format_duration(seconds: float) -> str:
@@ -66,14 +130,16 @@ def format_duration(seconds: float) -> str:
 class MetricsLog:
     """Writes metrics of rank 0 under the run directory; does nothing on other ranks.
 
-    Files: `metrics.jsonl` (one record per logged step or validation, appended over resumes; numbers that are not
-    finite are null) and `tensorboard/`. Steps that were not applied are always logged.
+    Files: `metrics.jsonl` (one record per start, logged step, validation and save, appended over resumes; numbers
+    that are not finite are null) and `tensorboard/`. Steps that were not applied are always logged. A full disk costs
+    records, not the run.
     """
 
     def __init__(self, config: RunConfig, is_main: bool, first_step: int) -> None:
         self._config = config
         self._file: TextIO | None = None
         self._board: Any = None
+        self._failing = False
         self._began = time.monotonic()
         self._first_step = first_step
         if not is_main:
@@ -81,18 +147,18 @@ class MetricsLog:
         folder = Path(config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        with self._going_on():
+            self._board = self._open_board(first_step)
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+    def due(self, step: int, applied: bool) -> bool:
+        """Whether a step (from 0) is logged; the same on every rank."""
+        return (step + 1) % self._config.logging.interval == 0 or not applied
 
     def train(self, record: dict[str, Any]) -> None:
         """Log a training step (0-based `record["step"]`)."""
-        due = (record["step"] + 1) % self._config.logging.interval == 0 or not record["applied"]
-        if self._file is None or not due:
-            return
-        self._write({"kind": "train", **record}, prefix="train")
-        logger.info(self._progress_line(record))
+        if self._file is not None:
+            self._write({"kind": "train", **record}, prefix="train")
+            logger.info(self._progress_line(record))
 
     def validation(self, step: int, report: StepReport) -> None:
         """Log a validation after `step` steps."""
@@ -113,20 +179,50 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for stream in (self._file, self._board):
+            if stream is not None:
+                with self._going_on():
+                    stream.close()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Nothing that a disk refuses stops the run: tell once, and again if it worked in between."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failing:
+                logger.warning("metrics cannot be written, going on without: %s", error)
+            self._failing = True
+        else:
+            self._failing = False
 
     def _write(self, record: dict[str, Any], prefix: str) -> None:
         assert self._file is not None
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps({**finite, "time": time.time()}, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._board is not None:
+        with self._going_on():
+            self._file.write(json.dumps({**finite, "time": time.time()}, allow_nan=False) + "\n")
+            self._file.flush()
+            self._write_scalars(record, prefix)
+
+    def _write_scalars(self, record: dict[str, Any], prefix: str) -> None:
+        self._board = self._board or self._open_board(record["step"])
+        if self._board is None:
+            return
+        try:
             for name, value in record.items():
                 if isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+        except OSError:
+            self._board = None  # its thread has ended with the error; the next record opens another one
+            raise
+
+    def _open_board(self, first_step: int) -> Any:
+        """A TensorBoard writer whose steps from `first_step` on replace older ones; None if there is to be none."""
+        if not self._config.logging.tensorboard:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(Path(self._config.run_dir) / "tensorboard"), purge_step=first_step)
 
     def _progress_line(self, record: dict[str, Any]) -> str:
         done, total = record["step"] + 1, self._config.train.steps
@@ -137,6 +233,6 @@ class MetricsLog:
             f"step {done}/{total} | loss {record['loss']:.4f} | grad {record['grad_norm']:.2f} | "
             f"lr {record['lr']:.2e} | {record['samples_per_second']:.1f} samples/s | "
             f"{record['tokens_per_second']:.0f} tokens/s | {record['tflops_per_device']:.3g} TFLOP/s/device | "
-            f"padding {record['padding']:.1%} | data wait {record['data_wait']:.0%} | "
+            f"{_mfu(record)}padding {record['padding']:.1%} | data wait {record['data_wait']:.0%} | "
             f"{format_duration(left)} left{skipped}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -17,7 +18,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.model.build import parameter_keys
@@ -40,8 +41,8 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
     - No weight decay for 1-D parameters: biases and norms. Weights, embeddings, the position table and the
       adapter's queries decay.
     - Layer-wise learning rate in the ViT: multiplier `vit_layer_decay ** depth`, depth 0 nearest the adapter;
-      the floor of the cosine is multiplied too. `lr_mult` gives every group an identity of its own, by which it
-      is found again in a checkpoint; `max_lr` and `min_lr` are what the schedule reads.
+      the floor of the cosine is multiplied too. `lr_mult` gives every group an identity of its own for
+      megatron-core; `max_lr` and `min_lr` are what the schedule reads.
     """
     optimizer = config.optimizer
     one_dimensional = ParamPredicate(name="one_dimensional", fn=lambda parameter: parameter.dim() == 1)
@@ -80,11 +81,32 @@ def build_optimizer(model: DistributedDataParallel, config: RunConfig) -> Megatr
     return get_megatron_optimizer(engine_config, [model], config_overrides=group_overrides(config))
 
 
+def restore_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Take moments, master weights and the step count from a checkpoint; rates, decays and every other setting stay as
+    they are configured now.
+
+    megatron-core would take the settings from the checkpoint's parameter groups, and find its groups by their
+    multipliers. All that is state in a group is the step count, which is the same for all.
+
+    Args:
+        optimizer: as built from the configuration.
+        loaded: its sharded state dict after loading; changed.
+    """
+    state = loaded.get("optimizer", loaded)  # plain fp32: the groups are at the top
+    saved = state["param_groups"]
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    if "params" in saved[0]:  # not sharded: a group says which parameters are its own, in today's order
+        groups = [{**group, "params": own["params"]} for group, own in zip(groups, saved, strict=True)]
+    state["param_groups"] = [{**group, "step": saved[0]["step"]} for group in groups]
+    optimizer.load_state_dict(loaded)
+
+
 class Schedule:
     """Linear warm-up from zero, then cosine to the floor; a pure function of the step."""
 
     def __init__(self, optimizer: MegatronOptimizer, config: RunConfig) -> None:
         settings = config.optimizer
+        self._optimizer = optimizer
         self._scheduler = OptimizerParamScheduler(
             optimizer,
             init_lr=0.0,
@@ -103,11 +125,13 @@ class Schedule:
         """Set every group's rate for 0-based `step`; the first step already has 1/warmup of the peak.
 
         Returns:
-            The learning rate of a group without multiplier.
+            The learning rate that the groups without multiplier have got.
         """
         self._scheduler.num_steps = step + 1
         self._scheduler.step(0)
-        return self._scheduler.get_lr({})
+        rate = get_canonical_lr_for_logging(self._optimizer.param_groups)
+        assert rate is not None  # megatron-core gives every rank all groups, without parameters if need be
+        return rate
 
 
 @dataclass(frozen=True)

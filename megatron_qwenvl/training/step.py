@@ -47,6 +47,9 @@ class StepReport:
     skipped_samples: int
     """Samples whose loss was masked because they could not be read."""
     attention_pairs: int
+    """Sum over what attends to itself (a sample, or an interleaved pack) of length^2."""
+    micro_batches: int
+    """Micro-batches of each data-parallel rank."""
     grad_norm: float = 0.0
     applied: bool = True
 
@@ -199,6 +202,7 @@ class StepRunner:
             samples=rest[3],
             skipped_samples=rest[4],
             attention_pairs=rest[5],
+            micro_batches=len(batches),
         )
 
 

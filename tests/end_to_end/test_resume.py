@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime import engine
+from megatron_qwenvl.runtime.processes import ProcessInfo
+from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks
 
 from .training_cases import records, run_config, train, write_data
@@ -87,6 +93,56 @@ def test_resume_in_another_layout_continues_the_run(
     assert straight[:5] == resumed[:5]
     # Observed below 2e-6; forgetting the moments changes the last losses by more than 1e-2.
     assert resumed == pytest.approx(straight, abs=2e-5)
+
+
+@pytest.fixture(scope="module", params=["true", "false"], ids=["sharded", "not sharded"])
+def half(data: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A run that was stopped in its middle, with the ViT's layer-wise rates."""
+    folder = tmp_path_factory.mktemp("half")
+    run(data, folder, "one", "--optimizer.sharded", request.param, "--train.stop_after", "5")
+    return folder
+
+
+def train_changed(process: ProcessInfo, config: RunConfig) -> dict[str, Any]:
+    """Resume with other settings: the optimizer's groups, and whether anything moved."""
+    trainer = Trainer.build(config, engine.start(config, process))
+    parameters = [p.detach().clone() for p in trainer.runner.model.module.parameters()]
+    trainer.run()
+    now = trainer.runner.model.module.parameters()
+    return {
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in trainer.optimizer.param_groups],
+        "moved": not all(torch.equal(a, b) for a, b in zip(parameters, now, strict=True)),
+    }
+
+
+@pytest.mark.parametrize("decay", ["0.95", "0.5", "1.0"])
+def test_a_resumed_run_uses_the_settings_of_today(half: Path, decay: str, data: Path, tmp_path: Path) -> None:
+    """With a rate of next to nothing no weight moves; today's value of every other setting is in every group."""
+    shutil.copytree(half, tmp_path / "run")
+    sharded = yaml.safe_load((half / "config.yaml").read_text())["optimizer"]["sharded"]
+    settings = {
+        "lr": "1e-30", "min_lr": "1e-31", "weight_decay": "0.3", "beta1": "0.5", "beta2": "0.6", "eps": "1e-3",
+        "vit_layer_decay": decay, "sharded": str(sharded).lower(),
+    }  # fmt: skip
+    changed = [part for name, value in settings.items() for part in (f"--optimizer.{name}", value)]
+    config = run_config(data, tmp_path / "run", *changed)
+    if not sharded and decay == "1.0":
+        with pytest.raises(
+            AssertionError, match="cannot change between optimizer.vit_layer_decay 1 and less"
+        ):
+            run_ranks(1, train_changed, config)
+        return
+    (found,) = run_ranks(1, train_changed, config)
+    assert not found["moved"]
+    assert len({group["lr_mult"] for group in found["groups"]}) == (1 if decay == "1.0" else 3)
+    for group in found["groups"]:
+        assert group["max_lr"] == pytest.approx(1e-30 * group["lr_mult"])
+        assert group["min_lr"] == pytest.approx(1e-31 * group["lr_mult"])
+        assert group["weight_decay"] == pytest.approx(0.3 * group["wd_mult"])
+        assert tuple(group["betas"]) == (0.5, 0.6) and group["eps"] == 1e-3
+        assert group["step"] == 10
+    rates = [record["lr"] for record in records(tmp_path / "run") if record["step"] >= 5]
+    assert len(rates) == 5 and max(rates) <= 1e-30
 
 
 OVERLAPPED = {

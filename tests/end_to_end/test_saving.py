@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_qwenvl.checkpoint import manager, shards
 from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.runtime import engine
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.runtime import engine, watchdog
 from megatron_qwenvl.runtime.processes import ProcessInfo
+from megatron_qwenvl.training.errors import TrainingError
 from megatron_qwenvl.training.loop import Trainer
+from megatron_qwenvl.training.metrics import MetricsLog
 from tests.distributed.harness import run_ranks
 
 from .training_cases import records, run_config, train, write_data
@@ -75,3 +84,95 @@ def train_without_room(process: ProcessInfo, config: RunConfig) -> Any:
         return trainer.run().step
     except CheckpointError as error:
         return str(error)
+
+
+def slowly(action: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return action(*args, **kwargs)
+
+    return slow
+
+
+def train_with_slow_saves(process: ProcessInfo, config: RunConfig) -> int:
+    """Gathering takes a second, and writing on rank 1 longer than a step may."""
+    watchdog.GRACE_SECONDS = 0.2
+    trainer = Trainer.build(config, engine.start(config, process))
+    trainer.optimizer.sharded_state_dict = slowly(trainer.optimizer.sharded_state_dict, 1)
+    if process.rank == 1:
+        shards.FolderSave.write = slowly(shards.FolderSave.write, 4)  # type: ignore[method-assign]
+    return trainer.run().step
+
+
+def test_a_slow_save_is_neither_a_hang_nor_a_lost_rank(data: Path, tmp_path: Path) -> None:
+    """Its stall counts from the gathering on."""
+    limits = ["--runtime.hang_minutes", "0.08", "--runtime.timeout_minutes", "0.1"]
+    config = run_config(data, tmp_path / "run", *limits, "--train.stop_after", "2", world=2)
+    assert run_ranks(2, train_with_slow_saves, config) == [2, 2]
+    (save,) = records(tmp_path / "run", "save")
+    assert 9 < save["stall"] <= save["seconds"]
+
+
+def end_by_error(process: ProcessInfo, config: RunConfig, kind: type[Exception], ranks: list[int]) -> str:
+    """Let `ranks` fail with an error of `kind` in the step after the save of step 3, which is still going on."""
+    manager.TOGETHER_SECONDS = 2.0
+    trainer = Trainer.build(config, engine.start(config, process))
+    shards.FolderSave.write = slowly(shards.FolderSave.write, 1)  # type: ignore[method-assign]
+    train = trainer.runner.train
+
+    def fail(*args: Any) -> Any:
+        if trainer.progress.step == 3 and process.rank in ranks:
+            raise kind("as told")
+        return train(*args)
+
+    trainer.runner.train = fail  # type: ignore[assignment, method-assign]
+    try:
+        trainer.run()
+    except kind:
+        return f"{process.rank}: saved {trainer._saved_step}"
+    return "no error"
+
+
+SAVING_ASIDE = ("--checkpoint.asynchronous", "true", "--checkpoint.interval", "3")
+
+
+@pytest.mark.parametrize("kind", [TrainingError, DataError])
+def test_an_error_of_all_ranks_does_not_lose_the_save_that_goes_on(
+    kind: type[Exception], data: Path, tmp_path: Path
+) -> None:
+    config = run_config(data, tmp_path / "run", *SAVING_ASIDE, world=2)
+    assert run_ranks(2, end_by_error, config, kind, [0, 1]) == ["0: saved 3", "1: saved 3"]
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000003\n"
+
+
+def test_an_error_of_one_rank_waits_for_no_other(data: Path, tmp_path: Path) -> None:
+    config = run_config(data, tmp_path / "run", *SAVING_ASIDE, world=2)
+    with pytest.raises(AssertionError) as error:  # the other rank is told by the end of this one
+        run_ranks(2, end_by_error, config, DataError, [1], timeout=60)
+    assert "by peer" in str(error.value)
+    assert not (tmp_path / "run/checkpoints/latest").exists()
+
+
+def log_without_room(process: ProcessInfo, config: RunConfig) -> tuple[int, str]:
+    """Ten records, of which no byte of the middle ones fits on the disk; the warnings, and their text."""
+    log = io.StringIO()
+    logging.getLogger("megatron_qwenvl").addHandler(logging.StreamHandler(log))
+    metrics = MetricsLog(config, is_main=True, first_step=0)
+    for step in range(10):
+        if step in (2, 6):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (250, resource.RLIM_INFINITY))
+        elif step in (4, 8):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        metrics.event("mark", step=step, text="x" * 50)
+    metrics.close()
+    return log.getvalue().count("metrics cannot be written"), log.getvalue()
+
+
+@pytest.mark.parametrize("tensorboard", ["false", "true"])
+def test_a_full_disk_costs_records_not_the_run(tensorboard: str, tmp_path: Path) -> None:
+    """It is told once each time; every line that is written is whole."""
+    config = run_config(tmp_path, tmp_path / "run", "--logging.tensorboard", tensorboard)
+    ((warnings, text),) = run_ranks(1, log_without_room, config)
+    assert warnings == 2 and "File too large" in text
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {0, 1, 4, 5, 8, 9} <= set(steps)

@@ -164,6 +164,10 @@ CONTRADICTIONS = [
     ),
     ({"train.stop_after": 101}, "train.stop_after: expected at most train.steps (100), found 101"),
     (
+        {"checkpoint.save": False},
+        "checkpoint.save: expected true without train.stop_after, because nothing of the run is kept, found false",
+    ),
+    (
         {"optimizer.warmup_steps": 100},
         "optimizer.warmup_steps: expected fewer than train.steps (100), found 100",
     ),
@@ -182,6 +186,7 @@ FINE: list[dict[str, Any]] = [
     {"train.frozen": ["vit", "decoder", "adapter_output"]},  # the adapter's attention is left to train
     {"train.frozen": ["vit", "decoder"], "optimizer.vit_layer_decay": 0.5},  # pointless, not wrong
     {"train.stop_after": 100},
+    {"train.stop_after": 100, "checkpoint.save": False},
     {"optimizer.min_lr": 0.002},
     {"data.packing": "none", "train.gradient_accumulation": 2, "data.pack_length": 8},
     {"data.max_sample_length": 18},

@@ -1,0 +1,114 @@
+"""A run that is asked to stop, or that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_qwenvl.checkpoint.examine import compare, open_weights
+from megatron_qwenvl.config.load import dump_yaml
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime import engine
+from megatron_qwenvl.runtime.exit_codes import INTERRUPTED
+from megatron_qwenvl.runtime.processes import ProcessInfo
+from megatron_qwenvl.training.loop import Trainer
+from tests.distributed.harness import run_ranks
+
+from .training_cases import records, run_config, train, write_data
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(config: RunConfig, log: Path) -> subprocess.Popen[bytes]:
+    """The run in two processes by the launcher."""
+    recipe = log.with_suffix(".yaml")
+    recipe.write_text(dump_yaml(config))
+    env = {**os.environ, "NPROC": "2", "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore"}
+    with log.open("ab") as output:
+        command = [ROOT / "launch/local.sh", "--recipe", recipe]
+        return subprocess.Popen(command, env=env, stdout=output, stderr=output)
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").is_file() and len(records(run_dir)) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{run_dir}: no step {step}")
+
+
+def signal_all(launcher: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """What Slurm does: the signal goes to every process of the job, loader workers included."""
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        process.send_signal(number)
+
+
+def test_a_signal_saves_and_the_next_start_goes_on_exactly(tmp_path: Path) -> None:
+    """The second signal comes while the first one's save may be going on."""
+    write_data(tmp_path)
+    config = run_config(tmp_path, tmp_path / "run", "--train.steps", "60", "--data.workers", "1", world=2)
+    first = start(config, tmp_path / "log")
+    wait_for_step(tmp_path / "run", 3)
+    signal_all(first, signal.SIGTERM)
+    time.sleep(0.1)
+    signal_all(first, signal.SIGTERM)
+    assert first.wait(60) == INTERRUPTED, (tmp_path / "log").read_text()
+    (saved,) = records(tmp_path / "run", "save")
+    steps = [record["step"] for record in records(tmp_path / "run")]
+    assert 3 <= saved["step"] < 60 and steps == list(range(saved["step"]))
+
+    assert start(config, tmp_path / "log").wait(120) == 0, (tmp_path / "log").read_text()
+    assert [record["step"] for record in records(tmp_path / "run")] == list(range(60))
+    straight = run_config(tmp_path, tmp_path / "straight", "--train.steps", "60", world=2)
+    run_ranks(2, train, straight)
+    assert compare(open_weights(tmp_path / "run"), open_weights(tmp_path / "straight")) == []
+
+
+def hang(process: ProcessInfo, config: RunConfig) -> None:
+    trainer = Trainer.build(config, engine.start(config, process))
+
+    def get_stuck(*_: Any) -> None:
+        time.sleep(600)
+
+    if process.rank == 1:
+        trainer.runner.train = get_stuck  # type: ignore[method-assign, assignment]
+    trainer.run()
+
+
+def test_a_hang_ends_the_run_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    config = run_config(tmp_path, tmp_path / "run", "--runtime.hang_minutes", "0.1", world=2)
+    with pytest.raises(AssertionError, match="killed because another rank failed"):
+        run_ranks(2, hang, config, timeout=60)
+    stacks = {path.name[:10]: path.read_text() for path in (tmp_path / "run" / "stacks").iterdir()}
+    assert stacks.keys() == {"rank_00000", "rank_00001"}
+    assert "in get_stuck" in stacks["rank_00001"]
+    assert "in train" in stacks["rank_00000"] and "in get_stuck" not in stacks["rank_00000"]
+
+
+def test_a_slow_run_that_makes_steps_is_no_hang(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    config = run_config(tmp_path, tmp_path / "run", "--runtime.hang_minutes", "0.05", "--train.steps", "6")
+    run_ranks(1, slow, config)
+    assert len(records(tmp_path / "run")) == 4
+
+
+def slow(process: ProcessInfo, config: RunConfig) -> None:
+    trainer = Trainer.build(config, engine.start(config, process))
+    train = trainer.runner.train
+
+    def train_slowly(*arguments: Any) -> Any:
+        time.sleep(1)
+        return train(*arguments)
+
+    trainer.runner.train = train_slowly  # type: ignore[method-assign]
+    trainer.run()
