@@ -12,14 +12,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint setup gpu-check bench-convert clean
+.PHONY: demo test test-slurm slurm-packages lint setup gpu-check bench-convert clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo 'make demo [TP=2 PP=2]  train a tiny model through the three stages on CPU and question it'
 	@echo 'make test              linters and all tests that need no GPU'
-	@echo 'make lint              ruff and mypy'
+	@echo 'make test-slurm        the batch scripts on a real Slurm cluster of this machine (as root; installs Slurm)'
+	@echo 'make lint              ruff, mypy, shellcheck'
 	@echo 'make setup             install everything into $(VENV)'
 	@echo 'make gpu-check         tests on one GPU, in the current Python environment ($(PYTHON))'
 	@echo 'make bench-convert     full-size checkpoint conversions against copying (60 GB of disk; BENCH=options)'
@@ -29,12 +30,25 @@ demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py --tensor $(TP) --pipeline $(PP)
 
 test: lint
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not slurm'
+
+test-slurm: $(INSTALLED) slurm-packages
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+# Slurm, munge and Open MPI from Debian, where that is possible; without them the tests that need them are skipped.
+slurm-packages:
+	@if PATH="$$PATH:/usr/sbin" sh -c 'command -v slurmctld && command -v slurmd && command -v munged && command -v mpirun' \
+	  >/dev/null; then :; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends slurm-wlm munge openmpi-bin >/dev/null \
+	    || echo 'Slurm could not be installed: its tests are skipped'; \
+	else echo 'Slurm cannot be installed here (needs root and apt-get): its tests are skipped'; fi
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources launch/*.sh slurm/*.sh slurm/*.sbatch slurm/site.env.example .ci/run
 
 gpu-check:
 	$(PYTHON) -m pytest -m gpu -s tests/gpu

@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Submit the whole training as a chain of jobs: import -> stage 1 -> next-stage -> stage 2 -> next-stage -> stage 3 ->
+# export. Each starts when the one before has finished well; a failed step cancels those behind it.
+#   slurm/submit_pipeline.sh runs/qwenvl                        # what each step needs is said in slurm/site.env
+#   slurm/submit_pipeline.sh runs/qwenvl --dry-run
+#   slurm/submit_pipeline.sh runs/qwenvl --from stage2 --to next_stage3
+#   slurm/submit_pipeline.sh runs/qwenvl -- --parallel.pipeline 2      # overrides for every training stage
+# Called again it goes on: what is finished is left alone, what is queued or running is kept, the rest is submitted.
+# slurm/status.sh RUN shows where the chain is. In RUN: weights/, stage1/ to stage3/, export/, logs/ and jobs.tsv.
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+QWENVL_ROOT="$(dirname "$here")"
+export QWENVL_ROOT
+steps=(import stage1 next_stage2 stage2 next_stage3 stage3 export)
+
+die() {
+  echo "submit_pipeline: $*" >&2
+  exit 2
+}
+
+usage() {
+  sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  echo "Options: --from STEP, --to STEP, --dry-run, --site FILE. Steps: ${steps[*]}."
+}
+
+# Position of a step in the chain.
+position() { # STEP
+  local number
+  for number in "${!steps[@]}"; do
+    [[ "${steps[number]}" != "$1" ]] || {
+      echo "$number"
+      return
+    }
+  done
+  die "unknown step $1: expected one of ${steps[*]}"
+}
+
+import_arguments=()
+run="" first=import last=export dry_run="" overrides=()
+while (($#)); do
+  case "$1" in
+    --from | --to | --site) (($# > 1)) || die "$1: expected a value" ;;&
+    --from) first="$2" && shift ;;
+    --to) last="$2" && shift ;;
+    --site) SITE="$(realpath "$2")" && shift ;;
+    --dry-run) dry_run=yes ;;
+    --help | -h) usage && exit 0 ;;
+    --) overrides=("${@:2}") && break ;;
+    -*) die "unknown option $1 (--help shows them)" ;;
+    *) [[ -z "$run" ]] || die "expected one run directory, found $run and $1" && run="$1" ;;
+  esac
+  shift
+done
+[[ -n "$run" ]] || die "expected a run directory (--help explains)"
+from="$(position "$first")"
+to="$(position "$last")"
+((from <= to)) || die "--from $first comes after --to $last"
+run="$(realpath -m "$run")"
+export SITE="${SITE:-$here/site.env}"
+# shellcheck source=slurm/site.env.example
+[[ ! -f "$SITE" ]] || source "$SITE"
+
+# Sets `script` and `arguments` of a step, and `result`, which is there when the step is finished.
+describe() { # STEP
+  local -n own="${1}_arguments"
+  local weights="$run/weights"
+  case "$1" in
+    import) script=import_checkpoint arguments=(--out "$weights/stage1_start") result="$weights/stage1_start" ;;
+    stage1) script=stage1_pretrain arguments=(--run_dir "$run/stage1" --checkpoint.init_from "$weights/stage1_start") ;;
+    stage2) script=stage2_multitask arguments=(--run_dir "$run/stage2" --checkpoint.init_from "$weights/stage2_start") ;;
+    stage3) script=stage3_sft arguments=(--run_dir "$run/stage3" --checkpoint.init_from "$weights/stage3_start") ;;
+    next_stage*)
+      local number="${1#next_stage}"
+      script=next_stage result="$weights/stage${number}_start"
+      arguments=(--from "$run/stage$((number - 1))" --to "stage$number" --out "$result")
+      ;;
+    export) script=export arguments=(--from "$run/stage3" --out "$run/export") result="$run/export" ;;
+  esac
+  # A step's own arguments come last, where they win; a subcommand such as import-parts must come first.
+  if [[ "$1" == import ]]; then
+    arguments=("${own[@]}" "${arguments[@]}")
+  else
+    arguments+=("${own[@]}")
+  fi
+  [[ "$1" != stage? ]] || arguments+=("${overrides[@]}") result="$run/$1"
+}
+
+finished() { # STEP
+  if [[ "$1" == stage? ]]; then
+    python3 "$QWENVL_ROOT/tools/run_progress.py" "$result" --finished
+  else
+    [[ -d "$result" ]]
+  fi
+}
+
+# The job that was last submitted for a step, if it is still queued or running.
+live_job() { # STEP
+  local job
+  job="$(awk -F'\t' -v step="$1" '$1 == step { job = $2 } END { print job }' "$run/jobs.tsv" 2>/dev/null || true)"
+  [[ -n "$job" ]] && squeue --noheader --job "$job" --format %A 2>/dev/null | head -n 1
+}
+
+# Nothing that is submitted will make what the step starts from, so it must be there.
+check_start() { # STEP, NUMBER
+  if [[ "$1" == import ]]; then
+    ((${#import_arguments[@]})) || die "import needs import_arguments in $SITE, for instance (import-qwenvl --from DIR)"
+    return
+  fi
+  [[ " ${arguments[*]:4} " != *" --checkpoint.init_from "* ]] || return 0 # the site says itself what it starts from
+  local before="${steps[$2 - 1]}"
+  describe "$before"
+  finished "$before" || die "$1 starts from $result, which is not finished: begin with --from $before"
+}
+
+previous="" # the job that the next step waits for
+for ((number = from; number <= to; number++)); do
+  step="${steps[number]}"
+  declare -a "${step}_arguments+=()" "${step}_sbatch+=()"
+  declare -n options="${step}_sbatch"
+  describe "$step"
+  if finished "$step"; then
+    echo "$step: finished ($result)"
+    continue
+  fi
+  if job="$(live_job "$step")" && [[ -n "$job" ]]; then
+    echo "$step: job $job is queued or running"
+    previous="$job"
+    continue
+  fi
+  if [[ -z "$previous" ]]; then
+    check_start "$step" "$number"
+    describe "$step"
+  fi
+  command=(sbatch --parsable --job-name="$step" --output="$run/logs/%x-%j.log" "${options[@]}")
+  [[ -z "$previous" ]] || command+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
+  command+=("$here/$script.sbatch" "${arguments[@]}")
+  if [[ -n "$dry_run" ]]; then
+    echo "$step: $(printf '%q ' "${command[@]}")"
+    previous="<job of $step>"
+    continue
+  fi
+  mkdir -p "$run/logs" || die "$run cannot be made"
+  if ! answer="$("${command[@]}" 2>&1)"; then
+    die "$step was not accepted: $(paste -sd' ' <<<"${answer//sbatch: error: /}") (settings: $SITE)"
+  fi
+  previous="${answer%%;*}"
+  printf '%s\t%s\t%s\n' "$step" "$previous" "$(date '+%F %T')" >>"$run/jobs.tsv"
+  echo "$step: submitted as job $previous, log $run/logs/$step-$previous.log"
+done
