@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             how = "interrupted" if trainer.interrupted else "finished"
             logger.info("%s at step %d of %d", how, progress.step, config.train.steps)
         engine.stop()
+        if trainer.interrupted:
+            _leave(
+                INTERRUPTED
+            )  # the usual way out takes long, and a signal during it would change the exit code
     except (CheckpointError, DataError, EngineVersionError, KernelError, LaunchError, TrainingError) as error:
         logger.error("FAILED (error) %s: %s", type(error).__name__, error)
         _leave(RUN_ERROR)
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             logger.exception("FAILED (crash) %s: %s", type(error).__name__, " ".join(str(error).split()))
         _leave(CRASHED)
-    return INTERRUPTED if trainer.interrupted else 0
+    return 0
 
 
 def _leave(code: int) -> NoReturn:

@@ -15,8 +15,8 @@ source "$root/launch/env.sh"
 
 log="$(readlink -f /proc/$$/fd/1)"
 attempt=$((${SLURM_RESTART_COUNT:-0} + 1))
-INTERRUPTED=75 # megatron_qwenvl/runtime/exit_codes.py
-BAD_NODES=3    # tools/preflight.py
+INTERRUPTED=75 # as in megatron_qwenvl/runtime/exit_codes.py
+BAD_NODES=3
 
 # Slurm sends SIGTERM to this shell too when it ends or requeues a job. The work below gets its own and saves; the shell
 # waits for it.
@@ -70,7 +70,7 @@ first_cause() { # EXIT CODE
 
 # Runs one process of the job's programs on the first node: PROGRAM ARGUMENTS...
 one() {
-  PROGRAM="$1" SRUN_OPTIONS="--nodes=1 --ntasks=1 --overlap ${SRUN_OPTIONS:-}" "$root/launch/srun.sh" "${@:2}"
+  PROGRAM="$1" SRUN_OPTIONS="--nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap ${SRUN_OPTIONS:-}" "$root/launch/srun.sh" "${@:2}"
 }
 
 # A job whose work is one conversion: PROGRAM ARGUMENTS...
@@ -120,6 +120,7 @@ preflight() {
   case "$code" in
     0) return ;;
     1 | 2) give_up "$(last_words)" ;;
+    138) go_on "interrupted by SIGUSR1 in preflight" ;;
     "$BAD_NODES")
       bad_nodes="$(paste -sd, "$list" 2>/dev/null || true)"
       after_failure "$(last_words)"
@@ -148,7 +149,7 @@ go_on() { # REASON
   stand "to be started again: $1"
   echo "=== to be started again: $1"
   trap '' TERM # requeueing ends this shell, and the next line is still to be done
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || give_up "$1; and the job could not be requeued"
   [[ -z "${bad_nodes:-}" ]] || leave_out "$bad_nodes"
   exit "$INTERRUPTED"
 }

@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_qwenvl.checkpoint.files import CheckpointError
+from megatron_qwenvl.checkpoint.manifest import checkpoints_of_run
 from megatron_qwenvl.checkpoint.space import checkpoint_bytes, checkpoints_to_come
-from megatron_qwenvl.checkpoint.start import Start, find_start, own_checkpoints
+from megatron_qwenvl.checkpoint.start import Start, find_start
 from megatron_qwenvl.config.cli import HEAD_START_SECONDS, USAGE_ERROR, parse_run_arguments
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
@@ -164,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_qwenvl.runtime.preflight.exchange import RendezvousError
     from megatron_qwenvl.runtime.preflight.run import Checklist, run_preflight
 
-    kept = len(own_checkpoints(Path(config.run_dir) / "checkpoints"))
+    kept = len(checkpoints_of_run(Path(config.run_dir) / "checkpoints"))
     checklist = Checklist(
         run_dir=Path(config.run_dir),
         runtime=config.runtime,

@@ -6,8 +6,8 @@ time, so memory is bounded by the largest tensor.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,8 +22,9 @@ from .files import CheckpointError, OnBytes
 from .names import Rule
 from .stream import TensorSource, TensorSpec
 
-WORKERS = min(2, os.cpu_count() or 1)
-"""Processes of a conversion; more do not help where the disk is the limit, and each holds a tensor."""
+WORKERS = 3
+"""Processes of a conversion. Two cores keep up with a disk; one more works while others wait for it. Each holds some
+tensors, so that more cost memory."""
 
 FILE_BYTES = 1 << 30
 """Output files are about this large; a larger tensor has a file of its own."""
@@ -113,6 +114,9 @@ def split_into_files(
 
 _REPORT_SECONDS = 0.2
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Numbers of glibc's malloc.h."""
+
 _handled: Synchronized[int] | None = None
 """In a worker process: bytes that all workers have handled so far."""
 
@@ -132,14 +136,15 @@ def counted(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor
 
 
 def run_jobs(
-    work: Callable[[JobType], ResultType], jobs: Iterable[JobType], on_bytes: OnBytes
+    work: Callable[[JobType], ResultType], jobs: Iterable[JobType], on_bytes: OnBytes, workers: int = WORKERS
 ) -> list[ResultType]:
-    """Run independent jobs in `WORKERS` processes; results in the order of `jobs`.
+    """Run independent jobs in several processes; results in the order of `jobs`.
 
     Args:
         work: module-level function; calls `count_bytes` as it goes.
         jobs: picklable arguments.
         on_bytes: told about the counted bytes a few times a second.
+        workers: processes.
 
     Raises:
         CheckpointError: what a job raised, or a worker process was killed; the other jobs are abandoned.
@@ -147,7 +152,7 @@ def run_jobs(
     context = multiprocessing.get_context("fork")
     handled = context.Value("q", 0)
     with ProcessPoolExecutor(
-        WORKERS, mp_context=context, initializer=_start_worker, initargs=(handled,)
+        workers, mp_context=context, initializer=_start_worker, initargs=(handled,)
     ) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         try:
@@ -165,6 +170,17 @@ def _start_worker(handled: Synchronized[int]) -> None:
     global _handled
     _handled = handled
     torch.set_num_threads(1)
+    # Every file has a digest; the checksums of torch's own format cost more than reading what they protect.
+    torch.serialization.set_crc32_options(False)
+    _reuse_memory()
+
+
+def _reuse_memory() -> None:
+    """Let the C library keep freed memory: fresh memory for every large tensor costs more than filling it."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _watch(futures: list[Future[ResultType]], handled: Synchronized[int], on_bytes: OnBytes) -> None:

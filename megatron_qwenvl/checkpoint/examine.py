@@ -148,8 +148,12 @@ def compare(
     """
     names = [*a.specs, *(name for name in b.specs if name not in a.specs)]
     jobs = [_CompareJob(a, b, tuple(group), tolerance) for group in _groups(names, a)]
-    return [difference for found in run_jobs(_differences, jobs, on_bytes) for difference in found]
+    results = run_jobs(_differences, jobs, on_bytes, COMPARING)
+    return [difference for found in results for difference in found]
 
+
+COMPARING = 2
+"""Processes of a comparison, which holds every tensor twice."""
 
 _GROUP_BYTES = 256 << 20
 """A job compares about this much, so that a source is not sent along too often."""

@@ -125,19 +125,24 @@ class DurableWriter(io.RawIOBase):
 
     def _write_block(self, block: memoryview) -> int:
         count = self._file.write(block)  # a raw write may be short
-        if hasattr(os, "posix_fadvise"):  # "not needed again" makes the kernel write dirty pages out now
-            os.posix_fadvise(self._file.fileno(), self._written, count, os.POSIX_FADV_DONTNEED)
+        _not_needed_again(self._file.fileno(), self._written, count)  # dirty pages: written out from now on
         self._written += count
         return count
 
     def make_durable(self) -> None:
         """Wait until the content is on the disk."""
         os.fsync(self._file.fileno())
+        _not_needed_again(self._file.fileno(), 0, 0)  # clean pages: memory for what is still to be read
 
     def close(self) -> None:
         """Close the file; idempotent."""
         self._file.close()
         super().close()
+
+
+def _not_needed_again(descriptor: int, start: int, length: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 class DigestWriter(DurableWriter):

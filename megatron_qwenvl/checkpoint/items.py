@@ -26,6 +26,16 @@ StoredItem = tuple[MetadataIndex, _StorageInfo]
 """An item and where it lies."""
 
 
+def with_own_storage(tensor: Tensor) -> Tensor:
+    """The same contiguous tensor with a storage that holds nothing else, which is what `torch.save` stores; the memory
+    is shared."""
+    storage, start = tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size()
+    if storage.nbytes() == tensor.nbytes:
+        return tensor
+    own = storage[start : start + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())  # type: ignore[call-overload]
+
+
 def write_item(
     file: DigestWriter, file_name: str, index: MetadataIndex, data: Tensor | io.BytesIO
 ) -> StoredItem:

@@ -5,17 +5,14 @@ Needs neither torch nor process groups, so that a run that cannot start is known
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qwenvl.config.schema import RunConfig
 
 from .files import CheckpointError
-from .manifest import Manifest, find_checkpoint, model_differences, read_manifest
+from .manifest import Manifest, checkpoints_of_run, find_checkpoint, model_differences, read_manifest
 from .order import check_training_order
-
-_STEP_NAME = re.compile(r"step_\d{8,}$")
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ def find_start(config: RunConfig) -> Start:
         CheckpointError: all of the run's checkpoints are damaged; the weights to start from are missing or damaged;
             or what would be used does not fit the run.
     """
-    own = own_checkpoints(Path(config.run_dir) / "checkpoints")
+    own = checkpoints_of_run(Path(config.run_dir) / "checkpoints")
     damaged: list[str] = []
     for checkpoint in own:
         try:
@@ -55,11 +52,6 @@ def find_start(config: RunConfig) -> Start:
     manifest = read_whole(checkpoint)
     check_start(checkpoint, manifest, config)
     return Start(checkpoint, manifest)
-
-
-def own_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints of a run's checkpoints folder, from new to old."""
-    return sorted((path for path in directory.glob("step_*") if _STEP_NAME.match(path.name)), reverse=True)
 
 
 def read_whole(checkpoint: Path) -> Manifest:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_qwenvl.model.shapes import Shape
 
 from .files import CheckpointError, FileRecord, sync_directory, write_bytes, writing
-from .items import StoredItem, read_item, write_index, write_item
+from .items import StoredItem, read_item, with_own_storage, write_index, write_item
 from .names import chunk_grid
 from .pickles import COMMON_NAME, INDEX_NAME, read_index
 
@@ -170,10 +170,9 @@ class FolderFile:
                 size = tensor.shape[axis] // count if tensor.dim() else 1
                 for number in range(count):
                     chunk = tensor.narrow(axis, number * size, size).contiguous() if count > 1 else tensor
-                    if chunk.untyped_storage().nbytes() != chunk.nbytes:
-                        chunk = chunk.clone()  # torch.save stores the whole storage of a view
                     offset = [number * size if a == axis else 0 for a in range(tensor.dim())]
-                    stored.append(write_item(file, self.name, MetadataIndex(name, offset), chunk))
+                    index = MetadataIndex(name, offset)
+                    stored.append(write_item(file, self.name, index, with_own_storage(chunk)))
             return stored, file.sync()
 
 

@@ -2,76 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_qwenvl.checkpoint.collective import Peers
 from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.checkpoint.manager import CheckpointManager, SaveReport
-from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
-from megatron_qwenvl.config.load import dump_yaml
+from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, model_state
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.batch import Batch, DataNeeds
+from megatron_qwenvl.data.batch import Batch
 from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.loader import Step, StepLoader, build_loader
-from megatron_qwenvl.data.tokenizer import load_tokenizer
-from megatron_qwenvl.model.build import build_stage, initialize_weights
+from megatron_qwenvl.data.loader import Step, StepLoader
+from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
-from megatron_qwenvl.model.shapes import describe_parameters
-from megatron_qwenvl.model.stage import QwenVLStage
 from megatron_qwenvl.runtime.engine import Runtime
-from megatron_qwenvl.runtime.environment import describe_environment
 from megatron_qwenvl.runtime.interrupt import StopRequest
 from megatron_qwenvl.runtime.watchdog import Watchdog
 
 from .errors import TrainingError
 from .metrics import MetricsLog, StepCost, mfu_reference, start_record, step_metrics
-from .optimizer import Schedule, build_optimizer, restore_optimizer
+from .optimizer import Schedule, build_optimizer
+from .progress import Progress
+from .setup import announce, first_weights, make_loaders, resume
 from .step import StepReport, StepRunner
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Counters of a run; saved with every checkpoint."""
-
-    step: int = 0
-    """Steps done, skipped ones included."""
-    samples: int = 0
-    """Samples seen."""
-    skipped_steps: int = 0
-    """Steps without an update because the loss or the gradient was not finite."""
-    skipped_in_a_row: int = 0
-    """The same, since the last update."""
-    unreadable_samples: int = 0
-    """Samples whose loss was masked because they could not be read."""
-
-    @property
-    def updates(self) -> int:
-        """Optimizer updates made."""
-        return self.step - self.skipped_steps
-
-    def after(self, report: StepReport) -> Progress:
-        """Counters after one more step."""
-        return replace(
-            self,
-            step=self.step + 1,
-            samples=self.samples + report.samples,
-            skipped_steps=self.skipped_steps + (not report.applied),
-            skipped_in_a_row=0 if report.applied else self.skipped_in_a_row + 1,
-            unreadable_samples=self.unreadable_samples + report.skipped_samples,
-        )
 
 
 @dataclass
@@ -108,7 +68,7 @@ class Trainer:
             DataError: data that does not fit the configuration.
         """
         partition = make_partition(config, runtime.data_size)
-        _announce(config, runtime, partition.describe())
+        announce(config, runtime, partition.describe())
         stage = build_stage(config, runtime, partition)
         checkpoints = CheckpointManager(
             Path(config.run_dir) / "checkpoints",
@@ -118,11 +78,11 @@ class Trainer:
         )
         newest = checkpoints.latest()
         if newest is None:
-            _first_weights(config, runtime, stage, checkpoints.peers)
+            first_weights(config, runtime, stage, checkpoints.peers)
         runner = StepRunner.build(config, runtime, partition, stage)
         optimizer = build_optimizer(runner.model, config)
-        progress = Progress() if newest is None else _resume(newest, checkpoints, stage, optimizer, runtime)
-        loader, validation = _loaders(config, runtime, stage, progress.step)
+        progress = Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)
+        loader, validation = make_loaders(config, runtime, stage, progress.step)
         return cls(
             config=config,
             runtime=runtime,
@@ -328,96 +288,3 @@ class Trainer:
         if self.runtime.tensor_rank == 0:
             for reason in (reason for batch in batches for reason in batch.bad_reasons):
                 logger.warning("step %d: loss of an unreadable sample masked: %s", step.info.step + 1, reason)
-
-
-def _announce(config: RunConfig, runtime: Runtime, partition: str) -> None:
-    if not runtime.is_main:
-        return
-    logger.info("run %s (%s) in %s", config.name, config.stage, config.run_dir)
-    logger.info(describe_parameters(config))
-    for line in partition.splitlines():
-        logger.info(line)
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    _note_changes(folder / "config.yaml", config)
-    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    environment = folder / "environment" / f"{time.strftime('%Y%m%dT%H%M%S')}.json"  # one per start
-    environment.parent.mkdir(exist_ok=True)
-    described = describe_environment(runtime.process).to_json()
-    environment.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-
-
-def _note_changes(earlier: Path, config: RunConfig) -> None:
-    """Say in what a run that is started again differs from before, layout and machine aside."""
-    if not earlier.is_file():
-        return
-    apart = {"parallel", "runtime", "logging"}
-    before, now = yaml.safe_load(earlier.read_text(encoding="utf-8")), yaml.safe_load(dump_yaml(config))
-    for section in sorted((before.keys() | now.keys()) - apart):
-        old, new = before.get(section), now.get(section)
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            old, new = {"": old}, {"": new}
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                field = f"{section}.{name}".rstrip(".")
-                logger.warning(
-                    "%s was %s when this run was started before, now %s", field, old.get(name), new.get(name)
-                )
-
-
-def _first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, peers: Peers) -> None:
-    if config.checkpoint.init_from is None:
-        initialize_weights(stage, config.model, config.seed)
-        source = f"fresh, seed {config.seed}"
-    else:
-        load_weights(Path(config.checkpoint.init_from), config, stage, peers)
-        source = config.checkpoint.init_from
-    if runtime.is_main:
-        logger.info("weights: %s", source)
-
-
-def _resume(
-    checkpoint: Path,
-    manager: CheckpointManager,
-    stage: QwenVLStage,
-    optimizer: MegatronOptimizer,
-    runtime: Runtime,
-) -> Progress:
-    model = model_state(stage)
-    with torch.no_grad():
-        state = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(OPTIMIZER_METADATA))
-        loaded = manager.load(checkpoint, model, state)
-        fill_model(stage, loaded.model)
-        restore_optimizer(optimizer, loaded.optimizer)
-    progress = Progress(**_known(loaded.manifest.progress))
-    if runtime.is_main:
-        logger.info("resumed from %s at step %d", checkpoint, progress.step)
-    return progress
-
-
-def _known(saved: dict[str, Any]) -> dict[str, Any]:
-    return {name: saved[name] for name in Progress.__dataclass_fields__ if name in saved}
-
-
-def _loaders(
-    config: RunConfig, runtime: Runtime, stage: QwenVLStage, first_step: int
-) -> tuple[StepLoader, StepLoader | None]:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    needs = DataNeeds(
-        pixels=stage.patch_embed is not None,
-        tokens=stage.embedding is not None or stage.output_layer is not None,
-    )
-
-    def build(**kwargs: Any) -> StepLoader:
-        return build_loader(
-            config,
-            tokenizer=tokenizer,
-            dp_rank=runtime.data_rank,
-            dp_size=runtime.data_size,
-            needs=needs,
-            pin_memory=runtime.on_gpu,
-            **kwargs,
-        )
-
-    validated = bool(config.data.validation_sources) and config.train.validation_interval > 0
-    return build(first_step=first_step), build(split="validation") if validated else None
