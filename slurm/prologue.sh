@@ -68,6 +68,12 @@ first_cause() { # EXIT CODE
     }'
 }
 
+# Looks at the machines before a job that is no training; its log lies on the file system that all nodes share.
+preflight_machines() {
+  PROGRAM=tools/preflight.py SRUN_OPTIONS="--kill-on-bad-exit=0 ${SRUN_OPTIONS:-}" \
+    "$root/launch/srun.sh" --directory "$(dirname "$log")" || give_up "$(last_words)"
+}
+
 # Runs one process of the job's programs on the first node: PROGRAM ARGUMENTS...
 one() {
   PROGRAM="$1" SRUN_OPTIONS="--nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap ${SRUN_OPTIONS:-}" "$root/launch/srun.sh" "${@:2}"
@@ -76,6 +82,7 @@ one() {
 # A job whose work is one conversion: PROGRAM ARGUMENTS...
 run_one() {
   begin
+  preflight_machines
   one "$@" || give_up "$(last_words)"
   end_well
 }

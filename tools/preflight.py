@@ -5,6 +5,7 @@ in under a minute: all ranks there; versions, devices and kernels equal; a matri
 writable and shared, with room for the next checkpoints; data and start weights; the links between nodes and an
 all-reduce. Also through launch/local.sh and launch/mpirun.sh, or as one process by itself.
 
+  --directory DIR     in place of a recipe: look at the machines only, for a job that writes to this directory
   --bad-nodes FILE    write the names of bad nodes there, one a line; removed where there are none
   --deadline S        seconds that all ranks have to report (default 30); all of it takes at most twice as long
   --slow-nodes W      what a node is that computes or sends more than twice as slowly as the median: warning (default)
@@ -28,7 +29,7 @@ from megatron_qwenvl.checkpoint.manifest import checkpoints_of_run
 from megatron_qwenvl.checkpoint.space import checkpoint_bytes, checkpoints_to_come
 from megatron_qwenvl.checkpoint.start import Start, find_start
 from megatron_qwenvl.config.cli import HEAD_START_SECONDS, USAGE_ERROR, parse_run_arguments
-from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.plan import StepPlan, training_plan, validation_plan
 from megatron_qwenvl.data.tokenizer import load_tokenizer
@@ -51,6 +52,7 @@ def parse_own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[s
         ArgumentError: a value that cannot be used.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--directory")
     parser.add_argument("--bad-nodes", type=Path)
     deadline = parser.add_argument("--deadline", type=float, default=30.0)
     parser.add_argument("--slow-nodes", choices=("warning", "failure"), default="warning")
@@ -72,6 +74,8 @@ def parse_arguments(
         else:
             print(f"preflight: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+    if arguments.directory:
+        return arguments, RunConfig(run_dir=arguments.directory, checkpoint=CheckpointConfig(save=False))
     description = __doc__ or ""
     return arguments, parse_run_arguments(shared, "preflight", description, world_size, quiet)
 
@@ -171,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime=config.runtime,
         checkpoint_bytes=checkpoint_bytes(config) if config.checkpoint.save else 0,
         checkpoints=checkpoints_to_come(config, kept),
-        paths=needed_paths(config),
-        own_checks=lambda: [*check_data(config), *check_weights(config)],
+        paths=() if arguments.directory else needed_paths(config),
+        own_checks=lambda: [] if arguments.directory else [*check_data(config), *check_weights(config)],
         deadline=arguments.deadline,
         slow=arguments.slow_nodes,
     )

@@ -178,12 +178,19 @@ def _slurm(env: Mapping[str, str]) -> _Place:
 
 
 def _tasks_per_node(env: Mapping[str, str], name: str) -> list[int]:
-    """Tasks of every node: `2(x3),1` is 2, 2, 2 and 1."""
+    counts = expand_counts(env[name])
+    if not counts:
+        raise LaunchError(f"{name}: expected numbers of tasks such as 2(x3),1, found {env[name]!r}")
+    return counts
+
+
+def expand_counts(text: str) -> list[int]:
+    """Tasks of every node: `2(x3),1` is 2, 2, 2 and 1; empty for anything else."""
     counts: list[int] = []
-    for part in env[name].split(","):
+    for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if not match:
-            raise LaunchError(f"{name}: expected numbers of tasks such as 2(x3),1, found {env[name]!r}")
+            return []
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 

@@ -36,7 +36,9 @@ SRUN_ENDS_OTHERS = "srun: error: node1: task 0: Terminated"
             "[rank 1] FAILED (hang) no sign of life for 900 s in step 7",
             id="hang",
         ),
-        pytest.param([LOST, SRUN_ENDS_OTHERS], "[rank 1] FAILED (lost peer) Connection closed by peer", id="lost"),
+        pytest.param(
+            [LOST, SRUN_ENDS_OTHERS], "[rank 1] FAILED (lost peer) Connection closed by peer", id="lost"
+        ),
         pytest.param(["0: step 1/2", SRUN_ENDS_OTHERS], "exit code 143", id="nothing said"),
     ],
 )

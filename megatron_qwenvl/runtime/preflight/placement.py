@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..processes import ProcessInfo
+from ..processes import ProcessInfo, expand_counts
 
 _SCONTROL_SECONDS = 10
 
@@ -65,17 +64,6 @@ def slurm_places(process: ProcessInfo, env: Mapping[str, str] | None = None) -> 
         return {}
     names = [node for node, count in zip(nodes, counts, strict=True) for _ in range(count)]
     return dict(enumerate(names))
-
-
-def expand_counts(text: str) -> list[int]:
-    """Tasks of every node: `2(x3),1` is 2, 2, 2 and 1; empty for anything else."""
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if not match:
-            return []
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
 
 
 def _host_names(listed: str) -> Sequence[str]:

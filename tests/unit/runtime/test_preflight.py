@@ -27,7 +27,7 @@ from megatron_qwenvl.runtime.preflight.probes import (
     within,
 )
 from megatron_qwenvl.runtime.preflight.rules import Finding
-from megatron_qwenvl.runtime.processes import ProcessInfo
+from megatron_qwenvl.runtime.processes import ProcessInfo, expand_counts
 
 FOUR = {0: "a", 1: "a", 2: "b", 3: "b"}
 SIX = {**FOUR, 4: "c", 5: "c"}
@@ -107,7 +107,7 @@ def test_slurm_says_where_a_whole_missing_node_is(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("text", "counts"), [("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("", []), ("x", [])])
 def test_tasks_per_node(text: str, counts: list[int]) -> None:
-    assert placement.expand_counts(text) == counts
+    assert expand_counts(text) == counts
 
 
 # --- facts
