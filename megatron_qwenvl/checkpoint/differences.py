@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,16 @@ def measure(a: Tensor, b: Tensor) -> Difference:
             count += different
             largest = torch.maximum(largest, distance)  # unlike max(), it keeps a NaN
     return Difference(a.numel(), count, float(largest))
+
+
+def total(parts: Iterable[Difference]) -> Difference:
+    """The difference of two tensors from those of all their parts."""
+    elements, count, largest = 0, 0, torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        elements += part.elements
+        count += part.count
+        largest = torch.maximum(largest, torch.tensor(part.largest, dtype=torch.float64))
+    return Difference(elements, count, float(largest))
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .convert import Part, count_bytes, our_specs, run_jobs
-from .differences import measure
+from .differences import Difference, measure, total
 from .files import CheckpointError, FileRecord, OnBytes, file_problem, untold
 from .imports import plan_qwenvl
 from .manifest import MANIFEST_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, Manifest, find_checkpoint, read_manifest
@@ -195,9 +195,19 @@ def _difference(job: _CompareJob, name: str, a: TensorSpec | None, b: TensorSpec
         return f"{name}: only in the {'second' if a is None else 'first'}"
     if a.shape != b.shape or (a.dtype != b.dtype and not job.tolerance):
         return f"{name}: {a} and {b}"
-    found = measure(job.a.read(name), job.b.read(name))
+    found = _measure(job.a, job.b, name)
     if job.tolerance:
         return None if found.largest <= job.tolerance else f"{name}: largest difference {found.largest:.3g}"
     if not found.count:
         return None
     return f"{name}: {found.count:,} of {found.elements:,} elements differ, by {found.largest:.3g} at most"
+
+
+def _measure(a: TensorSource, b: TensorSource, name: str) -> Difference:
+    """Compare a tensor of two sources, one of them chunk by chunk where it is stored so: whole tensors are large."""
+    if not isinstance(a, DistributedFolder):
+        a, b = b, a
+    whole = b.read(name)
+    if not isinstance(a, DistributedFolder):
+        return measure(a.read(name), whole)
+    return total(measure(piece, whole[region]) for region, piece in a.pieces(name))

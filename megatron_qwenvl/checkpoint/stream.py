@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -45,6 +45,10 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+Region = tuple[slice, ...]
+"""Where a chunk lies in its full tensor."""
 
 
 class TensorSource(Protocol):
@@ -122,10 +126,21 @@ class DistributedFolder:
         if len(entry.chunks) == 1:
             return self._read_chunk(name, entry.chunks[0])
         full = torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
-        for chunk in entry.chunks:
-            target = full[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))]
-            target.copy_(self._read_chunk(name, chunk))
+        for region, piece in self.pieces(name):
+            full[region].copy_(piece)
         return full
+
+    def pieces(self, name: str) -> Iterator[tuple[Region, Tensor]]:
+        """Read a tensor chunk by chunk, each with its place in the full tensor.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        if name not in self._tensors:
+            raise CheckpointError(f"{self._folder}: no tensor {name}")
+        for chunk in self._tensors[name].chunks:
+            region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            yield region, self._read_chunk(name, chunk)
 
     def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._place(name, chunk)
