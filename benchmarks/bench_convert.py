@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def change_all(folder: Path) -> None:
 
 def run(*command: str, expected: int = 0) -> tuple[float, int]:
     """Seconds and peak resident bytes of a command that must end with the expected exit code."""
+    os.sync()  # what was written before is not for this command to wait for
     began, peak = time.monotonic(), 0
     with subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
