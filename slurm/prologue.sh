@@ -68,10 +68,14 @@ first_cause() { # EXIT CODE
     }'
 }
 
+# It ends by itself on every rank; were the others ended with the first, the verdict's exit code would be lost.
+run_preflight() { # ARGUMENTS
+  PROGRAM=tools/preflight.py SRUN_OPTIONS="--kill-on-bad-exit=0 ${SRUN_OPTIONS:-}" "$root/launch/srun.sh" "$@"
+}
+
 # Looks at the machines before a job that is no training; its log lies on the file system that all nodes share.
 preflight_machines() {
-  PROGRAM=tools/preflight.py SRUN_OPTIONS="--kill-on-bad-exit=0 ${SRUN_OPTIONS:-}" \
-    "$root/launch/srun.sh" --directory "$(dirname "$log")" || give_up "$(last_words)"
+  run_preflight --directory "$(dirname "$log")" || give_up "$(last_words)"
 }
 
 # Runs one process of the job's programs on the first node: PROGRAM ARGUMENTS...
@@ -121,9 +125,7 @@ configure() { # RECIPE OVERRIDES...
 # Looks at nodes, network, file system and data before anything is trained on.
 preflight() {
   local code=0 list="$run_dir/bad_nodes.txt"
-  # It ends by itself on every rank; were the others ended with the first, the verdict's exit code would be lost.
-  PROGRAM=tools/preflight.py SRUN_OPTIONS="--kill-on-bad-exit=0 ${SRUN_OPTIONS:-}" \
-    "$root/launch/srun.sh" "${arguments[@]}" --bad-nodes "$list" || code=$?
+  run_preflight "${arguments[@]}" --bad-nodes "$list" || code=$?
   case "$code" in
     0) return ;;
     1 | 2) give_up "$(last_words)" ;;

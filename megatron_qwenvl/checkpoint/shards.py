@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from .collective import Peers
 from .files import CheckpointError, FileRecord, sync_directory, write_bytes, writing
-from .items import StoredItem, write_index, write_item
+from .items import StoredItem, with_own_storage, write_index, write_item
 from .pickles import check_data_only
 
 ShardedState = dict[str, Any]
@@ -169,8 +169,7 @@ def _host_copy(data: Tensor | io.BytesIO, always: bool = False) -> Tensor | io.B
         return data
     host = data.detach().cpu().contiguous()
     shared = host.data_ptr() == data.data_ptr()
-    owns_storage = host.untyped_storage().nbytes() == host.numel() * host.element_size()
-    return host.clone() if (shared and always) or not owns_storage else host
+    return host.clone() if shared and always else with_own_storage(host)
 
 
 def load_folder(state: ShardedState, folder: Path, peers: Peers) -> ShardedState:
