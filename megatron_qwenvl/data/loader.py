@@ -13,12 +13,14 @@ import functools
 import itertools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
@@ -145,25 +147,33 @@ class StepLoader:
         workers = data.workers if self._micro_batches.reads else 0
         parallel: dict[str, Any] = {}
         if workers:
+            lifeline, alive = multiprocessing.Pipe(duplex=False)
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, f"{__package__}.fork_server"])
             # A step starts when all its micro-batches are there, so a whole step must fit into what is ahead.
             ahead = max(
                 data.prefetch, -(-self.info(self.steps[0]).micro_batches // workers) if self.steps else 0
             )
-            parallel = {"multiprocessing_context": context, "prefetch_factor": ahead}
+            parallel = {
+                "multiprocessing_context": context,
+                "prefetch_factor": ahead,
+                "worker_init_fn": functools.partial(_prepare_worker, lifeline),
+            }
         loader = DataLoader(
             self._micro_batches,
             sampler=self._keys(),
             batch_size=None,
             num_workers=workers,
             pin_memory=self._pin_memory,
-            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # the default would draw from the model's random numbers
             **parallel,
         )
         with _hidden_main():
-            return iter(loader)
+            iterator = iter(loader)
+        if workers:
+            # Also at the exit of this process, and before it waits for its workers to end.
+            multiprocessing.util.Finalize(iterator, alive.close, exitpriority=0)
+        return iterator
 
 
 class _MicroBatches(Dataset[Any]):
@@ -207,19 +217,18 @@ def _raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
         yield batch
 
 
-def _prepare_worker(_: int) -> None:
-    """Let this worker end with the training process, and with nothing else.
+def _prepare_worker(lifeline: Connection, _: int) -> None:
+    """Let this worker end with the loader that uses it, whose process holds the other end of `lifeline`, and with
+    nothing else.
 
     Torch's own watch looks at the worker's parent, which is the fork server, and that one lives as long as a worker.
-    Torch has also set a worker to end at SIGTERM, but Slurm sends that to every process of a job, and the training
+    Torch and Python also end a worker by SIGTERM, but Slurm sends that to every process of a job, and the training
     process still wants its batches to finish a step and save.
     """
     ignore_stop_signals()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+        multiprocessing.connection.wait([lifeline])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -180,6 +180,18 @@ def test_workers_end_when_the_training_process_is_killed(root: Path) -> None:
     assert not alive
 
 
+def test_a_process_that_still_holds_its_loader_ends(root: Path) -> None:
+    """As one that fails does: the traceback of its error holds the loader to the very end."""
+    config = run_config(root, {"a": 1}, workers=2).model_dump_json()
+    program = f"""if True:
+        from megatron_qwenvl.config.schema import RunConfig
+        from megatron_qwenvl.data.loader import build_loader
+        steps = iter(build_loader(RunConfig.model_validate_json({config!r})))
+        print(len(list(next(steps))), flush=True)
+    """
+    subprocess.run([sys.executable, "-c", program], timeout=60, env=environment(), check=True)
+
+
 def test_a_stage_that_reads_nothing_starts_no_worker(root: Path) -> None:
     loader = build_loader(run_config(root, {"a": 1}, workers=2), needs=DataNeeds(pixels=False, tokens=False))
     before = set(multiprocessing.active_children())  # workers of earlier tests may be ending
