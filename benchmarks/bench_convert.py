@@ -156,6 +156,7 @@ def main() -> int:
     )
     published, ours = scratch / "published", scratch / "ours"
     size = make_published(published, model)
+    copy(published)  # a machine that was idle is slow at first
     before = copy(published)
     print(f"{size / 1e9:.2f} GB; copy with fsync {before:.1f} s ({size / before / 1e6:.0f} MB/s)", flush=True)
     exported = ["export-qwenvl", "--from", str(ours), "--out", str(scratch / "exported")]

@@ -7,7 +7,6 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,11 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict
 
-BLOCK_BYTES = 16 << 20
-"""Bytes read or written at a time when a file is copied, digested or written."""
+BLOCK_BYTES = 1 << 20
+"""Bytes read, digested or written at a time: few enough to stay in the processor's cache in between."""
+
+_WRITE_OUT_BYTES = 16 << 20
+"""The disk starts on what was written whenever so much has come together."""
 
 OnBytes = Callable[[int], None]
 """Told the number of bytes just handled; drives progress."""
@@ -94,12 +96,13 @@ class FileRecord(BaseModel):
 class DurableWriter(io.RawIOBase):
     """Sequential file writer for content that must survive a crash. Not seekable.
 
-    The disk starts on every block at once instead of at the end.
+    The disk starts while the file is being written, not at its end.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)
         self._written = 0
+        self._handed_over = 0
         self.failure: OSError | None = None
         """Why a write failed; torch's own writer hides it."""
 
@@ -125,8 +128,10 @@ class DurableWriter(io.RawIOBase):
 
     def _write_block(self, block: memoryview) -> int:
         count = self._file.write(block)  # a raw write may be short
-        _not_needed_again(self._file.fileno(), self._written, count)  # dirty pages: written out from now on
         self._written += count
+        if (length := self._written - self._handed_over) >= _WRITE_OUT_BYTES:
+            _not_needed_again(self._file.fileno(), self._handed_over, length)  # dirty: on its way from now on
+            self._handed_over = self._written
         return count
 
     def make_durable(self) -> None:
@@ -146,30 +151,21 @@ def _not_needed_again(descriptor: int, start: int, length: int) -> None:
 
 
 class DigestWriter(DurableWriter):
-    """A `DurableWriter` that digests what passes through it, a buffer while it is written."""
+    """A `DurableWriter` that digests every block right after it is written, while it is in the processor's cache."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._hash = hashlib.sha256()
-        self._digesting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
 
-    def write(self, data: Any) -> int:
-        """Write and digest all of `data` (any contiguous buffer)."""
-        digested = self._digesting.submit(self._hash.update, memoryview(data).cast("B"))
-        try:
-            return super().write(data)
-        finally:
-            digested.result()
+    def _write_block(self, block: memoryview) -> int:
+        count = super()._write_block(block)
+        self._hash.update(block[:count])
+        return count
 
     def sync(self) -> FileRecord:
         """Make the content durable and return its record."""
         self.make_durable()
         return FileRecord(bytes=self._written, sha256=self._hash.hexdigest())
-
-    def close(self) -> None:
-        """Close the file; idempotent."""
-        self._digesting.shutdown()
-        super().close()
 
 
 @contextmanager

@@ -89,19 +89,16 @@ class CheckpointManager:
 
     Args:
         directory: the run's checkpoints folder, on a file system that all ranks share.
-        config: the run; its stage, model and layout are recorded.
-        keep_every: checkpoints at multiples of this step are never removed; 0: none.
-        asynchronous: write files in a thread while training goes on; tensors are copied to host memory first.
+        config: the run; its stage, model and layout are recorded, and `checkpoint` says what is kept and whether
+            files are written in a thread while training goes on.
     """
 
-    def __init__(
-        self, directory: Path, config: RunConfig, keep_every: int = 0, asynchronous: bool = False
-    ) -> None:
+    def __init__(self, directory: Path, config: RunConfig) -> None:
         self._directory = directory
         self._config = config
         self._keep_last = config.checkpoint.keep_last
-        self._keep_every = keep_every
-        self._asynchronous = asynchronous
+        self._keep_every = config.checkpoint.keep_every
+        self._asynchronous = config.checkpoint.asynchronous
         self._pending: _Pending | None = None
         self._damaged: set[int] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

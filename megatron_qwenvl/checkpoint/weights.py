@@ -13,9 +13,6 @@ from .manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest
 from .shards import ShardedState, load_folder
 from .start import check_start
 
-MODEL_METADATA: dict[str, Any] = {"non_homogeneous_layers": True}
-"""For `sharded_state_dict` of a model: one tensor per layer, so that any partition reads any other's."""
-
 OPTIMIZER_METADATA: dict[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -38,7 +35,7 @@ class ModelChunk(Protocol):
 
 def model_state(chunk: ModelChunk) -> ShardedState:
     """The sharded state dict of a model chunk, as saving, loading and the optimizer's state need it."""
-    return chunk.sharded_state_dict(prefix="", sharded_offsets=(), metadata=dict(MODEL_METADATA))
+    return chunk.sharded_state_dict()
 
 
 def fill_model(chunk: ModelChunk, loaded: ShardedState) -> None:

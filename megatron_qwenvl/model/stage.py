@@ -256,7 +256,7 @@ class QwenVLStage(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Sharded tensors under layout-independent keys: one per layer, numbered over the whole tower."""
-        metadata = {**(metadata or {}), "non_homogeneous_layers": True}
+        metadata = {**(metadata or {}), "non_homogeneous_layers": True}  # any partition reads any other's
         tensors = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Linear layers offer an extra state for fp8 scaling; there is none here.
         return {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}

@@ -97,12 +97,6 @@ class Environment:
         """JSON values, field by field."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Environment:
-        """The inverse of `to_json`."""
-        lists = {"gpus": tuple(Gpu(**gpu) for gpu in value["gpus"]), "command": tuple(value["command"])}
-        return cls(**{**value, **lists})
-
 
 def describe_environment(process: ProcessInfo, env: Mapping[str, str] | None = None) -> Environment:
     """Describe where this process runs; imports torch, needs no process group and takes no GPU memory.

@@ -70,12 +70,7 @@ class Trainer:
         partition = make_partition(config, runtime.data_size)
         announce(config, runtime, partition.describe())
         stage = build_stage(config, runtime, partition)
-        checkpoints = CheckpointManager(
-            Path(config.run_dir) / "checkpoints",
-            config,
-            keep_every=config.checkpoint.keep_every,
-            asynchronous=config.checkpoint.asynchronous,
-        )
+        checkpoints = CheckpointManager(Path(config.run_dir) / "checkpoints", config)
         newest = checkpoints.latest()
         if newest is None:
             first_weights(config, runtime, stage, checkpoints.peers)

@@ -49,10 +49,15 @@ def state(value: float, axis: int = 0) -> dict[str, Any]:
     }
 
 
+def saving(**settings: Any) -> RunConfig:
+    """The run with some settings of its `checkpoint` section changed."""
+    return CONFIG.model_copy(update={"checkpoint": CONFIG.checkpoint.model_copy(update=settings)})
+
+
 def save_steps(process: ProcessInfo, folder: Path, steps: list[int], **options: Any) -> None:
     """Save the given steps; the value of a step's tensors is the step."""
     join(process)
-    manager = CheckpointManager(folder, CONFIG, **options)
+    manager = CheckpointManager(folder, saving(**options))
     for step in steps:
         manager.save(step, state(step), {**state(step + 0.5), "lr": 0.1}, {"step": step})
 

@@ -26,7 +26,7 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 
-from .cases import CONFIG, failing, join, load_newest, save_steps, state
+from .cases import CONFIG, failing, join, load_newest, save_steps, saving, state
 
 
 def names(folder: Path) -> list[str]:
@@ -128,7 +128,7 @@ def test_saving_a_damaged_step_again_replaces_it(tmp_path: Path) -> None:
 def fail_on_one_rank(process: ProcessInfo, folder: Path, asynchronous: bool) -> list[str]:
     """Rank 1 may write no file beyond 1 kB during the second of three saves."""
     join(process)
-    manager = CheckpointManager(folder, CONFIG, asynchronous=asynchronous)
+    manager = CheckpointManager(folder, saving(asynchronous=asynchronous))
 
     def save(step: int) -> None:
         manager.save(step, state(step), {**state(step + 0.5), "lr": 0.1}, {"step": step})
@@ -160,7 +160,7 @@ def test_a_rank_that_cannot_write_fails_the_save_everywhere(tmp_path: Path, asyn
 def without_memory(process: ProcessInfo, folder: Path) -> list[str]:
     """Rank 1 has no room for the copies of the second of three asynchronous saves."""
     join(process)
-    saves = CheckpointManager(folder, CONFIG, asynchronous=True)
+    saves = CheckpointManager(folder, saving(asynchronous=True))
 
     def save(step: int) -> None:
         saves.save(step, state(step), {**state(step + 0.5), "lr": 0.1}, {"step": step})
@@ -257,7 +257,7 @@ def test_the_stall_begins_where_training_stopped(tmp_path: Path) -> None:
 def save_gathered(process: ProcessInfo, folder: Path) -> None:
     """Change the optimizer's state, which megatron-core has copied already, before it is written."""
     join(process)
-    saves = CheckpointManager(folder, CONFIG, asynchronous=True)
+    saves = CheckpointManager(folder, saving(asynchronous=True))
     released = threading.Event()
     saves._thread.submit(released.wait)
     optimizer = {**state(6.5), "lr": 0.1, "param_state_sharding_type": "fully_reshardable"}
@@ -276,7 +276,7 @@ def test_gathered_optimizer_state_is_not_copied_again(tmp_path: Path) -> None:
 def save_in_background(process: ProcessInfo, folder: Path) -> None:
     """Change the weights while the save of their old values has not begun to write."""
     join(process)
-    manager = CheckpointManager(folder, CONFIG, asynchronous=True)
+    manager = CheckpointManager(folder, saving(asynchronous=True))
     released = threading.Event()
     manager._thread.submit(released.wait)
     model, optimizer = state(7), {**state(7.5), "lr": 0.1}
@@ -375,7 +375,7 @@ def alone_or_together(process: ProcessInfo, folder: Path, ranks: list[int]) -> l
     """End with a save going on, on `ranks` only: whether it was completed."""
     join(process)
     manager.TOGETHER_SECONDS = 1.0
-    saves = CheckpointManager(folder, CONFIG, asynchronous=True)
+    saves = CheckpointManager(folder, saving(asynchronous=True))
     saves.save(5, state(5), {**state(5.5), "lr": 0.1}, {"step": 5})
     return [saves.wait_if_all_come() is not None for _ in ranks if process.rank in ranks]
 
@@ -426,7 +426,7 @@ def save_and_die(process: ProcessInfo, folder: Path, step: int, events: set[str]
     """Save `step` over a run with step 5, and kill rank 0 at its `at`-th act of the given kinds on the folder; several
     ranks save in the background."""
     join(process)
-    saves = CheckpointManager(folder, CONFIG, asynchronous=process.world_size > 1)
+    saves = CheckpointManager(folder, saving(asynchronous=process.world_size > 1))
     acts = [0]
 
     def die(event: str, arguments: tuple[Any, ...]) -> None:

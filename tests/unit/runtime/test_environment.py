@@ -9,7 +9,6 @@ import torch
 
 from megatron_qwenvl import __version__
 from megatron_qwenvl.runtime.environment import (
-    Environment,
     Gpu,
     chosen_variables,
     common_facts,
@@ -21,9 +20,11 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 PROCESS = ProcessInfo(0, 1, 0, 1, "", "single")
 
 
-def test_it_survives_json() -> None:
+def test_it_is_json() -> None:
     described = replace(describe_environment(PROCESS), gpus=(Gpu("H100", 80 << 30),))
-    assert Environment.from_json(json.loads(json.dumps(described.to_json()))) == described
+    written = json.loads(json.dumps(described.to_json()))
+    assert written.keys() == vars(described).keys()
+    assert written["gpus"] == [{"name": "H100", "memory_bytes": 80 << 30}]
 
 
 def test_the_real_versions_are_told() -> None:
