@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .files import CheckpointError, OnBytes
+from .mappings import Same
 from .names import Rule
-from .stream import TensorSource, TensorSpec
+from .stream import DistributedFolder, TensorSource, TensorSpec
 
 WORKERS = 3
 """Processes of a conversion. Two cores keep up with a disk; one more works while others wait for it. Each holds some
@@ -88,8 +89,11 @@ def to_ours(part: Part) -> Iterator[tuple[str, Tensor]]:
 
 
 def to_theirs(part: Part) -> Iterator[tuple[str, Tensor]]:
-    """Published tensors of a part, one rule's at a time."""
+    """Published tensors of a part, one rule's at a time; what is stored alike comes in pieces along its first axis."""
     for rule in part.rules:
+        if isinstance(part.source, DistributedFolder) and isinstance(rule.mapping, Same):
+            yield from ((rule.theirs[0], rows) for rows in part.source.rows(rule.ours[0]))
+            continue
         yield from zip(
             rule.theirs, rule.mapping.to_theirs([part.source.read(n) for n in rule.ours]), strict=True
         )

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,10 @@ def write_safetensors(
     Args:
         path: file to write.
         specs: what the file will hold, in the order of `tensors`.
-        tensors: names and values, produced one at a time.
+        tensors: names and values, produced one at a time; a tensor may come in pieces along its first axis.
+
+    Raises:
+        ValueError: the tensors are not those of `specs`.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -118,13 +122,26 @@ def write_safetensors(
         offset += spec.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    expected = iter(specs.items())
     with closing(DurableWriter(path)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
-            assert (name, TensorSpec(tuple(tensor.shape), tensor.dtype)) == next(expected)
-            file.write(_bytes_of(tensor.contiguous()))
+        pieces = groupby(tensors, key=lambda piece: piece[0])
+        for (name, spec), (found, group) in zip(specs.items(), pieces, strict=True):
+            _check(name, spec, found, [_written(file, tensor) for _, tensor in group])
         file.make_durable()
+
+
+def _written(file: DurableWriter, tensor: Tensor) -> TensorSpec:
+    file.write(_bytes_of(tensor.contiguous()))
+    return TensorSpec(tuple(tensor.shape), tensor.dtype)
+
+
+def _check(name: str, spec: TensorSpec, found: str, pieces: list[TensorSpec]) -> None:
+    rows = sum(piece.shape[0] for piece in pieces) if spec.shape else 0
+    whole = {
+        TensorSpec((rows, *piece.shape[1:]) if spec.shape else piece.shape, piece.dtype) for piece in pieces
+    }
+    if found != name or whole != {spec}:
+        raise ValueError(f"expected {name}: {spec}, found {found}: {', '.join(map(str, pieces))}")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

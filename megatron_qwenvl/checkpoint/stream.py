@@ -142,6 +142,20 @@ class DistributedFolder:
             region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
             yield region, self._read_chunk(name, chunk)
 
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """Read a tensor from its first row to its last, in the pieces in which it is stored; as one where these are
+        not whole rows.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        stored = self._tensors.get(name)
+        if stored is None or any(chunk.sizes[1:] != stored.size[1:] for chunk in stored.chunks):
+            yield self.read(name)
+            return
+        for chunk in sorted(stored.chunks, key=lambda chunk: tuple(chunk.offsets)):
+            yield self._read_chunk(name, chunk)
+
     def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._place(name, chunk)
         if place is None:
