@@ -79,6 +79,7 @@ def make_published(folder: Path, model: ModelConfig) -> int:
                 yield name, published_table(model.adapter.query_grid, model.decoder.hidden, torch.bfloat16)
             else:
                 bits = torch.randint(-(2**15), 2**15 - 1, specs[name].shape, dtype=torch.int16)
+                bits &= ~(1 << 14)  # numbers below 2: weights are neither infinite nor NaN
                 yield name, bits.view(torch.bfloat16)
 
     weight_map = {}
