@@ -3,7 +3,8 @@
     python tools/demo.py [--tensor 2] [--pipeline 2] [--out runs/demo] [--data data/demo]
 
 Writes the data set, trains stage 1, converts, trains stage 2, converts, trains stage 3 as tensor x pipeline
-processes over gloo, then asks. Scores and seconds go to OUT/report.json.
+processes over gloo, then asks. OUT/report.html shows images with questions and answers, loss curves and scores;
+scores and seconds are in OUT/report.json.
 """
 
 from __future__ import annotations
@@ -16,14 +17,25 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_qwenvl.evaluation.report import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("stage1", "stage2", "stage3")
 VQA_GOAL = 0.90
-EXAMPLES = 10
-"""Questions that are shown with their answers."""
+EXAMPLES = 12
+"""Questions of each task that are shown with their answers."""
+SECTIONS = {
+    "vqa": "Questions about the image",
+    "referring": "Where is it?",
+    "ocr_vqa": "Digits in the image",
+    "caption": "Captions",
+}
+"""Tasks of the held-out questions, in the order of the page."""
 
 
 def main() -> int:
@@ -119,15 +131,14 @@ def train(arguments: argparse.Namespace, stage: str, previous: str | None) -> No
 
 
 def question(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Load the final checkpoint into one process and ask about held-out pictures."""
+    """Load the final checkpoint into one process, ask about held-out images, and write the page."""
     heading("questions about held-out pictures")
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     from megatron_qwenvl.config.load import load_config
     from megatron_qwenvl.data.synthetic import TEST_TASKS
-    from megatron_qwenvl.data.tasks import VQA
     from megatron_qwenvl.data.tokenizer import load_tokenizer
     from megatron_qwenvl.evaluation.answers import Answers
-    from megatron_qwenvl.evaluation.demo import evaluate_demo, read_questions
+    from megatron_qwenvl.evaluation.demo import evaluate_demo, read_questions, show_examples
     from megatron_qwenvl.inference.generate import Generator
     from megatron_qwenvl.runtime import engine
 
@@ -137,23 +148,40 @@ def question(arguments: argparse.Namespace) -> dict[str, Any]:
     generator = Generator.load(arguments.out / "stage3", config, tokenizer, runtime)
     answer = Answers(generator, config, tokenizer)
     tests = {task: read_questions(arguments.data / "test" / task) for task in TEST_TASKS}
-    vqa = tests["vqa"]
-    for asked, found in zip(vqa[:EXAMPLES], answer(vqa[:EXAMPLES]), strict=True):
-        assert isinstance(asked.record, VQA)
-        print(f"  {asked.record.question}  {found}  (expected: {asked.record.answer})")
-    report: dict[str, Any] = evaluate_demo(
-        answer, vqa, tests["ocr_vqa"], tests["referring"], tests["caption"]
-    )
-    for name, value in report.items():
-        print(f"  {name}: {value:.3f}", flush=True)
+    scores = evaluate_demo(answer, tests["vqa"], tests["ocr_vqa"], tests["referring"], tests["caption"])
+    examples = {
+        title: show_examples(answer, tests[task][:EXAMPLES]) for task, title in SECTIONS.items()
+    }  # fmt: skip
     engine.stop()
-    return report
+    for example in examples[SECTIONS["vqa"]]:
+        print(f"  {example.question}  {example.answer}  (expected: {example.expected})")
+    for name, value in scores.items():
+        print(f"  {name}: {value:.3f}", flush=True)
+    write_page(arguments.out, scores, examples)
+    return dict(scores)
+
+
+def write_page(out: Path, scores: dict[str, float], examples: Mapping[str, list[Example]]) -> None:
+    """Write OUT/report.html."""
+    from megatron_qwenvl.evaluation.curves import loss_chart
+    from megatron_qwenvl.evaluation.report import Report, render_report
+
+    report = Report(
+        title="A tiny Qwen-VL after its three stages",
+        summary="Held-out images that the model never saw, answered by greedy decoding.",
+        charts=[loss_chart(out / stage, stage) for stage in STAGES],
+        scores=scores,
+        examples=examples,
+    )
+    (out / "report.html").write_text(render_report(report), encoding="utf-8")
 
 
 def conclude(report: dict[str, Any], out: Path) -> int:
     """Say what came out."""
     learned = report["vqa_accuracy"] >= VQA_GOAL
-    print(f"\n{out / 'report.json'} written after {report['seconds']:.0f} s")
+    print(
+        f"\nAfter {report['seconds']:.0f} s. To look at: {out / 'report.html'} (scores: {out / 'report.json'})"
+    )
     print(
         f"The model {'learned' if learned else 'DID NOT learn'} to see: {report['vqa_accuracy']:.0%} of the "
         f"answers are right, {report['vqa_accuracy_shuffled_images']:.0%} with exchanged pictures "

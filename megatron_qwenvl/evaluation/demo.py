@@ -15,7 +15,8 @@ from megatron_qwenvl.data.shards import scan_shard
 from megatron_qwenvl.data.tasks import VQA, Caption, Referring, Sample, decode_record
 from megatron_qwenvl.data.writer import normalise
 
-from .metrics import Box, blind_accuracy, box_accuracy, derange_within_groups, exact_match
+from .metrics import Box, blind_accuracy, box_accuracy, derange_within_groups, exact_match, normalize_answer
+from .report import Example, box_polygon, find_shapes
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,28 @@ def evaluate_demo(
         "referring_accuracy_iou50": box_accuracy(answer(_unanswered(referring)), boxes),
         "caption_exact_match": exact_match(answer(_unanswered(captions)), described),
     }
+
+
+def show_examples(answer: AnswerFunction, questions: Sequence[Question]) -> list[Example]:
+    """Questions with the model's answers, for a report; boxes of both sides are drawn."""
+    answers = answer(_unanswered(questions))
+    return [_example(question, found) for question, found in zip(questions, answers, strict=True)]
+
+
+def _example(question: Question, answer: str) -> Example:
+    record, image = question.record, question.pictures[0][1]
+    if isinstance(record, Referring):
+        box = _expected_box(question)
+        right = box_accuracy([answer], [box]) == 1
+        return Example(
+            image, record.phrase, answer, right=right,
+            true_shapes=(box_polygon(box),), predicted_shapes=find_shapes(answer),
+        )  # fmt: skip
+    asked = record.question if isinstance(record, VQA) else "Generate the caption:"
+    expected = (record.answer if isinstance(record, VQA) else getattr(record, "caption", None)) or ""
+    return Example(
+        image, asked, answer, expected, right=normalize_answer(answer) == normalize_answer(expected)
+    )
 
 
 def _asked(questions: Sequence[Question]) -> tuple[list[str], list[str]]:
