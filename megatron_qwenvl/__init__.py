@@ -1,3 +1,3 @@
 """Pre-training of Qwen-VL-style vision-language models on megatron-core."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
