@@ -4,7 +4,9 @@
 #   apptainer build megatron_qwenvl.sif docker-daemon://megatron_qwenvl:latest
 # The batch scripts take the code from the repository, which they mount; the image needs building again only when
 # requirements/container.txt changes.
-ARG NGC_TAG=26.03-py3
+# By what can be read, 26.01 holds torch 2.10.0a0, CUDA 13.1 and Transformer Engine 2.11, the newest that megatron-core
+# 0.16.1 asks for; images from 26.02 on most probably hold a newer one. Not built yet: the check below decides.
+ARG NGC_TAG=26.01-py3
 FROM nvcr.io/nvidia/pytorch:${NGC_TAG}
 
 WORKDIR /opt/megatron_qwenvl
@@ -17,7 +19,7 @@ RUN python3 -c "from importlib.metadata import version as v; \
 te = tuple(map(int, v('transformer-engine').split('.')[:2])); \
 assert (2, 9) <= te < (2, 12), f'expected Transformer Engine 2.9 to 2.11, found {te}: choose another NGC_TAG'"
 
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY megatron_qwenvl megatron_qwenvl
 COPY launch launch
 COPY tools tools
