@@ -31,6 +31,7 @@ from .manifest import (
     OPTIMIZER_FOLDER,
     POINTER_NAME,
     Manifest,
+    Published,
     checkpoints_of_run,
     read_manifest,
     step_of,
@@ -104,6 +105,8 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.peers = Peers(config.checkpoint.timeout_minutes)
         """All ranks, as checkpoints need them."""
+        self.published: Published | None = None
+        """What is known of the published directory that the run's weights come from; every save records it."""
         self.peers.main(self._tidy, f"{directory}: cannot be prepared")
 
     def save(
@@ -234,8 +237,10 @@ class CheckpointManager:
             check_resume(checkpoint, manifest, self._config)
             return manifest
 
+        manifest = self.peers.each(read, "cannot be resumed from")
+        self.published = manifest.published
         return Loaded(
-            self.peers.each(read, "cannot be resumed from"),
+            manifest,
             load_folder(model, checkpoint / MODEL_FOLDER, self.peers),
             self._load_optimizer(checkpoint / OPTIMIZER_FOLDER, optimizer),
         )
@@ -267,6 +272,7 @@ class CheckpointManager:
                 "pipeline": parallel.pipeline,
                 "data": self.peers.size // (parallel.tensor * parallel.pipeline),
             },
+            published=self.published,
             progress=pending.progress,
             files=files,
         )

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_qwenvl.config.schema import ModelConfig, Stage
 
@@ -23,6 +23,31 @@ POINTER_NAME = "latest"
 _STEP_NAME = re.compile(r"step_(\d{8,})$")
 
 Origin = Literal["parts", "stage1", "stage2", "stage3", "published"]
+
+
+class Published(BaseModel):
+    """What a published directory says beside its weights. It is kept through stages and conversions, read by the
+    generator and written by an export. Code is not part of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seq_length: int = Field(2048, ge=2)
+    """Length in tokens that the decoder was trained at; longer prompts are stretched, see `model/long_context.py`."""
+    use_dynamic_ntk: bool = True
+    """A prompt longer than `seq_length` widens the rotary base."""
+    use_logn_attn: bool = True
+    """Queries at positions beyond `seq_length` are scaled by log-n."""
+    config: dict[str, Any] = {}
+    """Other keys of its `config.json` that change neither tensors nor results; JSON values."""
+    generation: dict[str, Any] | None = None
+    """Its `generation_config.json`, JSON values; none: it had none."""
+    table_drift: float | None = None
+    """Largest difference of its adapter's position table from the constant one; none: rounding at most."""
+
+    @property
+    def chats(self) -> bool:
+        """Whether it is a chat model's."""
+        return (self.generation or {}).get("chat_format") == "chatml"
 
 
 class Manifest(BaseModel):
@@ -51,6 +76,8 @@ class Manifest(BaseModel):
     """Shape of the model."""
     layout: dict[str, int] = {}
     """Parallel sizes that wrote the checkpoint; information only, any layout can read it."""
+    published: Published | None = None
+    """What is known of the published directory that the weights come from; none: nothing."""
     progress: dict[str, Any] = {}
     """The run's counters and schedule, as given by the trainer; JSON values."""
     files: dict[str, FileRecord] = {}

@@ -55,6 +55,7 @@ def plan_transition(path: Path, target: Literal["stage2", "stage3"], force: bool
         image_size=found.image_size,
         model=found.model,
         layout=found.layout,
+        published=found.published,
         files=source.files,
     )
     return Transition(source.path, manifest, _notes(source.path, found, recipe, target))

@@ -73,7 +73,7 @@ class Trainer:
         checkpoints = CheckpointManager(Path(config.run_dir) / "checkpoints", config)
         newest = checkpoints.latest()
         if newest is None:
-            first_weights(config, runtime, stage, checkpoints.peers)
+            checkpoints.published = first_weights(config, runtime, stage, checkpoints.peers)
         runner = StepRunner.build(config, runtime, partition, stage)
         optimizer = build_optimizer(runner.model, config)
         progress = Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)

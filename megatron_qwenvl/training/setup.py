@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_qwenvl.checkpoint.collective import Peers
 from megatron_qwenvl.checkpoint.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.manifest import Published
 from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
 from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig
@@ -68,20 +69,24 @@ def _note_changes(earlier: Path, config: RunConfig) -> None:
                 )
 
 
-def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, peers: Peers) -> None:
+def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, peers: Peers) -> Published | None:
     """Fill the model for a run that has no checkpoint of its own: with `checkpoint.init_from`, or afresh. Collective.
+
+    Returns:
+        What is known of the published directory that the weights come from.
 
     Raises:
         CheckpointError: `checkpoint.init_from` cannot be used.
     """
     if config.checkpoint.init_from is None:
         initialize_weights(stage, config.model, config.seed)
-        source = f"fresh, seed {config.seed}"
+        published, source = None, f"fresh, seed {config.seed}"
     else:
-        load_weights(Path(config.checkpoint.init_from), config, stage, peers)
+        published = load_weights(Path(config.checkpoint.init_from), config, stage, peers).published
         source = config.checkpoint.init_from
     if runtime.is_main:
         logger.info("weights: %s", source)
+    return published
 
 
 def resume(
