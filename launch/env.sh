@@ -77,9 +77,10 @@ refuse_pyxis() {
   ((${#container[@]} == 0)) || die "CONTAINER_RUNTIME=pyxis works through srun only: use launch/srun.sh"
 }
 
-# Where the processes meet: MASTER_ADDR and MASTER_PORT, each as given or chosen here.
-export_rendezvous() { # ADDRESS OF THE FIRST NODE
-  export MASTER_ADDR="${MASTER_ADDR:-$1}"
+# Where the processes meet: MASTER_ADDR and MASTER_PORT, each as given or found and chosen here.
+export_rendezvous() { # COMMAND THAT PRINTS THE ADDRESS OF THE FIRST NODE
+  [[ -n "${MASTER_ADDR:-}" ]] || MASTER_ADDR="$("$@")" || exit # it has said why
+  export MASTER_ADDR
   export MASTER_PORT="${MASTER_PORT:-$(free_port)}"
 }
 
@@ -94,12 +95,35 @@ free_port() {
   echo "$port"
 }
 
-# Slurm's address of the first node of the allocation: a node's name need not resolve.
+# The first name of a list of hosts as Slurm writes it: gpu-a[01-02,07].example is gpu-a01.example.
+first_host() { # LIST
+  local rest="$1" name=""
+  while [[ "$rest" =~ ^([^][,]*)\[([^],-]+)[^]]*\](.*)$ ]]; do
+    name+="${BASH_REMATCH[1]}${BASH_REMATCH[2]}"
+    rest="${BASH_REMATCH[3]}"
+  done
+  echo "$name${rest%%,*}"
+}
+
+# The address of the first node of the allocation: Slurm's, as a node's name need not resolve; where Slurm cannot be
+# asked (its controller is away, or a container has srun alone) the name, if it resolves.
 first_node_address() {
-  local first address
-  first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-  address="$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*')"
-  echo "${address#NodeAddr=}"
+  local list="${SLURM_JOB_NODELIST:-${SLURM_STEP_NODELIST:-${SLURM_NODELIST:-}}}" first shown why try
+  [[ -n "$list" ]] || die "SLURM_JOB_NODELIST is not set: set MASTER_ADDR to the address of the job's first node"
+  first="$(first_host "$list")"
+  why="there is no scontrol on PATH"
+  for try in 1 2 3; do
+    command -v scontrol >/dev/null || break
+    if shown="$(scontrol --oneliner show node "$first" 2>&1)" && [[ "$shown" =~ (^|[[:space:]])NodeAddr=([^[:space:]]+) ]]; then
+      echo "${BASH_REMATCH[2]}"
+      return
+    fi
+    why="scontrol show node failed (${shown//[[:space:]]/ })"
+    ((try == 3)) || sleep "$try"
+  done
+  ! command -v getent >/dev/null || getent hosts "$first" >/dev/null ||
+    die "the address of node $first is not known: $why, and the name does not resolve; set MASTER_ADDR"
+  echo "$first"
 }
 
 choose_program

@@ -15,12 +15,12 @@ refuse_pyxis
 where=()
 if [[ -n "${SLURM_JOB_ID:-}" ]]; then
   [[ -z "${HOSTS:-}" ]] || die "HOSTS=$HOSTS contradicts SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST: unset HOSTS"
-  export_rendezvous "$(first_node_address)"
+  export_rendezvous first_node_address
 else
   hosts="${HOSTS:-localhost:${NPROC:-1}}"
   first="${hosts%%[:,]*}"
   [[ "$first" != localhost ]] || first=127.0.0.1
-  export_rendezvous "$first"
+  export_rendezvous echo "$first"
   where=(--host "$hosts")
 fi
 [[ -z "${NPROC:-}" ]] || where+=(-np "$NPROC")

@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 [[ -n "${SLURM_JOB_ID:-}" ]] || die "runs inside an allocation: start it through salloc or sbatch"
-export_rendezvous "$(first_node_address)"
+export_rendezvous first_node_address
 
 words options "${SRUN_OPTIONS:-}"
 [[ -z "${NPROC:-}" ]] || options=(--ntasks="$NPROC" "${options[@]}")

@@ -6,6 +6,7 @@ Needs neither torch nor megatron-core, so that `--help` and every configuration 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import textwrap
@@ -13,7 +14,16 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from .fields import describe_default, describe_type, is_section, walk_fields
+from .fields import (
+    describe_default,
+    describe_type,
+    is_section,
+    leaf_paths,
+    nearest,
+    plain,
+    section_paths,
+    walk_fields,
+)
 from .load import ConfigError, dump_yaml, load_config
 from .recipes import RECIPES
 from .schema import RunConfig, SourceConfig
@@ -31,16 +41,16 @@ def parse_run_arguments(
     world_size: int | None = None,
     quiet: bool = False,
 ) -> RunConfig:
-    """Read `--recipe NAME|FILE.yaml [--print-config] [--help] [--section.field value ...]`.
+    """Read `--recipe NAME|FILE.yaml [--print-config] [--print-value FIELD] [--help] [--section.field value ...]`.
 
-    Exits with 0 after `--help` or `--print-config`, with 2 and a message on standard error for bad input.
+    Exits with 0 after `--help`, `--print-config` or `--print-value`, with 2 and a message on standard error for bad input.
 
     Args:
         argv: arguments without the program's name.
         prog: how the program is called, for the usage line.
         description: what the program does, for `--help`.
-        world_size: number of processes, checked against the parallel layout if given. `--print-config` runs
-            nothing and does not check it.
+        world_size: number of processes, checked against the parallel layout if given. `--print-config` and
+            `--print-value` run nothing and do not check it.
         quiet: say nothing about a bad configuration: for all processes of a run but the first.
     """
     parser = _make_parser(prog, description)
@@ -50,14 +60,32 @@ def parse_run_arguments(
     if options.recipe is None:
         parser.error("the following arguments are required: --recipe")
     try:
-        config = load_config(options.recipe, overrides, None if options.print_config else world_size)
+        runs = not options.print_config and options.print_value is None
+        config = load_config(options.recipe, overrides, world_size if runs else None)
+        value = None if options.print_value is None else show_value(config, options.print_value)
     except ConfigError as error:
         if quiet:
             time.sleep(HEAD_START_SECONDS)
         parser.exit(USAGE_ERROR, None if quiet else f"{prog}: {error}\n")
+    if value is not None:
+        _print_and_exit(value + "\n")
     if options.print_config:
         _print_and_exit(dump_yaml(config))
     return config
+
+
+def show_value(config: RunConfig, path: str) -> str:
+    """One resolved value for scripts: text as it is, without quotes; anything else as JSON in one line.
+
+    Raises:
+        ConfigError: `path` is neither a field nor a section.
+    """
+    if path not in leaf_paths() and path not in section_paths():
+        raise ConfigError(f"--print-value {path}: unknown key{nearest(path, leaf_paths())}")
+    value = plain(config)
+    for name in path.split("."):
+        value = value[name]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def describe_fields() -> str:
@@ -91,13 +119,18 @@ def _make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        usage=f"{prog} --recipe NAME|FILE.yaml [--print-config] [--section.field value ...]",
+        usage=f"{prog} --recipe NAME|FILE.yaml [--print-config] [--print-value FIELD] [--section.field value ...]",
         add_help=False,  # printed by `_print_and_exit`, with every field
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help=f"a YAML file or one of {', '.join(RECIPES)}")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    parser.add_argument(
+        "--print-value",
+        metavar="FIELD",
+        help="print one resolved value, such as run_dir, and exit; for scripts",
     )
     parser.add_argument("-h", "--help", action="store_true", help="explain every field and exit")
     return parser

@@ -28,8 +28,9 @@ printf '%s\\n' "$(basename "$0")" "$@" >"$RECORD"
 env >"$RECORD.env"
 """
 SCONTROL = """#!/usr/bin/env bash
+[[ -z "${SCONTROL_FAILS:-}" ]] || { echo "slurm_load_node error: Unable to contact slurm controller" >&2; exit 1; }
 case "$*" in
-  "show hostnames node[3-4]") printf 'node3\\nnode4\\n' ;;
+  "--oneliner show node node6") echo "NodeName=node6 NodeAddr=fd00::6 NodeHostName=node6" ;;
   "--oneliner show node node3") echo "NodeName=node3 Arch=x86_64 NodeAddr=10.0.0.3 NodeHostName=node3" ;;
 esac
 """
@@ -170,6 +171,54 @@ def test_srun(tree: Path, stand_ins: Path) -> None:
     assert {"MASTER_ADDR=10.0.0.3", "SRUN_CPUS_PER_TASK=5", f"PYTHONPATH={tree}"} <= set(environment)
     (port,) = (line.removeprefix("MASTER_PORT=") for line in environment if line.startswith("MASTER_PORT="))
     assert 20000 <= int(port) < 32000
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu-a[01-02,07].cluster.example", "gpu-a01.cluster.example"),
+        ("node7", "node7"),
+        ("login,gpu[3-4]", "login"),
+        ("gpu[009,011-12]", "gpu009"),
+        ("rack[2-3]-node[05-06],x1", "rack2-node05"),
+        ("rack[2,4]n[1]-ib[0-1],y", "rack2n1-ib0"),
+    ],
+)
+def test_first_host_of_a_list(tree: Path, nodes: str, first: str) -> None:
+    command = ["bash", "-euc", f'source "{tree}/launch/env.sh"; first_host "$1"', "-", nodes]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == first + "\n"
+
+
+def test_an_ipv6_address_of_a_node(tree: Path, stand_ins: Path) -> None:
+    recorded(stand_ins, tree, "srun.sh", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node[6,8]")
+    assert "MASTER_ADDR=fd00::6" in stand_ins.with_suffix(".env").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("script", "missing"), [("srun.sh", True), ("mpirun.sh", True), ("srun.sh", False)])
+def test_where_slurm_cannot_be_asked_a_name_that_resolves_will_do(
+    tree: Path, stand_ins: Path, script: str, missing: bool
+) -> None:
+    """In a container without scontrol, and while the controller is away."""
+    if missing:
+        (tree / "bin/scontrol").unlink()
+    path = f"{tree}/bin:{only_basics(tree)}"
+    settings = {"PATH": path, "SCONTROL_FAILS": "1", "SLURM_JOB_ID": "7"}
+    recorded(stand_ins, tree, script, **settings, SLURM_JOB_NODELIST="localhost,node[3-4]")
+    assert "MASTER_ADDR=localhost" in stand_ins.with_suffix(".env").read_text().splitlines()
+    result = run(tree, script, **settings, SLURM_JOB_NODELIST="nowhere[01-02].invalid")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "nowhere01.invalid" in line and "MASTER_ADDR" in line
+    assert ("there is no scontrol" if missing else "Unable to contact slurm controller") in line
+
+
+def only_basics(tree: Path) -> Path:
+    """A folder of what launchers call beside Slurm's clients; the machine's own may lie among the rest."""
+    folder = tree / "basics"
+    folder.mkdir()
+    for name in ("bash", "env", "dirname", "basename", "grep", "getent", "sleep", "python3"):
+        (folder / name).symlink_to(str(shutil.which(name)))
+    return folder
 
 
 def test_number_of_processes_under_slurm(tree: Path, stand_ins: Path) -> None:

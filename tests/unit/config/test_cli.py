@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 
 import pytest
 
-from megatron_qwenvl.config.cli import HEAD_START_SECONDS, describe_fields, parse_run_arguments
+from megatron_qwenvl.config.cli import HEAD_START_SECONDS, describe_fields, parse_run_arguments, show_value
 from megatron_qwenvl.config.fields import leaf_paths
 from megatron_qwenvl.config.load import load_config
 
@@ -37,6 +38,26 @@ def test_print_config_prints_what_a_file_can_hold(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(result.stdout)
     assert load_config(str(file)) == load_config("stage2", ["--train.steps=700"])
+
+
+@pytest.mark.parametrize(
+    "value", ["runs/exp #3", "a \"b\" 'c'", "line 1\nline: 2", " x *", "2026-01-01", "Läufe/运行"]
+)
+def test_print_value_prints_text_as_it_is(value: str) -> None:
+    result = run("--recipe", "stage2", "--print-value", "run_dir", "--run_dir", json.dumps(value))
+    assert (result.returncode, result.stdout, result.stderr) == (0, value + "\n", "")
+
+
+def test_print_value_prints_anything_else_as_json() -> None:
+    shown = {
+        path: show_value(load_config("stage1"), path)
+        for path in ("train.steps", "checkpoint.init_from", "parallel")
+    }
+    assert (shown["train.steps"], shown["checkpoint.init_from"]) == ("50000", "null")
+    assert json.loads(shown["parallel"])["tensor"] == 1
+    result = run("--recipe", "stage1", "--print-value", "steps")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "steps: unknown key; did you mean train.steps?" in result.stderr
 
 
 def test_help_explains_every_field_at_once() -> None:

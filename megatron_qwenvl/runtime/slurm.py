@@ -1,0 +1,28 @@
+"""Questions to Slurm. A client that fails, or says nothing, is no answer: its controller may be away for a while."""
+
+from __future__ import annotations
+
+import subprocess
+
+LIVE_STATES = frozenset(
+    "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING STOPPED SIGNALING RESIZING STAGE_OUT REQUEUED REQUEUE_HOLD "
+    "REQUEUE_FED SPECIAL_EXIT".split()
+)
+"""States of a job that runs, still ends, or will run; as squeue's `%T` names them."""
+
+_SECONDS = 60.0
+
+
+def is_job_over(job: str) -> bool | None:
+    """Whether a job has ended for good; None where Slurm does not answer (no squeue, no controller, a time-out)."""
+    command = ["squeue", "--noheader", "--states=all", "--job", job, "--format", "%T"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return True if "Invalid job id" in done.stderr else None  # Slurm has forgotten it
+    states = done.stdout.split()
+    return not LIVE_STATES.intersection(states) if states else None
