@@ -43,7 +43,8 @@ def parse_run_arguments(
 ) -> RunConfig:
     """Read `--recipe NAME|FILE.yaml [--print-config] [--print-value FIELD] [--help] [--section.field value ...]`.
 
-    Exits with 0 after `--help`, `--print-config` or `--print-value`, with 2 and a message on standard error for bad input.
+    Exits with 0 after `--help`, `--print-config` or `--print-value`, with 2 and a message on standard error for bad
+    input.
 
     Args:
         argv: arguments without the program's name.
