@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .fields import (
     describe_default,
@@ -83,7 +83,7 @@ def show_value(config: RunConfig, path: str) -> str:
     """
     if path not in leaf_paths() and path not in section_paths():
         raise ConfigError(f"--print-value {path}: unknown key{nearest(path, leaf_paths())}")
-    value = plain(config)
+    value: Any = plain(config)
     for name in path.split("."):
         value = value[name]
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
