@@ -3,14 +3,15 @@
 Writes the index of every WebDataset shard (`*.tar`) of the directories, and their manifests. Shards whose index is
 current are left alone. Runs in N processes, or over all ranks when started by mpirun or srun (needs mpi4py); under
 torchrun rank 0 alone works, in N processes.
-`--check` reads every shard and compares its digest instead. Exits with 1 when a shard could not be indexed; the
-others are indexed all the same.
+`--check` reads every shard and compares its digest instead, `--list-skipped` prints shard, key and reason of every
+sample that the indices leave out. Exits with 1 when a shard could not be indexed; the others are indexed all the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.index import load_index
 from megatron_qwenvl.data.indexing import IndexJob, ShardResult, index_directory
-from megatron_qwenvl.data.manifest import open_directory
+from megatron_qwenvl.data.manifest import list_shards, open_directory
+from megatron_qwenvl.data.skipped import merge
 from megatron_qwenvl.data.tokenizer import load_tokenizer
 from megatron_qwenvl.runtime.processes import LaunchError, ProcessInfo, detect_process, load_mpi
 
@@ -41,6 +44,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="index again what is current")
     parser.add_argument(
         "--check", action="store_true", help="compare the digests of all shards; write nothing"
+    )
+    parser.add_argument(
+        "--list-skipped",
+        action="store_true",
+        help="print every sample that the indices leave out; write nothing",
     )
     return parser.parse_args()
 
@@ -113,7 +121,21 @@ def summarise(directory: Path, results: list[ShardResult]) -> int:
         f"{len(entries)} shards ({sum(r.fresh for r in results)} indexed now), "
         f"{sum(e.skipped for e in entries)} samples skipped, {failed} shards failed"
     )
+    for kind in merge(itertools.chain.from_iterable(result.skipped for result in results)):
+        print(f"{directory}: {kind}")
     return failed
+
+
+def list_skipped(directory: Path) -> None:
+    """Print shard, key and reason of every sample that the indices of a directory leave out.
+
+    Raises:
+        DataError: an index is missing or damaged.
+    """
+    for shard in list_shards(directory):
+        arrays = load_index(shard).arrays
+        for key, reason in zip(arrays["skipped_keys"], arrays["skipped_reasons"], strict=True):
+            print(f"{shard}:{key.decode(errors='replace')}: {reason.decode(errors='replace')}")
 
 
 def main() -> int:
@@ -121,10 +143,14 @@ def main() -> int:
     job = IndexJob(arguments.tokenizer, arguments.verify_images, arguments.force)
     failed = 0
     try:
+        if arguments.list_skipped:
+            for directory in arguments.directories:
+                list_skipped(directory)
+            return 0
         if arguments.check:
             fingerprint = load_tokenizer(arguments.tokenizer).fingerprint
             for directory in arguments.directories:
-                open_directory(directory, fingerprint, verify_digests=True)
+                open_directory(directory, fingerprint, verify_digests=True, vocabulary=arguments.tokenizer)
                 print(f"{directory}: every shard is as it was indexed")
             return 0
         with executor(arguments.workers) as pool:

@@ -27,6 +27,11 @@ from .tasks import OCR, VQA, Caption, Chat, GroundedCaption, PureText, Referring
 from .tokenizer import Tokenizer
 from .writer import ImageInfo, Rendered, Writer
 
+RENDERING_VERSION = 2
+"""Raised whenever a record may render to other tokens, or is accepted or refused where it was not before: an index
+made by another version is refused, as its lengths would be wrong. `tests/unit/data/test_rendering_version.py` watches.
+"""
+
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 _T = TypeVar("_T")

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,15 +20,18 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DataError
+from .errors import DataError, index_command
+from .formats import RENDERING_VERSION
 from .shards import Member
+from .tasks import TASKS
 from .writer import ImageInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 COLUMNS: dict[str, Any] = {
     "keys": np.bytes_, "tasks": np.uint8, "text_suffixes": np.bytes_, "text_offsets": np.int64,
-    "text_sizes": np.int64, "text_tokens": np.int32, "image_first": np.int64, "image_suffixes": np.bytes_,
+    "text_sizes": np.int64, "text_checksums": np.uint32, "text_tokens": np.int32, "image_first": np.int64,
+    "image_checksums": np.uint32, "image_suffixes": np.bytes_,
     "image_offsets": np.int64, "image_sizes": np.int64, "widths": np.int32, "heights": np.int32,
     "skipped_keys": np.bytes_, "skipped_reasons": np.bytes_,
 }  # fmt: skip
@@ -45,7 +49,9 @@ class ShardIndex:
         tokenizer: fingerprint of the tokenizer behind `text_tokens`.
         images_verified: whether every picture was decoded.
         arrays: `keys` [N] UTF-8; `tasks` uint8 [N]; `text_suffixes`, `text_offsets`, `text_sizes` [N] of the
-            record (`json`) or plain caption (`txt`); `text_tokens` int32 [N], length without image slots;
+            record (`json`) or plain caption (`txt`); `text_checksums` uint32 [N], CRC-32 of its bytes;
+            `image_checksums` uint32 [N], CRC-32 of the bytes of its pictures one after the other;
+            `text_tokens` int32 [N], length without image slots;
             `image_first` int64 [N + 1], rows of a sample in the picture arrays; `image_suffixes`,
             `image_offsets`, `image_sizes`, `widths`, `heights` [I], in the order in which the text shows
             them; `skipped_keys`, `skipped_reasons` of samples that cannot be used.
@@ -121,31 +127,56 @@ def save_index(index: ShardIndex, directory: Path) -> None:
     """Write the index beside its shard, whole or not at all."""
     header = {name: value for name, value in vars(index).items() if name != "arrays"}
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {"meta": np.bytes_(json.dumps({"format": FORMAT_VERSION, **header}))}
+    made_by = {"format": FORMAT_VERSION, "rendering": RENDERING_VERSION, "task_names": TASKS}
+    arrays: dict[str, Any] = {"meta": np.bytes_(json.dumps({**made_by, **header}))}
     np.savez_compressed(buffer, allow_pickle=False, **arrays, **index.arrays)
     write_atomically(index_path(directory / index.shard), buffer.getvalue())
 
 
-def load_index(shard: Path) -> ShardIndex:
-    """Read the index of a shard.
+def load_index(shard: Path, vocabulary: str | None = None) -> ShardIndex:
+    """Read the index of a shard; its tasks are numbered as in `TASKS`, whatever their numbers were when it was made.
+
+    Args:
+        shard: the tar.
+        vocabulary: the tokenizer's file, for the command that an error names.
 
     Raises:
-        DataError: the index is missing, damaged, or of another format version.
+        DataError: the index is missing, damaged, or made by another version of the format or the rendering.
     """
     path = index_path(shard)
+    remedy = f"run {index_command(shard.parent, vocabulary)}"
     try:
         with np.load(path, allow_pickle=False) as stored:
             meta = json.loads(bytes(stored["meta"]))
-            version = meta.pop("format")
-            if version != FORMAT_VERSION:
-                raise DataError(f"{path}: expected index format {FORMAT_VERSION}, found {version}")
-            return ShardIndex(**meta, arrays={name: stored[name] for name in COLUMNS})
+            check_versions(path, meta.pop("format"), meta.pop("rendering", None), remedy)
+            names = meta.pop("task_names")
+            if unknown := sorted(set(names) - set(TASKS)):
+                raise DataError(
+                    f"{path}: expected the tasks {', '.join(TASKS)}, found {unknown[0]}; {remedy}"
+                )
+            arrays = {name: stored[name] for name in COLUMNS}
+            arrays["tasks"] = np.array([TASKS.index(name) for name in names], np.uint8)[arrays["tasks"]]
+            return ShardIndex(**meta, arrays=arrays)
     except FileNotFoundError:
-        raise DataError(f"{path}: no index; run tools/index_shards.py {shard.parent}") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: no index; {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError) as error:
+        raise DataError(f"{path}: damaged index: {error}; {remedy}") from error
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: damaged index: {error}; {remedy}") from error
+
+
+def check_versions(path: Path, format_: object, rendering: object, remedy: str) -> None:
+    """Refuse an index or a manifest that another version of this package made.
+
+    Raises:
+        DataError: naming both versions and the command that makes it anew.
+    """
+    if format_ != FORMAT_VERSION:
+        raise DataError(f"{path}: expected index format {FORMAT_VERSION}, found {format_}; {remedy}")
+    if rendering != RENDERING_VERSION:
         raise DataError(
-            f"{path}: damaged index: {error}; run tools/index_shards.py {shard.parent}"
-        ) from error
+            f"{path}: expected the text lengths of rendering version {RENDERING_VERSION}, found {rendering}; {remedy}"
+        )
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from .formats import render_sample
 from .images import image_size, load_pixels
 from .index import COLUMNS, ShardIndex, file_digest, load_index, save_index
 from .manifest import Manifest, ShardEntry, list_shards, save_manifest
-from .shards import Member, ShardSample, scan_shard
+from .shards import Member, ShardSample, checksum, scan_shard
+from .skipped import SkippedKind, merge, tally
 from .tasks import TASKS, decode_record
 from .tokenizer import Tokenizer, load_tokenizer
 from .writer import ImageInfo
@@ -37,11 +39,18 @@ class IndexJob:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What became of a shard: its entry, or the reason why there is none."""
+    """What became of a shard: its entry and why it leaves samples out, or the reason why there is no entry."""
 
     entry: ShardEntry | None = None
+    skipped: tuple[SkippedKind, ...] = ()
     fresh: bool = False
     error: str = ""
+
+    @classmethod
+    def of(cls, index: ShardIndex, fresh: bool) -> ShardResult:
+        """The result of an index."""
+        skipped = tally(index.shard, index.arrays["skipped_keys"], index.arrays["skipped_reasons"])
+        return cls(ShardEntry.of(index), skipped, fresh)
 
 
 def index_directory(
@@ -73,7 +82,9 @@ def index_directory(
         if on_result:
             on_result(result, len(shards))
     entries = tuple(result.entry for result in results if result.entry)
-    save_manifest(Manifest(fingerprint, entries), directory)
+    skipped = merge(itertools.chain.from_iterable(result.skipped for result in results))
+    failed = {shard.name: result.error for shard, result in zip(shards, results, strict=True) if result.error}
+    save_manifest(Manifest(fingerprint, entries, skipped, failed), directory)
     return results
 
 
@@ -83,10 +94,10 @@ def index_shard(path: Path, job: IndexJob) -> ShardResult:
         tokenizer = _tokenizer(job.tokenizer)
         index = None if job.force else _current(path, tokenizer, job.verify_images)
         if index:
-            return ShardResult(ShardEntry.of(index))
+            return ShardResult.of(index, fresh=False)
         index = build_index(path, tokenizer, job.verify_images)
         save_index(index, path.parent)
-        return ShardResult(ShardEntry.of(index), fresh=True)
+        return ShardResult.of(index, fresh=True)
     except DataError as error:
         return ShardResult(error=str(error))
     except OSError as error:
@@ -157,14 +168,18 @@ def _append(
     except UnicodeEncodeError:
         raise SampleError("a file name is not UTF-8") from None
     suffix = _text_suffix(sample, read)
-    record = decode_record(suffix, read(sample.members[suffix]))
-    images = [_describe(name, read(sample.members[name]), verify_images) for name in _image_names(sample)]
+    encoded = read(sample.members[suffix])
+    record = decode_record(suffix, encoded)
+    names = _image_names(sample)
+    pictures = [read(sample.members[name]) for name in names]
+    images = [_describe(name, data, verify_images) for name, data in zip(names, pictures, strict=True)]
     rendered = render_sample(record, images, tokenizer, image_tokens=0)
     shown = [images[i] for i in rendered.image_order]
     text = sample.members[suffix]
     row = {
         "keys": sample.key.encode(), "tasks": TASKS.index(record.task), "text_suffixes": suffix.encode(),
-        "text_offsets": text.offset, "text_sizes": text.size, "text_tokens": len(rendered.tokens),
+        "text_offsets": text.offset, "text_sizes": text.size, "text_checksums": checksum([encoded]),
+        "text_tokens": len(rendered.tokens), "image_checksums": checksum(pictures[i] for i in rendered.image_order),
         "image_first": columns["image_first"][-1] + len(shown),
     }  # fmt: skip
     for name, value in row.items():

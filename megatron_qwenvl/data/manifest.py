@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DataError
-from .index import FORMAT_VERSION, ShardIndex, file_digest, load_index, write_atomically
+from .errors import DataError, index_command
+from .formats import RENDERING_VERSION
+from .index import FORMAT_VERSION, ShardIndex, check_versions, file_digest, load_index, write_atomically
+from .skipped import SkippedKind, commonest
 
 MANIFEST = "manifest.json"
 
@@ -47,10 +49,19 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a directory in the order of their names, and the tokenizer that counted their text."""
+    """The shards of a directory.
+
+    Attributes:
+        tokenizer: fingerprint of the tokenizer that counted their text.
+        shards: in the order of their names.
+        skipped: why samples were left out, the commonest kind first.
+        failed: shards that could not be indexed, with the reason.
+    """
 
     tokenizer: str
     shards: tuple[ShardEntry, ...]
+    skipped: tuple[SkippedKind, ...] = ()
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ class ShardDirectory:
 
     path: Path
     manifest: Manifest
+    vocabulary: str | None = None
+    """The tokenizer's file, for the commands that messages name."""
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -75,10 +88,52 @@ class ShardDirectory:
         Raises:
             DataError: it is missing, damaged, or not the one that the manifest was made from.
         """
-        index = load_index(self.shard_path(shard))
+        path = self.shard_path(shard)
+        index = load_index(path, self.vocabulary)
         if index.digest != self.manifest.shards[shard].digest or index.tokenizer != self.manifest.tokenizer:
-            raise DataError(f"{self.shard_path(shard)}: index and manifest differ; run tools/index_shards.py")
+            raise DataError(f"{path}: index and manifest differ; run {self.index_command()}")
         return index
+
+    def check_size(self, shard: int) -> None:
+        """Make sure that a shard is as long as it was when it was indexed.
+
+        Raises:
+            DataError: it is not, or cannot be read.
+        """
+        path, expected = self.shard_path(shard), self.manifest.shards[shard].size
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise DataError(
+                f"{path}: shard of the manifest cannot be read: {error.strerror}; restore it, or go on without it: "
+                f"run {self.index_command()}"
+            ) from error
+        if size != expected:
+            raise DataError(
+                f"{path}: expected {expected} bytes as indexed, found {size}; run {self.index_command()}"
+            )
+
+    def check_digest(self, shard: int) -> None:
+        """Read a shard and compare its digest.
+
+        Raises:
+            DataError: it is another one, or the shard cannot be read.
+        """
+        path, expected = self.shard_path(shard), self.manifest.shards[shard].digest
+        try:
+            with path.open("rb") as file:
+                digest = file_digest(file)
+        except OSError as error:
+            raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
+        if digest != expected:
+            raise DataError(
+                f"{path}: expected digest {expected} as indexed, found {digest}; restore the shard, or run "
+                f"{self.index_command('--force')}"
+            )
+
+    def index_command(self, *options: str) -> str:
+        """The command that indexes this directory as the run needs it."""
+        return index_command(self.path, self.vocabulary, *options)
 
 
 def list_shards(directory: Path) -> list[Path]:
@@ -97,67 +152,58 @@ def list_shards(directory: Path) -> list[Path]:
 
 def save_manifest(manifest: Manifest, directory: Path) -> None:
     """Write the manifest, whole or not at all."""
-    content = {"format": FORMAT_VERSION, **asdict(manifest)}
+    content = {"format": FORMAT_VERSION, "rendering": RENDERING_VERSION, **asdict(manifest)}
     write_atomically(directory / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def open_directory(path: Path, tokenizer: str, verify_digests: bool = False) -> ShardDirectory:
+def open_directory(
+    path: Path, tokenizer: str, verify_digests: bool = False, vocabulary: str | None = None
+) -> ShardDirectory:
     """Open a directory after checks of the manifest against the shards.
 
     Args:
         path: the directory.
         tokenizer: fingerprint of the tokenizer in use.
         verify_digests: read every shard and compare its digest (slow).
+        vocabulary: the tokenizer's file, for the commands that messages name.
 
     Raises:
         DataError: no manifest; a shard missing, of another size or digest, or not indexed; indexed with
-            another tokenizer; no usable sample.
+            another tokenizer or by another version; no usable sample.
     """
     shards = {shard.name: shard for shard in list_shards(path)}
-    manifest = _load_manifest(path)
+    remedy = f"run {index_command(path, vocabulary)}"
+    manifest = _load_manifest(path, remedy)
     if manifest.tokenizer != tokenizer:
         raise DataError(
             f"{path / MANIFEST}: indexed with another tokenizer (expected {tokenizer}, found "
-            f"{manifest.tokenizer}); run tools/index_shards.py with the tokenizer of the run"
+            f"{manifest.tokenizer}); {remedy}"
         )
     unknown = sorted(shards.keys() - {entry.name for entry in manifest.shards})
     if unknown:
-        raise DataError(f"{shards[unknown[0]]}: shard is not in {MANIFEST}; run tools/index_shards.py {path}")
-    for entry in manifest.shards:
-        _check_shard(path / entry.name, entry, verify_digests)
+        if reason := manifest.failed.get(unknown[0]):
+            raise DataError(f"{reason}; replace the shard or move it away, then {remedy}")
+        raise DataError(f"{shards[unknown[0]]}: shard is not in {MANIFEST}; {remedy}")
+    directory = ShardDirectory(path, manifest, vocabulary)
+    for number in range(len(manifest.shards)):
+        directory.check_size(number)
+        if verify_digests:
+            directory.check_digest(number)
     if not any(entry.samples for entry in manifest.shards):
-        raise DataError(f"{path / MANIFEST}: no usable sample in {len(shards)} shards")
-    return ShardDirectory(path, manifest)
+        reasons = commonest(manifest.skipped) or "the shards are empty"
+        raise DataError(f"{path / MANIFEST}: no usable sample in {len(shards)} shards: {reasons}")
+    return directory
 
 
-def _check_shard(path: Path, entry: ShardEntry, verify_digest: bool) -> None:
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise DataError(f"{path}: shard of the manifest cannot be read: {error.strerror}") from error
-    if size != entry.size:
-        raise DataError(
-            f"{path}: expected {entry.size} bytes as indexed, found {size}; run tools/index_shards.py"
-        )
-    if verify_digest:
-        with path.open("rb") as file:
-            digest = file_digest(file)
-        if digest != entry.digest:
-            raise DataError(f"{path}: expected digest {entry.digest} as indexed, found {digest}")
-
-
-def _load_manifest(directory: Path) -> Manifest:
+def _load_manifest(directory: Path, remedy: str) -> Manifest:
     path = directory / MANIFEST
     try:
         content = json.loads(path.read_bytes())
-        version = content.pop("format")
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path}: expected manifest format {FORMAT_VERSION}, found {version}")
+        check_versions(path, content["format"], content.get("rendering"), remedy)
         shards = tuple(ShardEntry(**entry) for entry in content["shards"])
-        return Manifest(content["tokenizer"], shards)
+        skipped = tuple(SkippedKind(**kind) for kind in content["skipped"])
+        return Manifest(content["tokenizer"], shards, skipped, dict(content["failed"]))
     except FileNotFoundError:
-        raise DataError(f"{path}: no manifest; run tools/index_shards.py {directory}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: damaged manifest: {error}; run tools/index_shards.py {directory}"
-        ) from error
+        raise DataError(f"{path}: no manifest; {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: damaged manifest: {error}; {remedy}") from error

@@ -38,7 +38,11 @@ class Source:
 
 
 def open_sources(
-    sources: Sequence[SourceConfig], root: str, tokenizer: str, verify_digests: bool = False
+    sources: Sequence[SourceConfig],
+    root: str,
+    tokenizer: str,
+    verify_digests: bool = False,
+    vocabulary: str | None = None,
 ) -> tuple[Source, ...]:
     """Open the directories of a mixture; arguments and errors as `open_directory`.
 
@@ -48,7 +52,7 @@ def open_sources(
     if not sources:
         raise DataError("data: expected at least one source, found none")
     return tuple(
-        Source(source, open_directory(Path(root) / source.path, tokenizer, verify_digests))
+        Source(source, open_directory(Path(root) / source.path, tokenizer, verify_digests, vocabulary))
         for source in sources
     )
 
@@ -185,6 +189,14 @@ class StepPlan:
         # Rows come by falling cost: every `count`-th one makes micro-batches alike.
         return [[tuple(packs[number::count]) for number in range(count)] for packs in dealt]
 
+    def left_out(self) -> list[str]:
+        """One line for each kind of reason for which the indices of a source leave samples out."""
+        return [
+            f"data {source.config.name}: {kind}"
+            for source in self.sources
+            for kind in source.directory.manifest.skipped
+        ]
+
     def key(self, samples: SampleTable, row: int) -> str:
         """Key of a sample."""
         return self.index(int(samples.source[row]), int(samples.shard[row])).key(int(samples.row[row]))
@@ -206,7 +218,8 @@ def training_plan(config: RunConfig, tokenizer: str, verify_digests: bool = Fals
     Raises:
         DataError: see `open_directory`.
     """
-    sources = open_sources(config.data.sources, config.data.root, tokenizer, verify_digests)
+    data = config.data
+    sources = open_sources(data.sources, data.root, tokenizer, verify_digests, data.tokenizer)
     return StepPlan(config, sources, config.data.global_batch_size, config.seed)
 
 
@@ -214,7 +227,8 @@ def validation_plan(config: RunConfig, tokenizer: str) -> StepPlan:
     """A plan whose step 0 is the validation set: the first samples of the held-out sources in an order that does
     not depend on the run's seed. Arguments and errors as `training_plan`.
     """
-    sources = open_sources(config.data.validation_sources, config.data.root, tokenizer)
+    data = config.data
+    sources = open_sources(data.validation_sources, data.root, tokenizer, vocabulary=data.tokenizer)
     available = sum(int(source.directory.counts.sum()) for source in sources)
     return StepPlan(config, sources, min(config.train.validation_samples, available), seed=0)
 

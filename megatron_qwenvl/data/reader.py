@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,10 @@ from .cache import LruCache
 from .errors import DataError, SampleError
 from .formats import render_sample
 from .images import load_pixels
+from .index import ShardIndex
 from .order import SampleTable
 from .plan import StepPlan
-from .shards import Member, read_member
+from .shards import Member, checksum, read_member
 from .tasks import decode_record
 from .tokenizer import Tokenizer
 from .writer import Rendered
@@ -35,20 +37,22 @@ class SampleReader:
         """A sample's tokens with loss mask.
 
         Raises:
-            SampleError: the record can no longer be used although it could when it was indexed.
-            DataError: shard and index differ.
+            SampleError: the record is not the one that was indexed.
+            DataError: the shard cannot be read or is shorter than it was, or the rendering is another one.
         """
         source, shard, at = self._place(samples, row)
         index = self.plan.index(source, shard)
         name, member = index.text_member(at)
-        record = decode_record(name.rpartition(".")[2], self._read(source, shard, name, member))
+        encoded = self._read(source, shard, member)
+        self._check(index, source, shard, "text", at, [encoded])
+        record = decode_record(name.rpartition(".")[2].lower(), encoded)
         images = [info for info, _ in index.images(at)]
         language = self.plan.sources[source].config.language
         rendered = render_sample(record, images, self.tokenizer, self.image_tokens, language)
         if len(rendered.tokens) != samples.length[row]:
             raise DataError(
-                f"{self.plan.name(samples, row)}: the index does not match the shard: expected "
-                f"{samples.length[row]} tokens, found {len(rendered.tokens)}; run tools/index_shards.py"
+                f"{self.plan.name(samples, row)}: expected {samples.length[row]} tokens as indexed, found "
+                f"{len(rendered.tokens)}; run {self.plan.sources[source].directory.index_command('--force')}"
             )
         return rendered
 
@@ -56,17 +60,19 @@ class SampleReader:
         """A sample's pictures in the order in which its text shows them, uint8 `[images, 3, S, S]`.
 
         Raises:
-            SampleError: a picture cannot be decoded.
-            DataError: shard and index differ.
+            SampleError: a picture cannot be decoded or is not the one that was indexed.
+            DataError: the shard cannot be read or is shorter than it was.
         """
         source, shard, at = self._place(samples, row)
         index = self.plan.index(source, shard)
         data = self.plan.data
+        images = index.images(at)
+        encoded = [self._read(source, shard, member) for _, member in images]
+        self._check(index, source, shard, "image", at, encoded)
         pictures = []
-        for info, member in index.images(at):
-            encoded = self._read(source, shard, f"{index.key(at)}.{info.name}", member)
+        for (info, _), content in zip(images, encoded, strict=True):
             try:
-                pictures.append(load_pixels(encoded, data.image_size, data.max_image_pixels))
+                pictures.append(load_pixels(content, data.image_size, data.max_image_pixels))
             except SampleError as error:
                 raise SampleError(f"{info.name}: {error}") from error
         return np.stack(pictures)
@@ -74,13 +80,32 @@ class SampleReader:
     def _place(self, samples: SampleTable, row: int) -> tuple[int, int, int]:
         return int(samples.source[row]), int(samples.shard[row]), int(samples.row[row])
 
-    def _read(self, source: int, shard: int, name: str, member: Member) -> bytes:
+    def _read(self, source: int, shard: int, member: Member) -> bytes:
         path = self.plan.sources[source].directory.shard_path(shard)
         try:
             descriptor = self._files.get((source, shard), lambda: _open(path))
-            return read_member(descriptor, path, name, member)
+            return read_member(descriptor, member)
         except OSError as error:
             raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
+
+    def _check(
+        self,
+        index: ShardIndex,
+        source: int,
+        shard: int,
+        part: Literal["text", "image"],
+        row: int,
+        encoded: list[bytes],
+    ) -> None:
+        """Compare what was read with the checksum that the index holds of it."""
+        expected, found = int(index.arrays[f"{part}_checksums"][row]), checksum(encoded)
+        if found == expected:
+            return
+        directory = self.plan.sources[source].directory
+        directory.check_size(shard)  # another shard altogether, not a damaged sample
+        raise SampleError(
+            f"the {part} bytes are not those that were indexed (checksum {found:08x}, expected {expected:08x})"
+        )
 
 
 def _open(path: Path) -> int:

@@ -139,4 +139,9 @@ def make_loaders(
         )
 
     validated = bool(config.data.validation_sources) and config.train.validation_interval > 0
-    return build(first_step=first_step), build(split="validation") if validated else None
+    training, validation = build(first_step=first_step), build(split="validation") if validated else None
+    if runtime.is_main:
+        for loader in filter(None, (training, validation)):
+            for line in loader.plan.left_out():
+                logger.info(line)
+    return training, validation

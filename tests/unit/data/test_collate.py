@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data import formats
 from megatron_qwenvl.data.batch import IGNORED_TASK, Batch, DataNeeds
 from megatron_qwenvl.data.collate import collate
 from megatron_qwenvl.data.errors import DataError
@@ -212,37 +213,69 @@ def test_an_unreadable_picture_is_black_and_named(tmp_path: Path, byte_level: To
     assert batch.loss_mask[batch.sample_ids == bad].any()
 
 
-def test_a_malformed_record_becomes_padding_and_is_named(tmp_path: Path, byte_level: Tokenizer) -> None:
+@pytest.mark.parametrize(
+    "new", [b'"caption": "suspect!', b'"caption": "suspecT"'], ids=["malformed", "valid"]
+)
+def test_an_altered_text_becomes_padding_and_is_named(
+    tmp_path: Path, byte_level: Tokenizer, new: bytes
+) -> None:
     config = two_samples(tmp_path, picture())
-    spoil(tmp_path / "s" / "000000.tar", b'"caption": "suspect"', b'"caption": "suspect!')
+    spoil(tmp_path / "s" / "000000.tar", b'"caption": "suspect"', new)
     ((keys, batch),) = [entry for entry in batches_of(reader_of(config, byte_level)) if entry[0]]
     assert keys == ["good", "suspect"]
     bad = 1
     assert batch.tokens is not None and batch.loss_mask is not None and batch.sample_ids is not None
     assert batch.image_starts is not None
     assert batch.bad_samples == (bad,)
-    assert "suspect: malformed json" in batch.bad_reasons[0]
+    assert "suspect: the text bytes are not those that were indexed" in batch.bad_reasons[0]
     assert not batch.loss_mask[batch.sample_ids == bad].any()
     assert batch.loss_mask[batch.sample_ids == 1 - bad].any()
     slots = (batch.tokens == byte_level.img_pad).nonzero().flatten()
     assert (batch.image_starts[:, None] + torch.arange(SLOTS)).flatten().tolist() == slots.tolist()
 
 
-def test_a_record_of_another_length_stops(tmp_path: Path, byte_level: Tokenizer) -> None:
-    config = two_samples(tmp_path, picture())
-    spoil(tmp_path / "s" / "000000.tar", b'"caption": "suspect"', b'"caption": "suspec" ')
-    with pytest.raises(DataError, match=r"000000\.tar:suspect: the index does not match the shard"):
-        batches_of(reader_of(config, byte_level))
+def test_another_picture_in_the_same_place_is_named_by_the_rank_that_reads_it(
+    tmp_path: Path, byte_level: Tokenizer
+) -> None:
+    old, new = (picture(colour=(number, 30, 60)) for number in (200, 201))
+    assert len(old) == len(new)
+    config = two_samples(tmp_path, old)
+    path = tmp_path / "s" / "000000.tar"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(old, new, 1))
+    reader = reader_of(config, byte_level)
+    for needs, bad in ((DataNeeds(tokens=False), (1,)), (DataNeeds(pixels=False), ())):
+        ((_, batch),) = [entry for entry in batches_of(reader, needs) if entry[0]]
+        assert batch.bad_samples == bad
+        if batch.pixels is not None:
+            assert not batch.pixels[1].any() and batch.pixels[0].any()
+            assert "suspect: the image bytes are not those" in batch.bad_reasons[0]
 
 
-def test_a_shard_with_other_members_stops(tmp_path: Path, byte_level: Tokenizer) -> None:
+def test_a_shard_of_another_length_stops(tmp_path: Path, byte_level: Tokenizer) -> None:
     config = two_samples(tmp_path, picture())
     reader = reader_of(config, byte_level)
     reader.plan.global_batch(0)
-    write_source(tmp_path / "t", [sample("other", {"task": "text", "text": "x"})])
+    write_source(tmp_path / "t", [sample("other", {"task": "text", "text": "x" * 20_000})])
     (tmp_path / "t" / "000000.tar").replace(tmp_path / "s" / "000000.tar")
-    with pytest.raises(DataError, match=r"000000\.tar: the index does not match the shard: expected"):
+    with pytest.raises(
+        DataError, match=r"000000\.tar: expected \d+ bytes as indexed, found \d+; run python tools/"
+    ):
         batches_of(reader)
+
+
+def test_a_rendering_that_changed_without_a_new_version_stops(
+    tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = two_samples(tmp_path, picture())
+    monkeypatch.setitem(formats.LANGUAGES, "en", "English words")
+    reader = reader_of(config, byte_level)
+    with pytest.raises(
+        DataError, match=r"expected \d+ tokens as indexed, found \d+; run python tools/.* --force"
+    ):
+        batches_of(reader)
+    index_directory(tmp_path / "s", IndexJob(force=True))
+    assert all(not batch.bad_samples for _, batch in batches_of(reader_of(config, byte_level)))
 
 
 def test_chinese_source_prompts_in_chinese(tmp_path: Path, byte_level: Tokenizer) -> None:

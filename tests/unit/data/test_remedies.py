@@ -1,0 +1,184 @@
+"""Every command that a message of the data names is run, and helps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data import index as index_module
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.index import index_path, load_index
+from megatron_qwenvl.data.indexing import IndexJob, index_directory
+from megatron_qwenvl.data.plan import training_plan
+from megatron_qwenvl.data.tasks import TASKS
+from megatron_qwenvl.data.tokenizer import load_tokenizer
+from tools import index_shards
+
+from .conftest import QWEN_VOCABULARY
+from .shards import mixed_samples, run_config, write_shard, write_source
+
+ROOT = Path(__file__).parents[3]
+
+
+def change_index(shard: Path, **changes: object) -> None:
+    """Change what an index says about itself; None removes it."""
+    with np.load(index_path(shard)) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    meta = {**json.loads(bytes(arrays["meta"])), **changes}
+    arrays["meta"] = np.bytes_(json.dumps({name: value for name, value in meta.items() if value is not None}))
+    np.savez_compressed(index_path(shard), **arrays)
+
+
+def change_manifest(root: Path, **changes: object) -> None:
+    path = root / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def older_index(root: Path) -> None:
+    for shard in root.glob("*.tar"):
+        change_index(shard, format=1, rendering=None, task_names=None)
+    change_manifest(root, format=1)
+
+
+def older_rendering(root: Path) -> None:
+    for shard in root.glob("*.tar"):
+        change_index(shard, rendering=1)
+    change_manifest(root, rendering=1)
+
+
+def removed_task(root: Path) -> None:
+    change_index(root / "000001.tar", task_names=["video", *TASKS])
+
+
+def old_index_beside_new_manifest(root: Path) -> None:
+    change_index(root / "000001.tar", format=1)
+
+
+def missing_index(root: Path) -> None:
+    index_path(root / "000001.tar").unlink()
+
+
+def damaged_index(root: Path) -> None:
+    path = index_path(root / "000001.tar")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def index_of_another_shard(root: Path) -> None:
+    shutil.copy(index_path(root / "000000.tar"), index_path(root / "000001.tar"))
+
+
+def missing_manifest(root: Path) -> None:
+    (root / "manifest.json").unlink()
+
+
+def damaged_manifest(root: Path) -> None:
+    (root / "manifest.json").write_text("[" * 100_000)
+
+
+def other_tokenizer(root: Path) -> None:
+    index_directory(root, IndexJob())
+
+
+def new_shard(root: Path) -> None:
+    write_shard(root / "000009.tar", mixed_samples(9))
+
+
+def missing_shard(root: Path) -> None:
+    (root / "000001.tar").unlink()
+
+
+def other_shard(root: Path) -> None:
+    write_shard(root / "000001.tar", mixed_samples(90))
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (older_index, "manifest.json: expected index format 2, found 1"),
+    (older_rendering, "manifest.json: expected the text lengths of rendering version 2, found 1"),
+    (removed_task, "expected the tasks caption, .*, found video"),
+    (old_index_beside_new_manifest, "000001.index.npz: expected index format 2, found 1"),
+    (missing_index, "000001.index.npz: no index"),
+    (damaged_index, "000001.index.npz: damaged index"),
+    (index_of_another_shard, "000001.tar: index and manifest differ"),
+    (missing_manifest, "manifest.json: no manifest"),
+    (damaged_manifest, "manifest.json: damaged manifest"),
+    (other_tokenizer, "manifest.json: indexed with another tokenizer"),
+    (new_shard, "000009.tar: shard is not in manifest.json"),
+    (missing_shard, "000001.tar: shard of the manifest cannot be read: No such file or directory"),
+    (other_shard, r"000001.tar: expected \d+ bytes as indexed, found \d+"),
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A vocabulary whose path must be quoted."""
+    return str(shutil.copy(QWEN_VOCABULARY, tmp_path_factory.mktemp("it's a vocabulary") / "qwen.tiktoken"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, vocabulary: str) -> RunConfig:
+    """A run over an indexed source in a directory whose name must be quoted, with a tokenizer of its own."""
+    write_source(tmp_path / "my data", mixed_samples(20), tokenizer=vocabulary)
+    config = run_config(tmp_path, {"my data": 1}, tokenizer=vocabulary)
+    decoder = config.model.decoder.model_copy(update={"vocab_size": 151_936})
+    return config.model_copy(update={"model": config.model.model_copy(update={"decoder": decoder})})
+
+
+def open_all(config: RunConfig) -> int:
+    """Open the data of a run and read every index; the number of samples."""
+    plan = training_plan(config, load_tokenizer(config.data.tokenizer).fingerprint)
+    shards = plan.sources[0].directory.manifest.shards
+    return sum(len(plan.index(0, shard)) for shard in range(len(shards)))
+
+
+def named_command(message: str) -> list[str]:
+    """The command with which a message ends."""
+    found = re.search(r"run (python tools/index_shards\.py .*)$", message)
+    assert found, message
+    return shlex.split(found[1])
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_command_that_a_message_names_helps(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], reason: str
+) -> None:
+    damage(Path(run.data.root, "my data"))
+    with pytest.raises(DataError, match=reason) as caught:
+        open_all(run)
+    monkeypatch.setattr(sys, "argv", named_command(str(caught.value))[1:])
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert index_shards.main() == 0
+    assert open_all(run) >= 10
+
+
+def test_the_command_for_an_older_index_works_in_a_shell(run: RunConfig) -> None:
+    older_index(Path(run.data.root, "my data"))
+    with pytest.raises(DataError) as caught:
+        open_all(run)
+    command = shlex.join([sys.executable, *named_command(str(caught.value))[1:]])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, shell=True, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert "2 shards (2 indexed now)" in result.stdout
+    assert open_all(run) == 20
+
+
+def test_a_task_keeps_its_name_when_others_come_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = mixed_samples(18)
+    write_source(tmp_path / "s", samples, per_shard=18)
+    monkeypatch.setattr(index_module, "TASKS", ("video", *TASKS))
+    tasks = load_index(tmp_path / "s" / "000000.tar").arrays["tasks"]
+    expected = [json.loads(item["json"])["task"] for item in samples]
+    assert [("video", *TASKS)[task] for task in tasks] == expected
