@@ -1,7 +1,8 @@
 """Greedy decoding with images: simple and exact, for checks and small evaluations.
 
 Many prompts are decoded together as isolated segments of one packed sequence. Vision runs once per prompt; the
-decoder is run over the whole sequence for every new token, without a key-value cache.
+decoder is run over the whole sequence for every new token, without a key-value cache. Prompts longer than the decoder
+was trained at are read as the published code reads them, see `model/long_context.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_qwenvl.checkpoint.manifest import Published
 from megatron_qwenvl.checkpoint.weights import load_weights
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.batch import Batch
 from megatron_qwenvl.data.tokenizer import Tokenizer
 from megatron_qwenvl.model.build import build_stage
+from megatron_qwenvl.model.long_context import LongContext, Stretch
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.model.stage import QwenVLStage
 from megatron_qwenvl.runtime.engine import Runtime
@@ -45,12 +48,20 @@ class Generator:
         stage: a pipeline stage that holds the whole model (no tensor or pipeline parallelism).
         tokenizer: its vocabulary; ids beyond it are padding rows and never produced.
         device: where the model is.
+        context: how it reads positions beyond its trained length; None: as published.
     """
 
-    def __init__(self, stage: QwenVLStage, tokenizer: Tokenizer, device: torch.device) -> None:
+    def __init__(
+        self,
+        stage: QwenVLStage,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        context: LongContext | None = None,
+    ) -> None:
         self._stage = stage.eval()
         self._tokenizer = tokenizer
         self._device = device
+        self._context = context or LongContext()
 
     @classmethod
     def load(cls, checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, runtime: Runtime) -> Generator:
@@ -66,14 +77,15 @@ class Generator:
                 f"pipeline {runtime.pipeline_size}"
             )
         stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
-        load_weights(checkpoint, config, stage)
-        return cls(stage, tokenizer, runtime.device)
+        published = load_weights(checkpoint, config, stage).published or Published()
+        context = LongContext(published.seq_length, published.use_dynamic_ntk, published.use_logn_attn)
+        return cls(stage, tokenizer, runtime.device, context)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         """Most likely continuation of every prompt, up to and without `<|endoftext|>` or `<|im_end|>`.
 
-        The result of a prompt does not depend on the prompts beside it.
+        The result of a prompt does not depend on the prompts beside it: each is stretched by its own length.
 
         Args:
             prompts: at least one.
@@ -82,6 +94,18 @@ class Generator:
         Returns:
             New token ids of every prompt.
         """
+        answers: list[list[int]] = [[] for _ in prompts]
+        groups: dict[Stretch, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(self._context.stretch(len(prompt.tokens)), []).append(i)
+        for stretch, members in groups.items():
+            found = self._generate([prompts[i] for i in members], stretch, max_new_tokens)
+            for i, answer in zip(members, found, strict=True):
+                answers[i] = answer
+        return answers
+
+    def _generate(self, prompts: Sequence[Prompt], stretch: Stretch, max_new_tokens: int) -> list[list[int]]:
+        """Answers to prompts that are stretched alike: rotary angles belong to a whole batch."""
         features = [self._see(prompt) for prompt in prompts]
         sequences = [list(prompt.tokens) for prompt in prompts]
         open_prompts = list(range(len(prompts)))
@@ -90,7 +114,7 @@ class Generator:
                 break
             batch = self._pack([(sequences[i], prompts[i].image_starts) for i in open_prompts])
             seen = [seen for i in open_prompts if (seen := features[i]) is not None]
-            following = self._next_tokens(batch, torch.cat(seen, dim=1) if seen else None)
+            following = self._next_tokens(batch, torch.cat(seen, dim=1) if seen else None, stretch)
             still_open = []
             for i, token in zip(open_prompts, following, strict=True):
                 if token not in (self._tokenizer.eos, self._tokenizer.im_end):
@@ -106,10 +130,10 @@ class Generator:
         batch = self._pack([(prompt.tokens, prompt.image_starts)])
         return self._stage.see(replace(batch, pixels=prompt.pixels.to(self._device)))
 
-    def _next_tokens(self, batch: Batch, features: Tensor | None) -> list[int]:
+    def _next_tokens(self, batch: Batch, features: Tensor | None, stretch: Stretch) -> list[int]:
         last = batch.cu_seqlens[1:].long() - 1
         self._stage.set_input_tensor(None)
-        logits = self._stage(batch, last, features)
+        logits = self._stage(batch, last, features, stretch)
         return logits[:, : self._tokenizer.vocab_size].argmax(dim=-1).tolist()
 
     def _pack(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:

@@ -43,7 +43,7 @@ def sincos_table(grid: int, width: int) -> Tensor:
     return torch.cat([columns, rows], dim=2).reshape(grid * grid, width).float()
 
 
-def rotary_frequencies(positions: Tensor, head_dim: int, base: int) -> Tensor:
+def rotary_frequencies(positions: Tensor, head_dim: int, base: float) -> Tensor:
     """Rotary angles of every position, in the two-halves layout.
 
     Args:

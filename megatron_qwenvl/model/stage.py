@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -28,6 +27,7 @@ from megatron_qwenvl.runtime.kernels import Kernels
 from .adapter import Adapter
 from .engine_config import EngineConfigs, StageLayers
 from .layers import Layer, LayerKind
+from .long_context import Segments, Stretch, scale_queries
 from .patch_embedding import PatchEmbedding
 from .positions import rotary_frequencies
 from .specs import block_spec
@@ -119,7 +119,7 @@ class QwenVLStage(MegatronModule):
         if not own and not ends_here:
             return None
         config.pipeline_model_parallel_layout = StageLayers(own[0] if own else config.num_layers, len(own))
-        return TransformerBlock(
+        block = TransformerBlock(
             config,
             block_spec(config, self._kernels, len(own), causal),
             post_layer_norm=ends_here,
@@ -127,6 +127,10 @@ class QwenVLStage(MegatronModule):
             post_process=ends_here,
             pg_collection=self._groups,
         )
+        if causal:
+            for layer in block.layers:
+                layer.self_attention.core_attention.register_forward_pre_hook(scale_queries, with_kwargs=True)
+        return block
 
     def _head(self, config: TransformerConfig) -> ColumnParallelLinear:
         decoder = self.model.decoder
@@ -148,7 +152,11 @@ class QwenVLStage(MegatronModule):
         self.input_tensor = received
 
     def forward(
-        self, batch: Batch, positions: Tensor | None = None, features: Tensor | None = None
+        self,
+        batch: Batch,
+        positions: Tensor | None = None,
+        features: Tensor | None = None,
+        stretch: Stretch | None = None,
     ) -> Tensor:
         """Run this stage's layers.
 
@@ -158,6 +166,7 @@ class QwenVLStage(MegatronModule):
                 stage only.
             features: the adapter's output for the batch's images from an earlier `see`, in place of running
                 the vision layers.
+            stretch: how positions beyond the trained length are read, at inference; None: as any other.
 
         Returns:
             The boundary tensor; on the last stage float32 `[m]` losses of `batch.labels` at `positions`, or,
@@ -168,7 +177,7 @@ class QwenVLStage(MegatronModule):
             x = self._read(self.embedding, batch, x)
         assert x is not None, "only the first pipeline stage receives nothing"
         if self.decoder is not None:
-            x = self._decode(self.decoder, batch, x)
+            x = self._decode(self.decoder, batch, x, stretch)
         if self.output_layer is not None:
             assert positions is not None, "the last pipeline stage is told which positions are wanted"
             return self._predict(self.output_layer, batch, x, positions)
@@ -212,8 +221,8 @@ class QwenVLStage(MegatronModule):
             out = out + 0.0 * x.sum()
         return scatter_to_sequence_parallel_region(out) if self.config.sequence_parallel else out
 
-    def _decode(self, decoder: TransformerBlock, batch: Batch, x: Tensor) -> Tensor:
-        packed, rotary = self._attention_inputs(batch)
+    def _decode(self, decoder: TransformerBlock, batch: Batch, x: Tensor, stretch: Stretch | None) -> Tensor:
+        packed, rotary = self._attention_inputs(batch, stretch)
         return decoder(
             _ready_for_recompute(x, decoder),
             attention_mask=None,
@@ -221,26 +230,30 @@ class QwenVLStage(MegatronModule):
             packed_seq_params=packed,
         )
 
-    def _attention_inputs(self, batch: Batch) -> tuple[PackedSeqParams, Tensor]:
+    def _attention_inputs(self, batch: Batch, stretch: Stretch | None = None) -> tuple[Segments, Tensor]:
         """Segments and rotary angles in the form of the kernels in use.
 
         Transformer Engine's fused kernels restart positions at every segment by themselves. The local attention
         takes one angle per token; it is given the plain sequence layout so that megatron-core does not split
         the sequence once more for the rotary embedding.
         """
-        head_dim, base = self.model.decoder.hidden // self.model.decoder.heads, self.model.decoder.rotary_base
+        decoder = self.model.decoder
+        head_dim, base = decoder.hidden // decoder.heads, float(decoder.rotary_base)
         fused = self._kernels.name == "te"
         positions = (
             torch.arange(batch.length, device=batch.position_ids.device) if fused else batch.position_ids
         )
         longest = batch.max_segment
-        packed = PackedSeqParams(
+        packed = Segments(
             qkv_format="thd" if fused else "sbhd",
             cu_seqlens_q=batch.cu_seqlens,
             cu_seqlens_kv=batch.cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
+        if stretch is not None:
+            base = stretch.rotary_base(base, head_dim)
+            packed.query_scale = stretch.query_scale(batch.position_ids)
         return packed, rotary_frequencies(positions, head_dim, base)
 
     def _predict(self, head: ColumnParallelLinear, batch: Batch, x: Tensor, positions: Tensor) -> Tensor:
