@@ -22,9 +22,9 @@ RECENT_RECORDS = 20
 
 
 def total_steps(run: Path) -> int | None:
-    """Steps of the run's schedule by its resolved configuration; None before it has started."""
+    """Steps of the run's schedule by its resolved configuration; None before it has started, or where that is lost."""
     try:
-        text = (run / "config.yaml").read_text(encoding="utf-8")
+        text = (run / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     train = re.search(r"^train:\n((?: .*\n)+)", text, re.MULTILINE)
@@ -62,16 +62,18 @@ def recent_records(run: Path) -> list[dict[str, Any]]:
 def describe(run: Path) -> str:
     """One line."""
     steps, records, saved = total_steps(run), recent_records(run), saved_step(run)
-    if steps is None:
+    if steps is None and not records and saved is None:
         return "not started"
-    parts = [f"step {records[-1]['step'] + 1 if records else saved or 0}/{steps}"]
+    parts = [f"step {records[-1]['step'] + 1 if records else saved or 0}/{steps or '?'}"]
     if records:
         last = records[-1]
         if last.get("loss") is not None:
             parts.append(f"loss {last['loss']:.4f}")
         parts.append(f"{last['samples_per_second']:.1f} samples/s")
     parts.append("nothing saved" if saved is None else f"saved step {saved}")
-    if (seconds := seconds_left(records, steps)) is not None and saved != steps:
+    if steps is None:
+        parts.append("config.yaml is missing or damaged; the next start writes it")
+    elif (seconds := seconds_left(records, steps)) is not None and saved != steps:
         parts.append(f"{format_time(seconds)} left")
     return " | ".join(parts)
 

@@ -107,7 +107,15 @@ class CheckpointManager:
         """All ranks, as checkpoints need them."""
         self.published: Published | None = None
         """What is known of the published directory that the run's weights come from; every save records it."""
-        self.peers.main(self._tidy, f"{directory}: cannot be prepared")
+
+    def prepare(self) -> None:
+        """Make the folder ready for saves: the first thing that changes anything in it. Remove what an interrupted run
+        left behind, and let `latest` name the newest checkpoint if that run could not.
+
+        Raises:
+            CheckpointError: on every rank, if that fails.
+        """
+        self.peers.main(self._tidy, f"{self._directory}: cannot be prepared")
 
     def save(
         self,
@@ -209,21 +217,26 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints but all are damaged, or their folder cannot be read.
         """
-        found = self.peers.main(
-            lambda: checkpoints_of_run(self._directory), f"{self._directory}: cannot be read"
-        )
+        found = self.peers.main(self._candidates, f"{self._directory}: cannot be read")
         candidates = self.peers.broadcast(found)
         for candidate in candidates:
             problems = find_problems(candidate, self.peers)
             if not problems:
                 return candidate
-            self._damaged.add(step_of(candidate))
+            self._damaged.add(step_of(candidate.with_suffix("")))
             if self.peers.is_main:
                 for problem in problems:
                     logger.error("damaged checkpoint: %s", problem)
         if candidates:
             raise CheckpointError(f"{self._directory}: all {len(candidates)} checkpoints are damaged")
         return None
+
+    def _candidates(self) -> list[Path]:
+        """What can be resumed from, from new to old: the checkpoints, and those that a crash left between the two
+        renames of `_publish`."""
+        orphans = [path for path in _replaced(self._directory) if not path.with_suffix("").exists()]
+        found = [*checkpoints_of_run(self._directory), *orphans]
+        return sorted(found, key=lambda path: step_of(path.with_suffix("")), reverse=True)
 
     def load(self, checkpoint: Path, model: ShardedState, optimizer: ShardedState) -> Loaded:
         """Load a training checkpoint into this rank's shards, at any layout.
@@ -330,12 +343,10 @@ class CheckpointManager:
             shutil.rmtree(condemned, ignore_errors=True)
 
     def _tidy(self) -> None:
-        """Remove what an interrupted run left behind, and let `latest` name the newest checkpoint if that run could
-        not."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._directory.glob("step_*.tmp"):
             shutil.rmtree(leftover)
-        for replaced in self._directory.glob("step_*.old"):
+        for replaced in _replaced(self._directory):
             if replaced.with_suffix("").exists():
                 shutil.rmtree(replaced)
             else:
@@ -348,6 +359,11 @@ class CheckpointManager:
     def _discard(self, aside: Path) -> None:
         if self.peers.is_main:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replaced(directory: Path) -> list[Path]:
+    """Checkpoints that were set aside for a new one of the same step."""
+    return list(directory.glob("step_*.old"))
 
 
 def _warn(consequence: str, action: Callable[[], object]) -> None:

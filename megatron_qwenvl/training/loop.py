@@ -28,6 +28,7 @@ from .errors import TrainingError
 from .metrics import MetricsLog, StepCost, mfu_reference, start_record, step_metrics
 from .optimizer import Schedule, build_optimizer
 from .progress import Progress
+from .run_directory import check_run_directory, record_start
 from .setup import announce, first_weights, make_loaders, resume
 from .step import StepReport, StepRunner
 
@@ -68,9 +69,12 @@ class Trainer:
             DataError: data that does not fit the configuration.
         """
         partition = make_partition(config, runtime.data_size)
-        announce(config, runtime, partition.describe())
+        if runtime.is_main:
+            announce(config, partition.describe())
+        folder = Path(config.run_dir)
+        checkpoints = CheckpointManager(folder / "checkpoints", config)
+        checkpoints.peers.main(lambda: check_run_directory(folder), "refused")
         stage = build_stage(config, runtime, partition)
-        checkpoints = CheckpointManager(Path(config.run_dir) / "checkpoints", config)
         newest = checkpoints.latest()
         if newest is None:
             checkpoints.published = first_weights(config, runtime, stage, checkpoints.peers)
@@ -78,6 +82,11 @@ class Trainer:
         optimizer = build_optimizer(runner.model, config)
         progress = Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)
         loader, validation = make_loaders(config, runtime, stage, progress.step)
+        # Whatever can refuse to start has done so: from here on the run directory is written to.
+        checkpoints.prepare()
+        checkpoints.peers.main(
+            lambda: record_start(config, runtime.process), f"{folder}: the start cannot be recorded"
+        )
         return cls(
             config=config,
             runtime=runtime,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import megatron.core
 import torch
@@ -22,6 +21,7 @@ from megatron_qwenvl.model.flops import total_flops
 from megatron_qwenvl.runtime.engine import Runtime
 from megatron_qwenvl.runtime.peak_flops import dense_bf16_flops
 
+from .records import RecordFile
 from .step import StepReport
 
 logger = logging.getLogger(__name__)
@@ -137,18 +137,16 @@ class MetricsLog:
 
     def __init__(self, config: RunConfig, is_main: bool, first_step: int) -> None:
         self._config = config
-        self._file: TextIO | None = None
+        self._writes = is_main
+        self._file: RecordFile | None = None
         self._board: Any = None
         self._failing = False
         self._began = time.monotonic()
         self._first_step = first_step
-        if not is_main:
-            return
-        folder = Path(config.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        with self._going_on():
-            self._board = self._open_board(first_step)
+        if is_main:
+            with self._going_on():
+                self._file = self._open_file()
+                self._board = self._open_board(first_step)
 
     def due(self, step: int, applied: bool) -> bool:
         """Whether a step (from 0) is logged; the same on every rank."""
@@ -156,14 +154,14 @@ class MetricsLog:
 
     def train(self, record: dict[str, Any]) -> None:
         """Log a training step (0-based `record["step"]`)."""
-        if self._file is not None:
+        if self._writes:
             self._write({"kind": "train", **record}, prefix="train")
             logger.info(self._progress_line(record))
 
     def validation(self, step: int, report: StepReport) -> None:
         """Log a validation after `step` steps."""
         losses = {f"loss/{task}": loss for task, loss in report.task_losses.items()}
-        if self._file is not None:
+        if self._writes:
             self._write(
                 {"kind": "validation", "step": step, "loss": report.loss, **losses}, prefix="validation"
             )
@@ -174,7 +172,7 @@ class MetricsLog:
 
     def event(self, kind: str, **values: Any) -> None:
         """Record something that happened, such as a save."""
-        if self._file is not None:
+        if self._writes:
             self._write({"kind": kind, **values}, prefix=kind)
 
     def close(self) -> None:
@@ -197,11 +195,10 @@ class MetricsLog:
             self._failing = False
 
     def _write(self, record: dict[str, Any], prefix: str) -> None:
-        assert self._file is not None
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self._going_on():
-            self._file.write(json.dumps({**finite, "time": time.time()}, allow_nan=False) + "\n")
-            self._file.flush()
+            self._file = self._file or self._open_file()
+            self._file.append({**finite, "time": time.time()})
             self._write_scalars(record, prefix)
 
     def _write_scalars(self, record: dict[str, Any], prefix: str) -> None:
@@ -215,6 +212,11 @@ class MetricsLog:
         except OSError:
             self._board = None  # its thread has ended with the error; the next record opens another one
             raise
+
+    def _open_file(self) -> RecordFile:
+        folder = Path(self._config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return RecordFile(folder / "metrics.jsonl")
 
     def _open_board(self, first_step: int) -> Any:
         """A TensorBoard writer whose steps from `first_step` on replace older ones; None if there is to be none."""

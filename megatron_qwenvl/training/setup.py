@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_qwenvl.checkpoint.collective import Peers
 from megatron_qwenvl.checkpoint.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.manifest import Published
 from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
-from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.batch import DataNeeds
 from megatron_qwenvl.data.loader import StepLoader, build_loader
@@ -25,7 +21,6 @@ from megatron_qwenvl.model.build import initialize_weights
 from megatron_qwenvl.model.shapes import describe_parameters
 from megatron_qwenvl.model.stage import QwenVLStage
 from megatron_qwenvl.runtime.engine import Runtime
-from megatron_qwenvl.runtime.environment import describe_environment
 
 from .optimizer import restore_optimizer
 from .progress import Progress
@@ -33,40 +28,12 @@ from .progress import Progress
 logger = logging.getLogger(__name__)
 
 
-def announce(config: RunConfig, runtime: Runtime, partition: str) -> None:
-    """Log what is going to run and leave its resolved configuration and environment in the run directory."""
-    if not runtime.is_main:
-        return
+def announce(config: RunConfig, partition: str) -> None:
+    """Log what is going to run."""
     logger.info("run %s (%s) in %s", config.name, config.stage, config.run_dir)
     logger.info(describe_parameters(config))
     for line in partition.splitlines():
         logger.info(line)
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    _note_changes(folder / "config.yaml", config)
-    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    environment = folder / "environment" / f"{time.strftime('%Y%m%dT%H%M%S')}.json"  # one per start
-    environment.parent.mkdir(exist_ok=True)
-    described = describe_environment(runtime.process).to_json()
-    environment.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-
-
-def _note_changes(earlier: Path, config: RunConfig) -> None:
-    """Say in what a run that is started again differs from before, layout and machine aside."""
-    if not earlier.is_file():
-        return
-    apart = {"parallel", "runtime", "logging"}
-    before, now = yaml.safe_load(earlier.read_text(encoding="utf-8")), yaml.safe_load(dump_yaml(config))
-    for section in sorted((before.keys() | now.keys()) - apart):
-        old, new = before.get(section), now.get(section)
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            old, new = {"": old}, {"": new}
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                field = f"{section}.{name}".rstrip(".")
-                logger.warning(
-                    "%s was %s when this run was started before, now %s", field, old.get(name), new.get(name)
-                )
 
 
 def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, peers: Peers) -> Published | None:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .records import read_records
+
 Record = dict[str, Any]
 
 
@@ -73,9 +75,7 @@ def read_metrics(path: Path) -> tuple[Record, list[Record]]:
     Raises:
         IncompleteRun: the run never started to train.
     """
-    records = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
+    records = list(read_records(path)) if path.exists() else []
     starts = [place for place, record in enumerate(records) if record["kind"] == "start"]
     if not starts:
         raise IncompleteRun(f"{path}: the run never started to train")

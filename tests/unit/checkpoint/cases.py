@@ -72,6 +72,7 @@ def load_newest(process: ProcessInfo, folder: Path, axis: int = 0) -> dict[str, 
     if newest is None:
         return None
     loaded = manager.load(newest, state(0, axis), state(0, axis))
+    manager.prepare()
     step = loaded.manifest.step
     part = weights(step).chunk(process.world_size, axis)[process.rank]
     assert torch.equal(loaded.model["matrix"], part)

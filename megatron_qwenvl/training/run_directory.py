@@ -1,0 +1,97 @@
+"""What a start leaves in its run directory, apart from checkpoints and metrics: `config.yaml` and `environment/`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_qwenvl.checkpoint.files import CheckpointError, replace_bytes
+from megatron_qwenvl.config.load import dump_yaml
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime.environment import describe_environment
+from megatron_qwenvl.runtime.processes import ProcessInfo
+
+logger = logging.getLogger(__name__)
+
+
+def check_run_directory(folder: Path) -> None:
+    """Make sure that a run can write to its directory, which may still have to be made; changes nothing.
+
+    Raises:
+        CheckpointError: it, or a part of its path, is no directory, or may not be written to.
+        OSError: the file system refuses the path.
+    """
+    place = folder.absolute()
+    while not _exists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise CheckpointError(f"run_dir {folder}: expected a directory, but {place} is not one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise CheckpointError(f"run_dir {folder}: {place} cannot be written to")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def record_start(config: RunConfig, process: ProcessInfo) -> None:
+    """Leave the resolved configuration and the environment of this start in the run directory, after telling what
+    has changed since the start before.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    folder = Path(config.run_dir)
+    environment = folder / "environment"
+    environment.mkdir(parents=True, exist_ok=True)
+    _tell_changes(folder, config)
+    replace_bytes(folder / "config.yaml", dump_yaml(config).encode())
+    described = json.dumps(describe_environment(process).to_json(), indent=1) + "\n"
+    replace_bytes(environment / f"{time.strftime('%Y%m%dT%H%M%S')}.json", described.encode())  # one per start
+
+
+def _tell_changes(folder: Path, config: RunConfig) -> None:
+    """Say in what a run that is started again differs from before, layout and machine aside."""
+    before = _configuration_before(folder)
+    if before is None:
+        return
+    now = yaml.safe_load(dump_yaml(config))
+    apart = {"parallel", "runtime", "logging"}
+    for section in sorted((before.keys() | now.keys()) - apart, key=str):
+        old, new = before.get(section), now.get(section)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            old, new = {"": old}, {"": new}
+        for name in sorted(old.keys() | new.keys(), key=str):
+            if old.get(name) != new.get(name):
+                field = f"{section}.{name}".rstrip(".")
+                logger.warning(
+                    "%s was %s when this run was started before, now %s", field, old.get(name), new.get(name)
+                )
+
+
+def _configuration_before(folder: Path) -> dict[Any, Any] | None:
+    """The configuration of the start before; None if there was none, or if its file is lost, which is told."""
+    path = folder / "config.yaml"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if any(folder.glob("checkpoints/step_*")):
+            logger.warning("%s is missing: changes since the last start are not known", path)
+        return None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())
+    if isinstance(found, dict):
+        return found
+    reason = "is empty" if found is None else f"is damaged ({str(found)[:100]})"
+    logger.warning("%s %s: changes since the last start are not known; it is written anew", path, reason)
+    return None
