@@ -1,17 +1,56 @@
-"""torchrun, but with the exit code of the process that failed first; torchrun's own is always 1."""
+"""torchrun, with the exit code of the process that failed first and with time to save.
+
+torchrun's own exit code is always 1. It kills its processes 30 s after a SIGTERM, and dies of SIGUSR1 and leaves them
+behind; here stop signals are passed on to the processes, and they decide when they end.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+INTERRUPTED = 75  # as in megatron_qwenvl/runtime/exit_codes.py
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+def pass_on(number: int, _: FrameType | None) -> None:
+    """Send a signal to all processes; without any, die of it."""
+    import psutil
+
+    processes = psutil.Process().children()
+    for process in processes:
+        process.send_signal(number)
+    if not processes:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def main() -> int:
+    """Run torchrun's own program; returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = (
+        "SIGHUP,SIGQUIT"  # those at which torchrun ends its processes
+    )
+    try:
+        torchrun()
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        if failure.exitcode != INTERRUPTED:
+            print(error, file=sys.stderr)
+        # A negative code is a signal; shells report it so.
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ChildFailedError as error:
-        print(error, file=sys.stderr)
-        _, failure = error.get_first_failure()
-        # A negative code is a signal; shells report it so.
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    for stop in STOP_SIGNALS:
+        if signal.getsignal(stop) != signal.SIG_IGN:  # a shell lets its background jobs ignore Ctrl-C
+            signal.signal(stop, pass_on)
+    sys.exit(main())

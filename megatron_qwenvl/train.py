@@ -3,46 +3,58 @@
     torchrun --nproc-per-node 4 -m megatron_qwenvl.train --recipe tiny_stage1 --parallel.tensor 2
 
 `--print-config` shows the resolved configuration, `--help` explains every field. A run that has a checkpoint in
-its `run_dir` goes on from the newest good one. SIGUSR1 or SIGTERM: all ranks finish the same step, save and end with
-exit code 75; started again the run goes on from there.
+its `run_dir` goes on from the newest good one. SIGUSR1, SIGTERM or Ctrl-C: all ranks finish the same step, save and
+end with exit code 75; started again the run goes on from there.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
 
-from megatron_qwenvl.config.cli import USAGE_ERROR, parse_run_arguments
 from megatron_qwenvl.runtime.exit_codes import CRASHED, INTERRUPTED, RUN_ERROR
 from megatron_qwenvl.runtime.interrupt import StopRequest
-from megatron_qwenvl.runtime.processes import LaunchError, detect_process
+from megatron_qwenvl.runtime.leave import leave
 
 logger = logging.getLogger(__name__)
 
 PEER_SECONDS = 5.0
 """A rank that lost a neighbour waits before it ends, so that the launcher sees the neighbour's end first."""
+START_SECONDS = 10.0
+"""A start that was asked to stop ends by itself after this time; Slurm's KillWait, after which it kills, is 30 s."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, start, train, stop; returns the exit code."""
+    """Parse, start, train, stop; returns the exit code, with which the process is to `leave`."""
+    stop = StopRequest.listen()  # before anything is imported that takes time
+    try:
+        return _run(sys.argv[1:] if argv is None else argv, stop)
+    except SystemExit as end:  # after --help and --print-config, or for arguments that cannot be used
+        if not end.code and stop.received:
+            return _stopped_early(stop.name)
+        return int(end.code or 0)
+
+
+def _run(argv: Sequence[str], stop: StopRequest) -> int:
+    from megatron_qwenvl.config.cli import USAGE_ERROR, parse_run_arguments
+    from megatron_qwenvl.runtime.processes import LaunchError, detect_process
+
     try:
         process = detect_process()
     except LaunchError as error:
         print(f"train: {error}", file=sys.stderr)
         return USAGE_ERROR
     config = parse_run_arguments(
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m megatron_qwenvl.train",
         description="Train one stage of Qwen-VL.",
         world_size=process.world_size,
         quiet=process.rank > 0,
     )
-    stop = StopRequest.listen()
+    stop.limit_start(START_SECONDS, lambda name: leave(_stopped_early(name)))
 
     # Everything below needs torch; configuration errors are said before it is loaded.
     warnings.filterwarnings(
@@ -57,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_qwenvl.training.loop import Trainer
 
     engine.configure_logging(process.rank)
+    if stop.received:
+        return _stopped_early(stop.name)
     try:
         runtime = engine.start(config, process)
         trainer = Trainer.build(config, runtime, stop)
@@ -65,28 +79,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             how = "interrupted" if trainer.interrupted else "finished"
             logger.info("%s at step %d of %d", how, progress.step, config.train.steps)
         engine.stop()
-        if trainer.interrupted:
-            _leave(
-                INTERRUPTED
-            )  # the usual way out takes long, and a signal during it would change the exit code
+        return INTERRUPTED if trainer.interrupted else 0
     except (CheckpointError, DataError, EngineVersionError, KernelError, LaunchError, TrainingError) as error:
         logger.error("FAILED (error) %s: %s", type(error).__name__, error)
-        _leave(RUN_ERROR)
+        return RUN_ERROR
     except Exception as error:
+        if stop.came_early and engine.is_lost_peer(error):  # which got the signal, too, and was faster
+            return _stopped_early(stop.name)
         if engine.is_lost_peer(error):
             logger.error("FAILED (lost peer) %s", " ".join(str(error).split()))
             time.sleep(PEER_SECONDS)
         else:
             logger.exception("FAILED (crash) %s: %s", type(error).__name__, " ".join(str(error).split()))
-        _leave(CRASHED)
-    return 0
+        return CRASHED
 
 
-def _leave(code: int) -> NoReturn:
-    """End at once: other ranks may wait in a collective, and the usual way out would wait for them."""
-    sys.stderr.flush()
-    os._exit(code)
+def _stopped_early(signal_name: str) -> int:
+    print(f"train: stopped by {signal_name} before the first step: nothing to save", file=sys.stderr)
+    return INTERRUPTED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -20,6 +20,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.runtime.interrupt import ignore_stop_signals
+from megatron_qwenvl.runtime.interrupt import blocked_stop_signals, ignore_stop_signals
 
 from .batch import Batch, DataNeeds
 from .cache import LruCache
@@ -150,6 +151,7 @@ class StepLoader:
             lifeline, alive = multiprocessing.Pipe(duplex=False)
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, f"{__package__}.fork_server"])
+            _start_helpers()
             # A step starts when all its micro-batches are there, so a whole step must fit into what is ahead.
             ahead = max(
                 data.prefetch, -(-self.info(self.steps[0]).micro_batches // workers) if self.steps else 0
@@ -215,6 +217,15 @@ def _raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _start_helpers() -> None:
+    """Start multiprocessing's own helper processes where a signal to every process of a job does not end them: without
+    fork server there are no workers, and without resource tracker semaphores of a killed run stay in /dev/shm."""
+    with blocked_stop_signals():
+        resource_tracker.ensure_running()  # unblocks some of them
+    with blocked_stop_signals():
+        forkserver.ensure_running()
 
 
 def _prepare_worker(lifeline: Connection, _: int) -> None:

@@ -12,4 +12,6 @@ CRASHED = 70
 HUNG = 71
 """No step within `runtime.hang_minutes`."""
 INTERRUPTED = 75
-"""Stopped at a signal with everything saved: start it again and it goes on."""
+"""Stopped at a signal with everything saved that there was to save: start it again and it goes on."""
+INTERRUPTED_BY_USER = 130
+"""A tool ended by Ctrl-C, as shells have it; a run saves at Ctrl-C and ends with `INTERRUPTED`."""

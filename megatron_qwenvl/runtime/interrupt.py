@@ -1,18 +1,65 @@
-"""Signals that ask a run to save and stop: a time limit that comes near, preemption, a requeue, `kill`."""
+"""Signals that ask a process to stop: a time limit that comes near, preemption, a requeue, `kill`, Ctrl-C.
+
+Imports nothing but the standard library, so that a program can answer them before it loads anything that takes time.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-"""What Slurm sends ahead of a time limit (`--signal`), and what everybody sends to end a process."""
+from .exit_codes import INTERRUPTED, INTERRUPTED_BY_USER
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+"""What Slurm sends ahead of a time limit (`--signal`), what everybody sends to end a process, and Ctrl-C."""
+
+
+def _own_signals() -> Iterator[signal.Signals]:
+    """Those of `STOP_SIGNALS` that are meant for this process: a shell lets its background jobs ignore Ctrl-C."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            yield number
 
 
 def ignore_stop_signals() -> None:
     """Let a helper process live as long as the process that it helps decides."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def blocked_stop_signals() -> Iterator[None]:
+    """Start helper processes here: a program inherits what is blocked, so that they are safe before they run a line of
+    their own. What comes to this process meanwhile is delivered at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_at_stop_signals(program: str) -> None:
+    """Let a stop signal end a tool by SystemExit: what it cleans up is cleaned up, and there is no traceback.
+
+    The exit code says that starting it again is all that is needed: `INTERRUPTED`, after Ctrl-C as shells have it.
+    Only the first signal counts, so that a second one does not disturb the cleaning up.
+
+    Args:
+        program: says so on standard error.
+    """
+
+    def end(number: int, _: FrameType | None) -> None:
+        ignore_stop_signals()
+        print(f"{program}: interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED_BY_USER if number == signal.SIGINT else INTERRUPTED)
+
+    for number in _own_signals():
+        signal.signal(number, end)
 
 
 class StopRequest:
@@ -23,12 +70,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signal: signal.Signals | None = None
+        self._started = threading.Event()
+        self._wake: int | None = None
 
     @classmethod
     def listen(cls) -> StopRequest:
         """Take over `STOP_SIGNALS` in this process; must be called in its main thread."""
         request = cls()
-        for number in STOP_SIGNALS:
+        for number in _own_signals():
             signal.signal(number, request._receive)
         return request
 
@@ -41,6 +90,43 @@ class StopRequest:
     def name(self) -> str:
         """Name of the first signal that came, such as `SIGUSR1`; empty if none has."""
         return self._signal.name if self._signal else ""
+
+    @property
+    def came_early(self) -> bool:
+        """True once a signal has come, until `started`: there is nothing to lose yet."""
+        return self.received and not self._started.is_set()
+
+    def limit_start(self, seconds: float, leave: Callable[[str], object]) -> None:
+        """Call `leave` with the signal's name if the run is still starting `seconds` after a request.
+
+        Until `started` nothing can be lost, and a start may take longer than Slurm waits before it kills: it reads
+        large files, or waits for a rank that does not come. A thread does this, because Python's own handlers wait
+        while the main thread is in such a call.
+        """
+        reader, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        if self._signal is not None:  # before the pipe was there
+            os.write(self._wake, bytes([self._signal]))
+        arguments = (reader, seconds, leave)
+        threading.Thread(target=self._watch_start, args=arguments, name="start", daemon=True).start()
+
+    def started(self) -> None:
+        """From now on the run itself looks at `received`, after every step."""
+        self._started.set()
+        if self._wake is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._wake)
+            self._wake = None
+
+    def _watch_start(self, reader: int, seconds: float, leave: Callable[[str], object]) -> None:
+        while numbers := os.read(reader, 64):  # empty: started
+            asked = [signal.Signals(number) for number in numbers if number in STOP_SIGNALS]
+            if asked:
+                if not self._started.wait(seconds):
+                    leave(asked[0].name)
+                break
+        os.close(reader)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number)

@@ -118,6 +118,7 @@ class Trainer:
         self.watchdog.start()
         try:
             if not self._asked_to_stop():
+                self.stop.started()
                 self._train_steps()
             self._finish()
         except (DataError, TrainingError):
@@ -147,22 +148,27 @@ class Trainer:
         self.interrupted = True
         if self.runtime.is_main:
             why = self.stop.name or "a signal to another rank"
-            logger.info("step %d: asked to stop (%s): saving", self.progress.step, why)
+            then = "nothing to save" if self._is_saved else "saving"
+            logger.info("step %d: asked to stop (%s): %s", self.progress.step, why, then)
         return True
 
     @property
     def _last_step(self) -> int:
         return min(self.config.train.steps, self.config.train.stop_after or self.config.train.steps)
 
+    @property
+    def _is_saved(self) -> bool:
+        """Whether there is nothing to lose: the newest checkpoint is of this step, or there has been no step yet."""
+        return self.progress.step in (0, self._saved_step)
+
     def _finish(self) -> None:
         """Make sure that the last step is saved; a run whose result is lost does not end well."""
         self._report_save(self.checkpoints.wait)
-        if not self.config.checkpoint.save:
+        if not self.config.checkpoint.save or self._is_saved:
             return
-        if self._saved_step != self.progress.step:
-            self._save()
-            self._report_save(self.checkpoints.wait)
-        if self._saved_step != self.progress.step:
+        self._save()
+        self._report_save(self.checkpoints.wait)
+        if not self._is_saved:
             raise CheckpointError(
                 f"step {self.progress.step}: the last checkpoint of the run could not be saved"
             )

@@ -78,7 +78,13 @@ def build_optimizer(model: DistributedDataParallel, config: RunConfig) -> Megatr
         clip_grad=config.train.clip_grad,
         log_num_zeros_in_grad=False,
     )
-    return get_megatron_optimizer(engine_config, [model], config_overrides=group_overrides(config))
+    optimizer = get_megatron_optimizer(engine_config, [model], config_overrides=group_overrides(config))
+    assert isinstance(optimizer, ChainedOptimizer)
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            # Else a checkpoint before the first update holds no moments, and no run could load it.
+            part.init_state_fn(part.optimizer, part.config)
+    return optimizer
 
 
 def restore_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:

@@ -1,0 +1,147 @@
+"""A stop signal at any moment: exit code 75, no traceback, and the next start goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_qwenvl import train
+from megatron_qwenvl.runtime.exit_codes import INTERRUPTED
+from megatron_qwenvl.runtime.processes import ProcessInfo
+
+from .stop_cases import before, signal_at, start, start_ranks, wait
+from .training_cases import records, run_arguments, write_data
+
+START = (
+    "config.cli:load_config",
+    "runtime.engine:configure_logging",
+    "runtime.engine:choose_device",
+    "runtime.engine:choose_kernels",
+    "runtime.engine:_prepare_device",
+    "runtime.engine:_join_processes",
+    "runtime.engine:parallel_state.initialize_model_parallel",
+    "training.loop:make_partition",
+    "training.loop:announce",
+    "training.loop:build_stage",
+    "training.loop:CheckpointManager",
+    "training.loop:CheckpointManager.latest",
+    "training.loop:first_weights",
+    "training.loop:StepRunner.build",
+    "training.loop:build_optimizer",
+    "training.loop:make_loaders",
+    "training.loop:MetricsLog",
+    "training.loop:start_record",
+    "training.loop:Watchdog.start",
+)
+"""The phases of a start."""
+STEP = (
+    "data.loader:StepLoader.__iter__",
+    "training.loop:StepRunner.accumulate",
+    "training.step:apply_gradients",
+    "training.loop:step_metrics",
+    "training.loop:CheckpointManager.poll",
+    "training.loop:CheckpointManager.save",
+    "checkpoint.shards:FolderSave.write",
+    "checkpoint.manager:write_manifest",
+    "checkpoint.manager:CheckpointManager._point_to",
+)
+"""The phases of a step and its save."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder, samples=40)
+    return folder
+
+
+def run_of(data: Path, folder: Path, *more: str) -> list[str]:
+    few = ("--train.steps", "3", "--optimizer.warmup_steps", "1", "--data.global_batch_size", "4")
+    return [
+        "--recipe",
+        "tiny_stage2",
+        *run_arguments(data, folder, *few, "--checkpoint.interval", "1", *more),
+    ]
+
+
+@pytest.mark.parametrize("place", [*START, *STEP])
+def test_a_signal_at_any_phase(data: Path, tmp_path: Path, place: str) -> None:
+    """SIGTERM with a sharded optimizer, SIGUSR1 with a whole one."""
+    numbers = {"true": signal.SIGTERM, "false": signal.SIGUSR1}
+    runs = {sharded: run_of(data, tmp_path / sharded, "--optimizer.sharded", sharded) for sharded in numbers}
+
+    def codes(prepare: Callable[[int], None]) -> dict[str, int]:
+        children = {
+            sharded: start(
+                runs[sharded],
+                tmp_path / f"{sharded}.log",
+                lambda number=number: prepare(number),  # type: ignore[misc]
+            )
+            for sharded, number in numbers.items()
+        }
+        return {sharded: wait(child) for sharded, child in children.items()}
+
+    said = codes(lambda number: signal_at(place, number))
+    logs = "\n".join((tmp_path / f"{sharded}.log").read_text() for sharded in numbers)
+    assert said == dict.fromkeys(numbers, INTERRUPTED), logs
+    assert "Traceback" not in logs and "FAILED" not in logs
+    for sharded in numbers:
+        left = sorted(path.name for path in (tmp_path / sharded / "checkpoints").glob("*"))
+        assert (place in STEP) == ("latest" in left), left
+        assert all(name == "latest" or name in ("step_00000001", "step_00000002") for name in left)
+    if place in START[:-1]:
+        return  # nothing is left, and the next start is a first one
+    assert codes(lambda number: None) == dict.fromkeys(numbers, 0)
+    for sharded in numbers:
+        assert [record["step"] for record in records(tmp_path / sharded)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "training.loop:make_partition",
+        "training.loop:CheckpointManager.latest",
+        "training.loop:Watchdog.start",
+        "training.step:apply_gradients",
+        "checkpoint.shards:FolderSave.write",
+    ],
+)
+def test_a_signal_to_one_of_two_ranks(data: Path, tmp_path: Path, place: str) -> None:
+    """All ranks stop after the same step; the second start has another sharding where the layout allows it."""
+    log = tmp_path / "log"
+    arguments = run_of(data, tmp_path / "run", "--parallel.pipeline", "2")
+    children = start_ranks(arguments, log, 2, lambda rank: signal_at(place) if rank else None)
+    assert [wait(child) for child in children] == [INTERRUPTED] * 2, log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert [wait(child) for child in start_ranks(arguments, log, 2)] == [0, 0], log.read_text()
+    assert [record["step"] for record in records(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_a_start_that_waits_for_a_rank_that_does_not_come(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own handlers do not run while the main thread is inside the rendezvous."""
+    monkeypatch.setattr(train, "START_SECONDS", 0.2)
+    log, alone = tmp_path / "log", ProcessInfo(0, 2, 0, 2, f"file://{tmp_path}/meeting", "test")
+
+    def signal_later() -> None:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    arguments = run_of(data, tmp_path / "run")
+    child = start(arguments, log, lambda: before("runtime.engine:_join_processes", signal_later), alone)
+    assert wait(child, 60) == INTERRUPTED, log.read_text()
+    assert "Traceback" not in log.read_text() and "before the first step" in log.read_text()
+
+
+def test_a_finished_run_stays_finished(data: Path, tmp_path: Path) -> None:
+    """A signal after the last step, and one to a run that has nothing to do, change nothing."""
+    log = tmp_path / "log"
+    arguments = run_of(data, tmp_path / "run")
+    for place in ("runtime.engine:stop", "training.loop:make_partition"):
+        assert wait(start(arguments, log, lambda place=place: signal_at(place))) == 0, log.read_text()  # type: ignore[misc]
+    assert [record["step"] for record in records(tmp_path / "run")] == [0, 1, 2]
