@@ -1,4 +1,4 @@
-"""Records to token ids and loss masks: the seven task formats (Appendix B of the paper) and ChatML.
+"""Records to token ids and loss masks: the seven task formats (Appendix B of the paper); dialogues in `chatml.py`.
 
 Each format is a pair of functions: one writes the prompt, the other what is to be learned. Training calls
 both, inference only the first, so the two cannot diverge. `=>` marks where one ends and the other starts:
@@ -12,20 +12,22 @@ both, inference only the first, so the two cannot diverge. `=>` marks where one 
     text<eos>                                                                   (learned throughout)
 
 The blank after `=>` belongs to the answer (` the`, ` No`), as generation starts behind the colon. Several
-pictures stand before the prompt one after the other.
+pictures stand before the prompt one after the other. Blanks between the texts and phrases of a grounded caption are
+those of the record; `RenderOptions.ref_blank` moves the one before a phrase into `<ref>`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar
 
+from . import chatml
+from .dialogues import Chat
 from .errors import SampleError
-from .tasks import OCR, VQA, Caption, Chat, GroundedCaption, PureText, Referring, RegionCaption, Sample
+from .tasks import OCR, VQA, Caption, GroundedCaption, Phrase, PureText, Referring, RegionCaption, Sample
 from .tokenizer import Tokenizer
-from .writer import ImageInfo, Rendered, Writer
+from .writer import DEFAULT_OPTIONS, ImageInfo, Rendered, RenderOptions, Writer
 
 RENDERING_VERSION = 2
 """Raised whenever a record may render to other tokens, or is accepted or refused where it was not before: an index
@@ -35,17 +37,15 @@ made by another version is refused, as its lengths would be wrong. `tests/unit/d
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 _T = TypeVar("_T")
-_POINT = r"\([0-9]{1,3},[0-9]{1,3}\)"
-_MARKUP = re.compile(
-    r"(?:Picture (?P<number>[0-9]+): ?)?<img>(?P<img>[^<>]*)</img>"
-    r"|<ref>(?P<ref>[^<>]+)</ref>"
-    rf"|<box>(?P<box>{_POINT},{_POINT})</box>"
-    rf"|<quad>(?P<quad>{_POINT}(?:,{_POINT}){{3}})</quad>"
-)
 
 
 def render_prompt(
-    sample: Sample, images: Sequence[ImageInfo], tokenizer: Tokenizer, image_tokens: int, language: str = "en"
+    sample: Sample,
+    images: Sequence[ImageInfo],
+    tokenizer: Tokenizer,
+    image_tokens: int,
+    language: str = "en",
+    options: RenderOptions = DEFAULT_OPTIONS,
 ) -> Rendered:
     """Everything before `=>`; of pure text the text itself.
 
@@ -58,43 +58,62 @@ def render_prompt(
         tokenizer: the vocabulary.
         image_tokens: slots of one picture.
         language: language of the caption prompt of a record that does not say its own.
+        options: how the record is rendered where there is a choice.
 
     Raises:
-        SampleError: the pictures do not match the record, or a box is not one.
+        SampleError: the pictures do not match the record, a box is not one, or markup does not parse.
     """
-    return _write_prompt(sample, images, tokenizer, image_tokens, language).out
+    writer = _writer(sample, images, tokenizer, image_tokens, language, options)
+    if isinstance(sample, Chat):
+        chatml.write_prompt(writer, sample)
+    else:
+        _FORMATS[type(sample)].prompt(writer, sample)
+    return writer.out
 
 
 def render_sample(
-    sample: Sample, images: Sequence[ImageInfo], tokenizer: Tokenizer, image_tokens: int, language: str = "en"
+    sample: Sample,
+    images: Sequence[ImageInfo],
+    tokenizer: Tokenizer,
+    image_tokens: int,
+    language: str = "en",
+    options: RenderOptions = DEFAULT_OPTIONS,
 ) -> Rendered:
     """The whole sample for training; arguments and errors as `render_prompt`.
 
     Raises:
         SampleError: also when the record has no answer.
     """
-    writer = _write_prompt(sample, images, tokenizer, image_tokens, language)
+    writer = _writer(sample, images, tokenizer, image_tokens, language, options)
+    if isinstance(sample, Chat):
+        chatml.write_dialogue(writer, sample)
+        if len(writer.out.image_order) != len(images):
+            raise SampleError(f"the text shows {len(writer.out.image_order)} of {len(images)} pictures")
+        return writer.out
+    form = _FORMATS[type(sample)]
+    form.prompt(writer, sample)
     writer.learn = True
-    _FORMATS[type(sample)].answer(writer, sample)
-    if not isinstance(sample, Chat):
-        writer.ids([tokenizer.eos])
-    elif sorted(writer.out.image_order) != list(range(len(images))):
-        raise SampleError(f"the text shows {len(writer.out.image_order)} of {len(images)} pictures")
+    form.answer(writer, sample)
+    writer.ids([tokenizer.eos])
     return writer.out
 
 
-def _write_prompt(
-    sample: Sample, images: Sequence[ImageInfo], tokenizer: Tokenizer, image_tokens: int, language: str
+def _writer(
+    sample: Sample,
+    images: Sequence[ImageInfo],
+    tokenizer: Tokenizer,
+    image_tokens: int,
+    language: str,
+    options: RenderOptions,
 ) -> Writer:
-    """Write the prompt after a check of the number of pictures."""
-    form = _FORMATS[type(sample)]
-    if not form.min_images <= len(images) <= form.max_images:
-        expected = f"{form.min_images} or more" if form.max_images > form.min_images else form.min_images
-        raise SampleError(f"{sample.task}: expected {expected} pictures, found {len(images)}")
-    writer = Writer(tokenizer, images, image_tokens, language)
+    """Start writing after a check of the number of pictures; those of a dialogue stand in its text."""
+    writer = Writer(tokenizer, images, image_tokens, language, options)
     if not isinstance(sample, Chat):
+        form = _FORMATS[type(sample)]
+        if not form.min_images <= len(images) <= form.max_images:
+            expected = f"{form.min_images} or more" if form.max_images > form.min_images else form.min_images
+            raise SampleError(f"{sample.task}: expected {expected} pictures, found {len(images)}")
         writer.all_images()
-    form.prompt(writer, sample)
     return writer
 
 
@@ -120,15 +139,33 @@ def _vqa_answer(writer: Writer, sample: VQA) -> None:
 
 
 def _grounded_answer(writer: Writer, sample: GroundedCaption) -> None:
-    blank = " "
-    for part in _given(sample.caption, "caption"):
+    phrases, rest = _text_before_phrases(_given(sample.caption, "caption"))
+    for text, phrase in phrases:
+        blank = " " if writer.options.ref_blank == "inside" and text.endswith(" ") else ""
+        writer.text(text.removesuffix(blank))
+        writer.ref(blank + phrase.ref.strip())
+        writer.boxes(phrase.boxes)
+    writer.text(rest)
+
+
+def _text_before_phrases(caption: Sequence[str | Phrase]) -> tuple[list[tuple[str, Phrase]], str]:
+    """Each phrase with the text before it, and the rest: one blank, then the caption without its outer blanks.
+
+    The outer blanks of a phrase belong to the text around it.
+    """
+    phrases: list[tuple[str, Phrase]] = []
+    text = ""
+    for part in caption:
         if isinstance(part, str):
-            writer.text(blank + part if not part.startswith(" ") else part)
+            text += part
         else:
-            writer.text(blank)
-            writer.ref(part.ref)
-            writer.boxes(part.boxes)
-        blank = ""
+            ref = part.ref
+            phrases.append((text + ref[: len(ref) - len(ref.lstrip())], part))
+            text = ref[len(ref.rstrip()) :]
+    if not phrases:
+        return [], f" {text.strip()}"
+    phrases[0] = (f" {phrases[0][0].lstrip()}", phrases[0][1])
+    return phrases, text.rstrip()
 
 
 def _referring_prompt(writer: Writer, sample: Referring) -> None:
@@ -170,74 +207,6 @@ def _nothing(writer: Writer, sample: Sample) -> None:
     pass
 
 
-# ---- ChatML
-
-
-def _chat_prompt(writer: Writer, sample: Chat) -> None:
-    turns = sample.conversations
-    history = turns[:-1] if turns[-1].speaker == "assistant" else turns
-    _open_turn(writer, "system")
-    writer.text(sample.system)
-    _close_turn(writer)
-    for turn in history:
-        _open_turn(writer, turn.speaker)
-        _value(writer, turn.value, learn=turn.speaker == "assistant")
-        _close_turn(writer)
-    _open_turn(writer, "assistant")
-
-
-def _chat_answer(writer: Writer, sample: Chat) -> None:
-    last = sample.conversations[-1]
-    if last.speaker != "assistant":
-        raise SampleError("the dialogue has no last answer")
-    _value(writer, last.value, learn=True)
-    _close_turn(writer)
-
-
-def _open_turn(writer: Writer, speaker: str) -> None:
-    """The published fine-tuning masks the speaker's name and the newline after it in every turn."""
-    writer.learn = False
-    writer.ids([writer.tokenizer.im_start], learn=True)
-    writer.text(speaker)
-    writer.text("\n")
-
-
-def _close_turn(writer: Writer) -> None:
-    writer.ids([writer.tokenizer.im_end], learn=True)
-    writer.text("\n", learn=True)
-
-
-def _value(writer: Writer, value: str, learn: bool) -> None:
-    """A turn's text, in which pictures and well-formed grounding markup become special tokens."""
-    writer.learn = learn
-    end = 0
-    for match in _MARKUP.finditer(value):
-        kind = cast(Literal["img", "ref", "box", "quad"], match.lastgroup)
-        writer.text(value[end : match.start(kind) - len(f"<{kind}>")])
-        if kind == "img":
-            writer.image(_named_image(writer, match["img"], match["number"]))
-        else:
-            writer.enclosed(kind, match[kind])
-        end = match.end()
-    writer.text(value[end:])
-
-
-def _named_image(writer: Writer, name: str, number: str | None) -> int:
-    """Index of the picture that a placeholder names."""
-    names = [image.name for image in writer.images]
-    if name not in names:
-        raise SampleError(f"the text shows a picture {name!r}, the sample has {', '.join(names) or 'none'}")
-    count = len(writer.out.image_order) + 1
-    if number is not None and int(number) != count:
-        raise SampleError(f"Picture {number} is number {count} of the dialogue")
-    if names.index(name) in writer.out.image_order:
-        raise SampleError(f"the text shows the picture {name!r} twice")
-    return names.index(name)
-
-
-# ---- answers and coordinates
-
-
 def _given(value: _T | None, key: str) -> _T:
     """The part of a record that only training needs."""
     if value is None:
@@ -264,5 +233,4 @@ _FORMATS: dict[type, _Format] = {
     RegionCaption: _Format(_region_prompt, _region_answer),
     OCR: _Format(_ocr_prompt, _ocr_answer),
     PureText: _Format(_text_prompt, _nothing, min_images=0, max_images=0),
-    Chat: _Format(_chat_prompt, _chat_answer, min_images=0, max_images=_MANY),
 }

@@ -1,48 +1,154 @@
-"""Encoded pictures to pixels."""
+"""Encoded images to pixels; every decision is listed with its reason in `docs/samples.md`."""
 
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from .errors import SampleError
 
+FORMATS = {
+    "JPEG": ("jpg", "jpeg"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "GIF": ("gif",),
+    "TIFF": ("tif", "tiff"),
+}  # fmt: skip
+"""The decoders that may run, by Pillow's names, and the suffixes of their image members. The bytes decide which one
+runs, not the suffix. None of them starts a program; others do (PostScript runs Ghostscript)."""
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height from the header, without decoding.
+IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+ALPHA = "alpha ignored: the colours below are shown"
+ORIENTATION = "EXIF orientation ignored: pixels and boxes are as stored"
+FRAMES = "several frames: the first is shown"
+CMYK = "CMYK converted without its profile"
+GREY16 = "grey of more than 8 bits reduced to 8"
+
+_UNKNOWN_RANGE = {"I": "32-bit or signed integer grey", "F": "floating-point grey"}
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What is known of an image without decoding it.
+
+    Attributes:
+        width, height: pixels of the image as it is decoded.
+        notes: where the decoded pixels may differ from what another viewer shows.
+    """
+
+    width: int
+    height: int
+    notes: tuple[str, ...]
+
+
+def read_header(data: bytes) -> ImageHeader:
+    """Size and notes from the header, without decoding.
 
     Raises:
-        SampleError: not a picture.
+        SampleError: not an image of `FORMATS`, or of values whose range is unknown.
     """
-    with _open(data) as image:
-        return image.size
+    with _opened(data) as image:
+        _refuse_unknown_range(image)
+        return ImageHeader(*image.size, notes=tuple(_notes(image)))
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height; errors as `read_header`."""
+    header = read_header(data)
+    return header.width, header.height
 
 
 def load_pixels(data: bytes, side: int, max_pixels: int) -> NDArray[np.uint8]:
-    """Decode to RGB and resize straight to a square, bicubic, without a crop.
+    """Decode the first frame to RGB and resize straight to a square, bicubic, without a crop.
 
     Returns:
         uint8 `[3, side, side]`.
 
     Raises:
-        SampleError: not a picture, damaged, truncated, or larger than `max_pixels` (found before decoding).
+        SampleError: see `read_header`; or damaged, truncated, or larger than `max_pixels` (found before decoding).
     """
-    with _open(data) as image:
+    with _opened(data) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise SampleError(f"picture of {width}x{height} has more than {max_pixels} pixels")
+        _refuse_unknown_range(image)
         try:
-            square = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+            square = _to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
         except Exception as error:  # the decoders' exceptions have no common type
             raise SampleError(f"cannot decode the picture: {error}") from error
     return np.asarray(square).transpose(2, 0, 1)
 
 
-def _open(data: bytes) -> Image.Image:
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Open an image; while it is in use, Pillow's warnings neither print nor, under `-W error`, raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+        except Image.UnidentifiedImageError:  # its own message holds an address
+            raise SampleError(f"not a readable picture: no valid header of {', '.join(FORMATS)}") from None
+        except Exception as error:  # Pillow's own size guard, broken headers
+            raise SampleError(f"not a readable picture: {error}") from error
+        with image:
+            yield image
+
+
+def _refuse_unknown_range(image: Image.Image) -> None:
+    if image.mode in _UNKNOWN_RANGE:
+        raise SampleError(
+            f"{_UNKNOWN_RANGE[image.mode]} picture: which values are black and white is unknown"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB as Pillow and the published code do, where that makes sense.
+
+    It does not for grey of more than 8 bits: Pillow makes every value above 255 white.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_upper_byte(image)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upper_byte(image: Image.Image) -> NDArray[np.uint8]:
+    """The upper 8 bits of unsigned grey, as Pillow takes them of 16-bit colours, `[height, width]`."""
+    bits, white_is_zero = 16, False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        (bits,) = image.tag_v2[TiffImagePlugin.BITSPERSAMPLE]
+        white_is_zero = image.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0
+    grey = (np.asarray(image).astype(np.uint16) >> (bits - 8)).astype(np.uint8)
+    return 255 - grey if white_is_zero else grey
+
+
+def _notes(image: Image.Image) -> Iterator[str]:
+    if image.has_transparency_data:
+        yield ALPHA
+    # Pillow turns TIFF while decoding; of a PNG whose EXIF stands behind the pixels nothing is known yet.
+    if image.format != "TIFF" and "exif" in image.info and _orientation(image) not in (None, 0, 1):
+        yield ORIENTATION
+    if _has_frames(image):
+        yield FRAMES
+    if image.mode == "CMYK":
+        yield CMYK
+    if image.mode.startswith("I;16"):
+        yield GREY16
+
+
+def _orientation(image: Image.Image) -> object:
     try:
-        return Image.open(io.BytesIO(data))
-    except Exception as error:  # Pillow's own size guard, broken headers, unknown formats
-        raise SampleError(f"not a readable picture: {error}") from error
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF is no reason to leave an image out
+        return None
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # a damaged second frame does not touch the first
+        return False

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .tasks import Box, Quad
+from .fields import Box, Quad
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLORS = {

@@ -1,25 +1,28 @@
 """The sample record of each task: what the `.json` member of a sample holds.
 
-Every record is a JSON object with a `task`; keys other than those listed are ignored. Pictures are the
-sample's image members (`KEY.jpg`, `KEY.0.jpg`, `KEY.1.png`, ...) in the order of their names, shorter names
-first. Coordinates are pixels of the stored picture, x to the right, y down, from the top-left corner.
+Every record is a JSON object with a `task`; keys other than those listed are ignored. Images are the
+sample's image members (`KEY.jpg`, `KEY.0.jpg`, `KEY.1.png`, ...) in the order of their numbers. Coordinates are
+pixels of the stored image (EXIF orientation is not applied), x to the right, y down, from the top-left corner.
 
     caption           caption; language: "en" or "zh" (left out: the source's)            1 picture or more
     vqa, ocr_vqa      question, answer                                                    1 picture or more
     grounded_caption  caption: list of texts and {"ref": text, "boxes": [[x1, y1, x2, y2], ...]};
-                      language                                                            1 picture
+                      blanks between them as given; language                              1 picture
     referring         phrase, boxes: [[x1, y1, x2, y2], ...]                              1 picture
     region_caption    box: [x1, y1, x2, y2], caption                                      1 picture
     ocr               lines: [{"text": .., "quad": [[x, y], [x, y], [x, y], [x, y]]}, ...],
                       corners clockwise from the top-left                                 1 picture
     text              text                                                                no picture
-    chat              conversations: [{"from": "user" or "assistant", "value": text}, ...], the user first,
-                      in turns; system: replaces the default system text                  those in the text
+    chat              conversations: [{"from": "user" or "assistant", "value": text}, ...]; system: replaces the
+                      default system text; rules in `dialogues.py`                        those in the text
 
 In a chat value `<img>NAME</img>` stands for the image member NAME (`<img>0.jpg</img>` for `KEY.0.jpg`); each
 picture is named once. A number before it (`Picture 2: <img>..</img>`) counts over the whole dialogue.
-`<ref>text</ref>`, `<box>(x1,y1),(x2,y2)</box>` and `<quad>(x,y),(x,y),(x,y),(x,y)</quad>` are grounding
-markup there, with coordinates that are already integers in [0, 1000); anything else is ordinary text.
+Grounding markup there is described in `markup.py`. In all other fields tags are ordinary text.
+
+Text is UTF-8 and rules for it hold in every field (`fields.py`): a byte-order mark at the start of a member or a field
+is dropped; a lone surrogate, a NUL or a text that shows nothing leaves the sample out. Only strings are text: how a
+number, a boolean or a list of answers is to be spelled is for whoever writes the record.
 
 Answers (`answer`, `caption`, the `boxes` of `referring`, `lines`, a last assistant turn) may be left out of a
 record that is only asked about; training needs them.
@@ -30,33 +33,17 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator
 
+from .dialogues import Chat
 from .errors import SampleError
+from .fields import AnyText, Box, Quad, Record, Text, VerbatimText, excerpt, is_blank
 
 TASKS = (
     "caption", "vqa", "ocr_vqa", "grounded_caption", "referring", "region_caption", "ocr", "text", "chat",
 )  # fmt: skip
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Language = Literal["en", "zh"]
-Box = tuple[float, float, float, float]
-Point = tuple[float, float]
-Quad = tuple[Point, Point, Point, Point]
-
-
-class Record(BaseModel):
-    """Base of every record."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False, populate_by_name=True)
 
 
 class Caption(Record):
@@ -78,16 +65,29 @@ class VQA(Record):
 class Phrase(Record):
     """A noun phrase of a caption with the boxes of what it names."""
 
-    ref: Text
+    ref: VerbatimText
     boxes: Annotated[tuple[Box, ...], Field(min_length=1)]
+
+
+_Part = Annotated[
+    Annotated[AnyText, Tag("text")] | Annotated[Phrase, Tag("phrase")],
+    Discriminator(lambda part: "text" if isinstance(part, str) else "phrase"),  # a plain union explains badly
+]
 
 
 class GroundedCaption(Record):
     """A caption whose phrases are located."""
 
     task: Literal["grounded_caption"] = "grounded_caption"
-    caption: Annotated[tuple[str | Phrase, ...], Field(min_length=1)] | None = None
+    caption: Annotated[tuple[_Part, ...], Field(min_length=1)] | None = None
     language: Language | None = None
+
+    @field_validator("caption")
+    @classmethod
+    def _not_blank(cls, caption: tuple[str | Phrase, ...] | None) -> tuple[str | Phrase, ...] | None:
+        if caption and all(isinstance(part, str) and is_blank(part) for part in caption):
+            raise ValueError("empty or blank text")
+        return caption
 
 
 class Referring(Record):
@@ -124,30 +124,7 @@ class PureText(Record):
     """Text without a picture."""
 
     task: Literal["text"] = "text"
-    text: Annotated[str, Field(min_length=1)]
-
-
-class Turn(Record):
-    """One turn of a dialogue."""
-
-    speaker: Literal["user", "assistant"] = Field(alias="from")
-    value: Annotated[str, Field(min_length=1)]
-
-
-class Chat(Record):
-    """A dialogue."""
-
-    task: Literal["chat"] = "chat"
-    system: str = "You are a helpful assistant."
-    conversations: Annotated[tuple[Turn, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _speakers_alternate(self) -> Chat:
-        for number, turn in enumerate(self.conversations):
-            expected = ("user", "assistant")[number % 2]
-            if turn.speaker != expected:
-                raise ValueError(f"turn {number + 1} must be the {expected}'s, found the {turn.speaker}'s")
-        return self
+    text: VerbatimText
 
 
 Sample = Caption | VQA | GroundedCaption | Referring | RegionCaption | OCR | PureText | Chat
@@ -165,18 +142,20 @@ def parse_sample(record: Any) -> Sample:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise SampleError(f"malformed record: {where + ': ' if where else ''}{first['msg']}") from error
+        reason = excerpt(first["msg"].removeprefix("Value error, "), 200)
+        raise SampleError(f"malformed record: {where + ': ' if where else ''}{reason}") from error
 
 
 def decode_record(suffix: str, data: bytes) -> Sample:
-    """The record of a `json` member, or the plain caption of a `txt` member.
+    """The record of a `json` member, or the plain caption of a `txt` member; both UTF-8.
 
     Raises:
         SampleError: malformed.
     """
     try:
-        if suffix == "txt":
-            return parse_sample({"task": "caption", "caption": data.decode("utf-8")})
-        return parse_sample(json.loads(data))
+        text = data.decode("utf-8-sig")
+        return parse_sample({"task": "caption", "caption": text} if suffix == "txt" else json.loads(text))
+    except UnicodeDecodeError as error:
+        raise SampleError(f"malformed {suffix}: not UTF-8 at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise SampleError(f"malformed {suffix}: {error}") from error

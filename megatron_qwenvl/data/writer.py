@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .errors import SampleError
-from .tasks import Box, Point, Quad
+from .coordinates import box_corners, quad_corners, write_corners
+from .fields import Box, Quad
 from .tokenizer import Tokenizer
 
 
@@ -19,6 +18,23 @@ class ImageInfo:
     name: str
     width: int
     height: int
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """How the records of a directory are rendered; chosen when it is indexed, and kept in its index.
+
+    Attributes:
+        unparsed_markup: a dialogue with an attempt at markup that does not parse is left out, or kept as text.
+        ref_blank: whether the blank before a phrase of a grounded caption stands before `<ref>`, as in the paper, or
+            inside, as the published model writes it.
+    """
+
+    unparsed_markup: Literal["leave_out", "keep"] = "leave_out"
+    ref_blank: Literal["outside", "inside"] = "outside"
+
+
+DEFAULT_OPTIONS = RenderOptions()
 
 
 @dataclass
@@ -42,12 +58,18 @@ class Writer:
     """Appends to a `Rendered`; `learn` says whether what is written belongs to the loss."""
 
     def __init__(
-        self, tokenizer: Tokenizer, images: Sequence[ImageInfo], image_tokens: int, language: str
+        self,
+        tokenizer: Tokenizer,
+        images: Sequence[ImageInfo],
+        image_tokens: int,
+        language: str,
+        options: RenderOptions = DEFAULT_OPTIONS,
     ) -> None:
         self.tokenizer = tokenizer
         self.images = images
         self.image_tokens = image_tokens
         self.language = language
+        self.options = options
         self.learn = False
         self.out = Rendered()
 
@@ -75,12 +97,14 @@ class Writer:
 
     def boxes(self, boxes: Sequence[Box]) -> None:
         """Boxes in pixels of the only picture."""
+        image = self.images[0]
         for box in boxes:
-            self.enclosed("box", _corners(_box_points(box, self.images[0]), self.images[0]))
+            self.enclosed("box", write_corners(box_corners(box, image.width, image.height)))
 
     def quad(self, quad: Quad) -> None:
         """A quadrilateral in pixels of the only picture."""
-        self.enclosed("quad", _corners(quad, self.images[0]))
+        image = self.images[0]
+        self.enclosed("quad", write_corners(quad_corners(quad, image.width, image.height)))
 
     def enclosed(self, markup: Literal["ref", "box", "quad"], text: str) -> None:
         """`text` between a pair of grounding tokens."""
@@ -88,26 +112,3 @@ class Writer:
         self.ids([start])
         self.text(text)
         self.ids([end])
-
-
-def _box_points(box: Box, image: ImageInfo) -> list[Point]:
-    """Top-left and bottom-right of a box in pixels that overlaps the picture."""
-    x1, y1, x2, y2 = box
-    if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < image.width and y1 < image.height):
-        raise SampleError(f"box {box} is empty or outside of the {image.width}x{image.height} picture")
-    return [(x1, y1), (x2, y2)]
-
-
-def normalise(point: Point, width: int, height: int) -> tuple[int, int]:
-    """Pixels to integers in [0, 1000): floor(1000 x / width), what lies outside moved to the border."""
-    x, y = (
-        min(max(math.floor(1000 * at / size), 0), 999)
-        for at, size in zip(point, (width, height), strict=True)
-    )
-    return x, y
-
-
-def _corners(points: Sequence[Point], image: ImageInfo) -> str:
-    """`(x,y),(x,y)..` in the model's coordinates."""
-    normalised = (normalise(point, image.width, image.height) for point in points)
-    return ",".join(f"({x},{y})" for x, y in normalised)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+from megatron_qwenvl.data.coordinates import normalise
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.images import image_size
 from megatron_qwenvl.data.manifest import list_shards
 from megatron_qwenvl.data.shards import scan_shard
 from megatron_qwenvl.data.tasks import VQA, Caption, Referring, Sample, decode_record
-from megatron_qwenvl.data.writer import normalise
 
 from .metrics import Box, blind_accuracy, box_accuracy, derange_within_groups, exact_match, normalize_answer
 from .report import Example, box_polygon, find_shapes

@@ -1,0 +1,207 @@
+"""One decision for each kind of image, and only the allowed decoders."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from megatron_qwenvl.data.errors import SampleError
+from megatron_qwenvl.data.images import ALPHA, CMYK, FRAMES, GREY16, ORIENTATION, load_pixels, read_header
+
+RED, GREEN = (250, 10, 10), (10, 250, 10)
+RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+SCALED = [0, 65, 130, 195, 255]
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 30\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def centre(data: bytes) -> list[int]:
+    return load_pixels(data, side=8, max_pixels=10_000_000)[:, 4, 4].tolist()
+
+
+def close(found: list[int], expected: tuple[int, ...]) -> bool:
+    return max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 6
+
+
+def patched(tiff: bytes, tag: int, value: int) -> bytes:
+    """A little-endian TIFF with another value of a SHORT tag."""
+    at = tiff.index(struct.pack("<HHI", tag, 3, 1)) + 8
+    return tiff[:at] + struct.pack("<H", value) + tiff[at + 2 :]
+
+
+WHITE_IS_ZERO = patched(encode(Image.fromarray(RAMP), "TIFF"), 262, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encode(Image.fromarray(RAMP), "PNG"), SCALED),
+        (encode(Image.fromarray(RAMP), "TIFF"), SCALED),
+        (encode(Image.fromarray(RAMP), "TIFF", compression="tiff_lzw"), SCALED),
+        (encode(Image.fromarray(RAMP.astype(">u2")), "TIFF"), SCALED),
+        (WHITE_IS_ZERO, [255 - grey for grey in SCALED]),
+    ],
+    ids=["png", "tiff", "compressed", "big-endian", "white is zero"],
+)
+def test_grey_of_16_bits_is_scaled_not_clipped(data: bytes, expected: list[int]) -> None:
+    pixels = load_pixels(data, side=64, max_pixels=10_000)
+    assert pixels[0, 32, [0, 16, 32, 48, 63]].tolist() == expected
+    assert (pixels == pixels[:1]).all()
+    assert GREY16 in read_header(data).notes
+
+
+def test_grey_of_12_bits_is_scaled_by_its_own_range() -> None:
+    values = [0, 0x400, 0x800, 0xFFF]
+    packed = bytes.fromhex("".join(f"{value:03x}" for value in values)) * 4
+    fields = [
+        (256, 4),
+        (257, 4),
+        (258, 12),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, 4),
+        (279, len(packed)),
+    ]
+    directory = struct.pack("<H", len(fields)) + b"".join(
+        struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in fields
+    )
+    data = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + directory + bytes(4)
+    assert load_pixels(data, side=4, max_pixels=100)[0, 0].tolist() == [value >> 4 for value in values]
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (RAMP.astype(np.int32), "32-bit or signed integer grey"),
+        (RAMP / np.float32(65535), "floating-point grey"),
+    ],
+)
+def test_grey_of_unknown_range_is_refused_by_name(array: Any, reason: str) -> None:
+    data = encode(Image.fromarray(array), "TIFF")
+    for look in (read_header, centre):
+        with pytest.raises(
+            SampleError, match=f"{reason} picture: which values are black and white is unknown"
+        ):
+            look(data)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_below_alpha_the_stored_colours_are_shown(mode: str) -> None:
+    """As the published code does, however the transparency is stored."""
+    colour = (200, 200, 200)
+    if mode == "P":
+        data = encode(Image.new("RGB", (8, 8), colour).quantize(4), "PNG", transparency=0)
+    else:
+        data = encode(
+            Image.new("RGBA", (8, 8), (*colour, 0)).convert(mode), "TIFF" if mode == "PA" else "PNG"
+        )
+    assert close(centre(data), colour)
+    assert read_header(data).notes == (ALPHA,)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_changes_neither_size_nor_pixels(kind: str) -> None:
+    image = Image.new("RGB", (40, 20), RED)
+    image.paste(GREEN, (0, 0, 20, 20))  # left half
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(image, kind, exif=exif)
+    header = read_header(data)
+    assert (header.width, header.height, header.notes) == (40, 20, (ORIENTATION,))
+    pixels = load_pixels(data, side=8, max_pixels=1000)
+    assert close(pixels[:, 6, 1].tolist(), GREEN) and close(pixels[:, 1, 6].tolist(), RED)
+    exif[0x0112] = 1
+    assert read_header(encode(image, kind, exif=exif)).notes == ()
+
+
+def test_size_and_pixels_of_a_turned_tiff_agree() -> None:
+    """Orientation is a part of TIFF itself, and its decoder turns the image; so must the size be."""
+    image = Image.new("RGB", (40, 20), RED)
+    image.paste(GREEN, (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(image, "TIFF", exif=exif)
+    assert (read_header(data).width, read_header(data).height) == (20, 40)
+    pixels = load_pixels(data, side=8, max_pixels=1000)
+    assert close(pixels[:, 1, 6].tolist(), GREEN) and close(pixels[:, 6, 1].tolist(), RED)
+
+
+def test_red_of_four_inks_stays_red() -> None:
+    for kind in ("JPEG", "TIFF"):
+        data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), kind)
+        assert close(centre(data), (255, 0, 0)), kind
+        assert read_header(data).notes == (CMYK,)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_the_first_of_several_frames_is_shown(kind: str) -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, GREEN)]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert close(centre(data), RED)
+    assert FRAMES in read_header(data).notes
+
+
+def test_a_colour_profile_changes_nothing() -> None:
+    image = Image.new("RGB", (8, 8), RED)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for kind in ("PNG", "WEBP"):
+        assert close(centre(encode(image, kind, icc_profile=profile, lossless=True)), RED)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_plain_images_have_no_notes(mode: str) -> None:
+    assert read_header(encode(Image.new(mode, (8, 8)), "PNG")).notes == ()
+
+
+def test_no_program_is_started_on_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = tmp_path / "called"
+    for name in ("gs", "gswin32c", "djpeg", "ppmquant"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} >> {called}\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for look in (read_header, centre):
+        with pytest.raises(SampleError, match="no valid header of JPEG, PNG, WEBP, BMP, GIF, TIFF"):
+            look(POSTSCRIPT)
+    assert not called.exists()
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "PCX", "SGI", "DDS", "PDF"])
+def test_other_formats_are_refused_whatever_their_name(kind: str) -> None:
+    data = encode(Image.new("RGB", (16, 16), RED), kind)
+    for look in (read_header, centre):
+        with pytest.raises(SampleError, match="not a readable picture: no valid header of JPEG"):
+            look(data)
+
+
+def test_an_image_without_pixels_is_refused() -> None:
+    data = b"GIF89a" + bytes(7) + b"," + bytes(9) + b"\x02\0;"
+    with pytest.raises(SampleError, match="no valid header"):
+        read_header(data)
+
+
+def test_warnings_neither_print_nor_refuse() -> None:
+    """Pillow warns of large images; `python -W error` would make samples of them unreadable."""
+    data = encode(Image.new("1", (10_000, 9_000)), "PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_header(data).width == 10_000
+        assert load_pixels(data, side=2, max_pixels=100_000_000).shape == (3, 2, 2)
+
+
+def test_damaged_exif_does_not_refuse_an_image() -> None:
+    data = encode(Image.new("RGB", (8, 8), RED), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert read_header(data).notes == ()

@@ -1,0 +1,129 @@
+"""Grounding markup in dialogues: what is markup, what is normalized, what is text, and what is neither."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron_qwenvl.data.errors import SampleError
+from megatron_qwenvl.data.markup import parse_markup
+
+BOX = "<box>(1,2),(3,4)</box>"
+QUAD = "<quad>(1,2),(9,2),(9,8),(1,8)</quad>"
+
+
+def spell(value: str, keep: bool = False) -> list[str]:
+    """The pieces of a text: markup as it is written, text in front of a bar."""
+    return [
+        piece.text + "|" if piece.kind == "text" else f"<{piece.kind}>{piece.text}</{piece.kind}>"
+        for piece in parse_markup(value, keep)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "pieces"),
+    [
+        ("plain", ["plain|"]),
+        (f"a {BOX} b", ["a |", BOX, " b|"]),
+        (f"<ref>it</ref>{BOX}{BOX}", ["<ref>it</ref>", BOX, BOX]),
+        (f"<ref>it</ref> {QUAD}", ["<ref>it</ref>", " |", QUAD]),
+        ("<ref> Woman</ref>", ["<ref> Woman</ref>"]),
+        (f"<ref>a < b > c</ref>{BOX}", ["<ref>a < b > c</ref>", BOX]),
+        ("<ref>two\nlines</ref>", ["<ref>two\nlines</ref>"]),
+        ("<box>(0,0),(999,999)</box>", ["<box>(0,0),(999,999)</box>"]),
+        ("<box>(0,0),(1000,1000)</box>", ["<box>(0,0),(999,999)</box>"]),
+        ("<box>(10, 20), (300, 400)</box>", ["<box>(10,20),(300,400)</box>"]),
+        ("<box> ( 10 ,20 )\n,\t(300,\u00a0400) </box>", ["<box>(10,20),(300,400)</box>"]),
+        ("<box>(007,00),(030,0400)</box>", ["<box>(7,0),(30,400)</box>"]),
+        ("<box>(5,5),(5,9)</box>", ["<box>(5,5),(5,9)</box>"]),
+        (
+            "<quad>(0,0),(1000,0),(1000,1000),(0,1000)</quad>",
+            ["<quad>(0,0),(999,0),(999,999),(0,999)</quad>"],
+        ),
+        ("<quad>(1,2), (9,2), (9,8), (1,8)</quad>", [QUAD]),
+        ("<quad>(1,2),(9,2),(9,2),(1,2)</quad>", ["<quad>(1,2),(9,2),(9,2),(1,2)</quad>"]),
+        ("Picture 1: <img>jpg</img>\nq", ["Picture 1: |", "<img>jpg</img>", "\nq|"]),
+    ],
+)
+def test_markup_whose_meaning_is_plain(value: str, pieces: list[str]) -> None:
+    assert spell(value) == pieces
+    assert spell(value, keep=True) == pieces
+
+
+ATTEMPTS = [
+    "<box>(0,0),(1001,9)</box>", "<box>(0,0),(99999,9)</box>", "<box>(-3,20),(300,400)</box>",
+    "<box>(1.5,2.0),(3,4)</box>", "<box>(0.1,0.2),(0.3,0.4)</box>", "<box>[10,20,300,400]</box>",
+    "<box>[[10,20,300,400]]</box>", "<box>10,20,300,400</box>", "<box>(1,2)</box>", "<box>(1,2),(3,4),(5,6)</box>",
+    "<box>(1,2),(3,4),(5,6),(7,8)</box>", "<box>(1,2),(3,4);(5,6),(7,8)</box>", "<box>(1,2)(3,4)</box>",
+    "<box>(1 2),(3 4)</box>", "<box>(1 0,2),(3,4)</box>", "<box>(a,2),(3,4)</box>", "<box>(\u0661,2),(3,4)</box>",
+    "<box>\uff08\uff11,2\uff09</box>", "<box>(x1,y1),(x2,y2)</box>", "<box></box>", "<box> </box>", "<quad></quad>",
+    "<box>(300,400),(10,20)</box>", "<box>(300,20),(10,400)</box>", "<box>(5,5),(5,5)</box>",
+    "<box>(1,2),(3,4)", "<box>(1,2),(3,4)</ref>", "<box>(1,2),(3,4)</quad>", "(1,2),(3,4)</box>", "<box> (1,2)",
+    "<quad>(1,2),(3,4)</quad>", "<quad>(1,2),(3,4)</box>", "<quad>(1,8),(9,8),(9,2),(1,2)</quad>",
+    "<quad>(1,2),(9,2),(1,8),(9,8)</quad>", "<quad>(1,2),(9,8),(9,2),(1,8)</quad>",
+    "<quad>(4,4),(4,4),(4,4),(4,4)</quad>",
+    "<ref>it</ref><box>there</box>", "<ref>it</ref> <box>", "<ref></ref><box>(1,2),(3,4)</box>",
+    "<ref> </ref><box>(1,2),(3,4)</box>", "<ref>a <ref>b</ref></ref><box>(1,2),(3,4)</box>",
+    "<ref>a <ref>b</ref><box>(1,2),(3,4)</box>", "<ref>a<box>(1,2),(3,4)</box>", "a</ref><box>(1,2),(3,4)</box>",
+    "<ref>a<box>(1,2),(3,4)</box></ref>", "<box>(1,2),(3,4)</box></box>", "<box><box>(1,2),(3,4)</box>",
+    "<Box>(1,2),(3,4)</Box>", "<BOX>(1,2),(3,4)</BOX>", "< box >(1,2),(3,4)< /box >", "<box >(1,2),(3,4)</box>",
+    "Picture 1: <img>jpg", "<img>jpg</img></img>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ATTEMPTS)
+def test_an_attempt_at_markup_is_never_taken_for_text_by_accident(value: str) -> None:
+    with pytest.raises(
+        SampleError, match="markup that does not parse: '|has reversed|above 1000|point|clockwise"
+    ):
+        parse_markup(f"See {value} there")
+    kept = parse_markup(f"See {value} there", keep=True)
+    assert kept[0].text.startswith("See ") and kept[-1].text.endswith(" there")
+
+
+@pytest.mark.parametrize("value", ATTEMPTS)
+def test_an_attempt_is_kept_as_it_is(value: str) -> None:
+    assert "".join(spell(value, keep=True)).replace("|", "") == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<img src='a.png'> and </img> and <box>",
+        "How do I close an <img> tag?",
+        "Typical inline elements: 6. `<img>` - image, `<ref>`, `<imgpad>`, `<box>` and `</quad>`",
+        "a < b and b > c, so (1,2) < (3,4)",
+        "<box>content</box> is XML",
+        "<box width='3'>(1,2)</box",
+        "an empty <ref></ref> pair",
+        "<|im_end|><|im_start|><|endoftext|><imgpad></img><|extra_0|>",
+        "<img>jpg",
+        "the inbox (3), a box (1,2) and <textbox>(1,2)</textbox>",
+        "&lt;box&gt;(1,2),(3,4)&lt;/box&gt;",
+    ],
+)
+def test_text_that_speaks_of_tags_is_text(value: str) -> None:
+    assert spell(value) == [value + "|"]
+
+
+def test_no_text_is_lost_whatever_it_is() -> None:
+    """Random strings of tags, coordinates and letters: kept whole, or left out with a reason."""
+    rng = random.Random(0)
+    atoms = [f"<{slash}{tag}>" for tag in ("img", "ref", "box", "quad") for slash in ("", "/")]
+    atoms += [BOX, QUAD, "<ref>a</ref>", "(1,2)", "(3,4)", ",", " ", "a", "<", ">", "9", "Picture 1: ", "\n"]
+    refused = 0
+    for _ in range(5000):
+        value = "".join(rng.choice(atoms) for _ in range(rng.randint(1, 12)))
+        assert "".join(spell(value, keep=True)).replace("|", "") == value
+        try:
+            assert "".join(spell(value)).replace("|", "") == value
+        except SampleError:
+            refused += 1
+    assert 1000 < refused < 4500
+
+
+def test_parsing_is_quick_on_hostile_text() -> None:
+    """Work grows with the length: twice the text costs no more than a few times as much."""
+    for tag in ("<ref>", "<box>", "<img>", "<box>(1,2)", "Picture 1: ", "</ref>"):
+        parse_markup(tag * 20_000, keep=True)
