@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import DataError, SampleError
 from .formats import render_sample
-from .images import image_size, load_pixels
+from .images import IMAGE_SUFFIXES, image_size, load_pixels
 from .index import COLUMNS, ShardIndex, file_digest, load_index, save_index
 from .manifest import Manifest, ShardEntry, list_shards, save_manifest
 from .shards import Member, ShardSample, checksum, scan_shard
@@ -24,8 +24,6 @@ from .skipped import SkippedKind, merge, tally
 from .tasks import TASKS, decode_record
 from .tokenizer import Tokenizer, load_tokenizer
 from .writer import ImageInfo
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
 
 @dataclass(frozen=True)

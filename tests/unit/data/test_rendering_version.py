@@ -8,7 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_qwenvl.data import formats, images, tasks, writer
+from megatron_qwenvl.data import (
+    chatml,
+    coordinates,
+    dialogues,
+    fields,
+    formats,
+    images,
+    markup,
+    tasks,
+    writer,
+)
 from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.formats import RENDERING_VERSION, render_sample
 from megatron_qwenvl.data.tasks import TASKS, decode_record
@@ -16,9 +26,9 @@ from megatron_qwenvl.data.tokenizer import Tokenizer
 from megatron_qwenvl.data.writer import ImageInfo
 
 EXPECTED = {
-    "version": 2,
-    "renderings": "e6989c7a8e867782",
-    "logic": "c243239e3ed4df8f",
+    "version": 3,
+    "renderings": "7d009248fe8ea43a",
+    "logic": "e6e4eae2ef56b560",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
@@ -74,6 +84,10 @@ CORPUS: list[tuple[Any, int]] = [
         {"task": "chat", "conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "b"}]},
         0,
     ),
+    (chat("q", "a", "the user is last"), 0),
+    (chat("write <box> and <img>", "a < b"), 0),
+    ({"task": "grounded_caption", "caption": ["A", {"ref": " bee ", "boxes": [BOX]}, "and ", " more "]}, 1),
+    ({"task": "ocr", "lines": [{"text": "crossing", "quad": [[2, 1], [12, 1], [2, 8], [12, 8]]}]}, 1),
     ({"task": "nonsense"}, 1),
     ([], 1),
 ]
@@ -117,7 +131,7 @@ def digest(value: object) -> str:
 
 def test_the_version_is_raised_with_every_change_of_renderings(byte_level: Tokenizer) -> None:
     assert {record["task"] for record, _ in CORPUS if isinstance(record, dict)} >= set(TASKS)
-    modules = (formats, tasks, writer, images)
+    modules = (formats, chatml, dialogues, markup, tasks, fields, coordinates, writer, images)
     found = {
         "version": RENDERING_VERSION,
         "renderings": digest([rendering(record, count, byte_level) for record, count in CORPUS]),
