@@ -12,13 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slurm slurm-packages lint setup gpu-check bench-convert clean
+.PHONY: demo test mutants test-slurm slurm-packages lint setup gpu-check bench-convert clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo 'make demo [TP=2 PP=2]  train a tiny model through the three stages on CPU and question it'
 	@echo 'make test              linters and all tests that need no GPU'
+	@echo 'make mutants           break the source in one place after the other: are the tests able to fail? (MUTANTS=word)'
 	@echo 'make test-slurm        the batch scripts on a real Slurm cluster of this machine (as root; installs Slurm)'
 	@echo 'make lint              ruff, mypy, shellcheck'
 	@echo 'make setup             install everything into $(VENV)'
@@ -31,6 +32,9 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -m 'not gpu and not slurm'
+
+mutants: $(INSTALLED)
+	$(BIN)/python -W ignore -m tests.mutants.check $(MUTANTS)
 
 test-slurm: $(INSTALLED) slurm-packages
 	$(BIN)/python -m pytest -m slurm tests/slurm

@@ -131,7 +131,7 @@ def _text(key: str, rng: random.Random) -> Example:
 
 
 def _chat(key: str, rng: random.Random) -> Example:
-    """A dialogue of one or two questions; the loss is on answers, `<|im_start|>`, `<|im_end|>` and newlines after it."""
+    """A dialogue of one or two questions; learned: answers, `<|im_start|>`, `<|im_end|>` and the newline after it."""
     turns, text = [], "=><|im_start|><=system\nYou are a helpful assistant.=><|im_end|>\n"
     for number in range(rng.randint(1, 2)):
         question, answer = _words(rng, 3) + "?", _words(rng, 3)

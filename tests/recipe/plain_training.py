@@ -111,7 +111,7 @@ def train(
 
 
 def depth_below_adapter(name: str, layers: int) -> int:
-    """0 for the ViT layer nearest the adapter and for everything outside the ViT, `layers` for patches and positions."""
+    """0 for the ViT layer nearest the adapter and for what is outside the ViT, `layers` for patches and positions."""
     if not is_vit(name):
         return 0
     layer = re.search(r"resblocks\.(\d+)\.", name)

@@ -46,6 +46,15 @@ _NUMBERS = Recipe(
 )  # fmt: skip
 STAGES = {
     "stage1": Stage(replace(_NUMBERS, frozen=is_decoder, clip=0.25), ("caption",), image_size=28),
+    "stage1_rows": Stage(  # Table 8's gradient accumulation: micro-batches of padded rows
+        replace(_NUMBERS, frozen=is_decoder, clip=0.25),
+        ("caption",),
+        image_size=28,
+        overrides=(
+            *("--data.packing", "none", "--train.gradient_accumulation", "3"),
+            *("--data.max_sample_length", "128"),
+        ),
+    ),
     "stage2": Stage(
         replace(_NUMBERS, clip=1.3),
         ("caption", "vqa", "referring", "text"),
@@ -66,7 +75,7 @@ MODEL = {
 
 
 def make_config(stage: str, root: Path, run_dir: Path, *overrides: str, world: int = 1) -> RunConfig:
-    """The stage's tiny recipe with the numbers of `STAGES` on the data below `root`."""
+    """The tiny recipe of the stage with the numbers of `STAGES` on the data below `root`."""
     small, recipe = STAGES[stage], STAGES[stage].recipe
     model = [
         word
@@ -95,7 +104,7 @@ def make_config(stage: str, root: Path, run_dir: Path, *overrides: str, world: i
         "--logging.tensorboard", "false", "--logging.interval", "1",
         *model, *small.overrides, *overrides,
     ]  # fmt: skip
-    return load_config(f"tiny_{stage}", arguments, world_size=world)
+    return load_config(f"tiny_{stage.partition('_')[0]}", arguments, world_size=world)
 
 
 def write_examples(stage: str, root: Path) -> list[Example]:

@@ -27,9 +27,12 @@ WEIGHTS = 2.6e-6
 LOSS_AND_NORM = 7e-7
 
 LAYOUTS = {
-    "tp2_pp2_sp": (
+    "tp2_pp2_sp": (  # cut inside the ViT, whose layers learn at different rates
         4,
-        ["--parallel.tensor", "2", "--parallel.pipeline", "2", "--parallel.sequence_parallel", "true"],
+        [
+            *("--parallel.tensor", "2", "--parallel.sequence_parallel", "true"),
+            *("--parallel.pipeline", "2", "--parallel.layout", "[2]"),
+        ],
     ),
     "dp2": (2, []),
     "dp2_unsharded": (2, ["--optimizer.sharded", "false"]),
