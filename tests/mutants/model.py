@@ -43,12 +43,11 @@ MODEL = [
     ),
     Mutant("dropout", ENGINE_CONFIG, '"hidden_dropout": 0.0', '"hidden_dropout": 0.1', STAGE1 + FULL_SIZE),
     Mutant(
-        "rotary base", STAGE, "self.model.decoder.heads, self.model.decoder.rotary_base",
-        "self.model.decoder.heads, 1_000_000", STAGE3,
+        "rotary base", STAGE, "float(decoder.rotary_base)", "1e6", STAGE3,
     ),
     Mutant(
         "rotary positions of odd and even channels", f"{PACKAGE}/model/positions.py",
-        "angles = torch.cat([angles, angles], dim=-1)" if False else "return torch.cat([angles, angles], dim=-1)",
+        "return torch.cat([angles, angles], dim=-1)",
         "return angles.repeat_interleave(2, dim=-1)", STAGE3,
     ),
     Mutant(
