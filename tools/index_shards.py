@@ -1,10 +1,13 @@
 """python tools/index_shards.py DIR... [--tokenizer qwen.tiktoken] [--workers N] [--verify-images] [--force]
+           [--unparsed-markup leave_out|keep] [--ref-blank outside|inside]
 
 Writes the index of every WebDataset shard (`*.tar`) of the directories, and their manifests. Shards whose index is
 current are left alone. Runs in N processes, or over all ranks when started by mpirun or srun (needs mpi4py); under
 torchrun rank 0 alone works, in N processes.
 `--check` reads every shard and compares its digest instead, `--list-skipped` prints shard, key and reason of every
-sample that the indices leave out. Exits with 1 when a shard could not be indexed; the others are indexed all the same.
+sample that the indices leave out. `--unparsed-markup` and `--ref-blank` (docs/samples.md) are kept in the index: they
+hold for every run over the directory, and when it is indexed again without them. Exits with 1 when a shard could not
+be indexed; the others are indexed all the same.
 """
 
 from __future__ import annotations
@@ -42,6 +45,16 @@ def parse_arguments() -> argparse.Namespace:
         "--verify-images", action="store_true", help="decode every picture, not its header only"
     )
     parser.add_argument("--force", action="store_true", help="index again what is current")
+    parser.add_argument(
+        "--unparsed-markup",
+        choices=("leave_out", "keep"),
+        help="dialogues with grounding markup that does not parse; first: leave_out",
+    )
+    parser.add_argument(
+        "--ref-blank",
+        choices=("outside", "inside"),
+        help="where the blank before a phrase of a grounded caption stands; first: outside",
+    )
     parser.add_argument(
         "--check", action="store_true", help="compare the digests of all shards; write nothing"
     )
@@ -123,6 +136,8 @@ def summarise(directory: Path, results: list[ShardResult]) -> int:
     )
     for kind in merge(itertools.chain.from_iterable(result.skipped for result in results)):
         print(f"{directory}: {kind}")
+    for kind in merge(itertools.chain.from_iterable(result.noted for result in results)):
+        print(f"{directory}: {kind.count} images noted: {kind.reason} (for example {kind.example})")
     return failed
 
 
@@ -140,7 +155,9 @@ def list_skipped(directory: Path) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    job = IndexJob(arguments.tokenizer, arguments.verify_images, arguments.force)
+    wanted = {"unparsed_markup": arguments.unparsed_markup, "ref_blank": arguments.ref_blank}
+    options = {name: value for name, value in wanted.items() if value}
+    job = IndexJob(arguments.tokenizer, arguments.verify_images, arguments.force, options)
     failed = 0
     try:
         if arguments.list_skipped:

@@ -13,7 +13,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ from .errors import DataError, index_command
 from .formats import RENDERING_VERSION
 from .shards import Member
 from .tasks import TASKS
-from .writer import ImageInfo
+from .writer import ImageInfo, RenderOptions
 
 FORMAT_VERSION = 2
 
@@ -33,7 +33,7 @@ COLUMNS: dict[str, Any] = {
     "text_sizes": np.int64, "text_checksums": np.uint32, "text_tokens": np.int32, "image_first": np.int64,
     "image_checksums": np.uint32, "image_suffixes": np.bytes_,
     "image_offsets": np.int64, "image_sizes": np.int64, "widths": np.int32, "heights": np.int32,
-    "skipped_keys": np.bytes_, "skipped_reasons": np.bytes_,
+    "skipped_keys": np.bytes_, "skipped_reasons": np.bytes_, "noted_keys": np.bytes_, "notes": np.bytes_,
 }  # fmt: skip
 
 
@@ -47,6 +47,7 @@ class ShardIndex:
         modified: its modification time in ns, when it was indexed.
         digest: its BLAKE2b-128 digest.
         tokenizer: fingerprint of the tokenizer behind `text_tokens`.
+        options: how the records were rendered where there is a choice.
         images_verified: whether every picture was decoded.
         arrays: `keys` [N] UTF-8; `tasks` uint8 [N]; `text_suffixes`, `text_offsets`, `text_sizes` [N] of the
             record (`json`) or plain caption (`txt`); `text_checksums` uint32 [N], CRC-32 of its bytes;
@@ -54,7 +55,8 @@ class ShardIndex:
             `text_tokens` int32 [N], length without image slots;
             `image_first` int64 [N + 1], rows of a sample in the picture arrays; `image_suffixes`,
             `image_offsets`, `image_sizes`, `widths`, `heights` [I], in the order in which the text shows
-            them; `skipped_keys`, `skipped_reasons` of samples that cannot be used.
+            them; `skipped_keys`, `skipped_reasons` of samples that cannot be used; `noted_keys`, `notes` of images
+            whose pixels may differ from what another viewer shows (`images.py`).
     """
 
     shard: str
@@ -62,6 +64,7 @@ class ShardIndex:
     modified: int
     digest: str
     tokenizer: str
+    options: RenderOptions
     images_verified: bool
     arrays: dict[str, NDArray[Any]]
 
@@ -126,6 +129,7 @@ def file_digest(file: BinaryIO) -> str:
 def save_index(index: ShardIndex, directory: Path) -> None:
     """Write the index beside its shard, whole or not at all."""
     header = {name: value for name, value in vars(index).items() if name != "arrays"}
+    header["options"] = asdict(index.options)
     buffer = io.BytesIO()
     made_by = {"format": FORMAT_VERSION, "rendering": RENDERING_VERSION, "task_names": TASKS}
     arrays: dict[str, Any] = {"meta": np.bytes_(json.dumps({**made_by, **header}))}
@@ -156,7 +160,7 @@ def load_index(shard: Path, vocabulary: str | None = None) -> ShardIndex:
                 )
             arrays = {name: stored[name] for name in COLUMNS}
             arrays["tasks"] = np.array([TASKS.index(name) for name in names], np.uint8)[arrays["tasks"]]
-            return ShardIndex(**meta, arrays=arrays)
+            return ShardIndex(options=RenderOptions(**meta.pop("options")), **meta, arrays=arrays)
     except FileNotFoundError:
         raise DataError(f"{path}: no index; {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError) as error:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import numpy as np
 
 from .errors import DataError, SampleError
 from .formats import render_sample
-from .images import IMAGE_SUFFIXES, image_size, load_pixels
+from .images import IMAGE_SUFFIXES, load_pixels, read_header
 from .index import COLUMNS, ShardIndex, file_digest, load_index, save_index
-from .manifest import Manifest, ShardEntry, list_shards, save_manifest
+from .manifest import Manifest, ShardEntry, indexed_options, list_shards, save_manifest
 from .shards import Member, ShardSample, checksum, scan_shard
 from .skipped import SkippedKind, merge, tally
 from .tasks import TASKS, decode_record
 from .tokenizer import Tokenizer, load_tokenizer
-from .writer import ImageInfo
+from .writer import DEFAULT_OPTIONS, ImageInfo, RenderOptions
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,17 @@ class IndexJob:
     tokenizer: str | None = None
     verify_images: bool = False
     force: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of `RenderOptions` that are wanted; the others are as when the directory was indexed last."""
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What became of a shard: its entry and why it leaves samples out, or the reason why there is no entry."""
+    """What became of a shard: its entry, why it leaves samples out and notes on images, or why there is no entry."""
 
     entry: ShardEntry | None = None
     skipped: tuple[SkippedKind, ...] = ()
+    noted: tuple[SkippedKind, ...] = ()
     fresh: bool = False
     error: str = ""
 
@@ -48,7 +51,8 @@ class ShardResult:
     def of(cls, index: ShardIndex, fresh: bool) -> ShardResult:
         """The result of an index."""
         skipped = tally(index.shard, index.arrays["skipped_keys"], index.arrays["skipped_reasons"])
-        return cls(ShardEntry.of(index), skipped, fresh)
+        noted = tally(index.shard, index.arrays["noted_keys"], index.arrays["notes"])
+        return cls(ShardEntry.of(index), skipped, noted, fresh)
 
 
 def index_directory(
@@ -73,7 +77,8 @@ def index_directory(
     """
     shards = list_shards(directory)
     fingerprint = _tokenizer(job.tokenizer).fingerprint
-    index = functools.partial(index_shard, job=job)
+    options = replace(indexed_options(directory), **job.options)
+    index = functools.partial(index_shard, job=job, options=options)
     results = []
     for result in executor.map(index, shards) if executor else map(index, shards):
         results.append(result)
@@ -82,18 +87,19 @@ def index_directory(
     entries = tuple(result.entry for result in results if result.entry)
     skipped = merge(itertools.chain.from_iterable(result.skipped for result in results))
     failed = {shard.name: result.error for shard, result in zip(shards, results, strict=True) if result.error}
-    save_manifest(Manifest(fingerprint, entries, skipped, failed), directory)
+    noted = merge(itertools.chain.from_iterable(result.noted for result in results))
+    save_manifest(Manifest(fingerprint, entries, skipped, failed, options, noted), directory)
     return results
 
 
-def index_shard(path: Path, job: IndexJob) -> ShardResult:
+def index_shard(path: Path, job: IndexJob, options: RenderOptions = DEFAULT_OPTIONS) -> ShardResult:
     """Index one shard unless its index is current."""
     try:
         tokenizer = _tokenizer(job.tokenizer)
-        index = None if job.force else _current(path, tokenizer, job.verify_images)
+        index = None if job.force else _current(path, tokenizer, job.verify_images, options)
         if index:
             return ShardResult.of(index, fresh=False)
-        index = build_index(path, tokenizer, job.verify_images)
+        index = build_index(path, tokenizer, job.verify_images, options)
         save_index(index, path.parent)
         return ShardResult.of(index, fresh=True)
     except DataError as error:
@@ -108,25 +114,30 @@ def _tokenizer(path: str | None) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _current(path: Path, tokenizer: Tokenizer, verify_images: bool) -> ShardIndex | None:
-    """The stored index if it was made from this very file, with this tokenizer and at least these checks."""
+def _current(
+    path: Path, tokenizer: Tokenizer, verify_images: bool, options: RenderOptions
+) -> ShardIndex | None:
+    """The stored index if it was made from this very file, with this tokenizer, these options and these checks."""
     try:
         index = load_index(path)
         stat = path.stat()
     except (DataError, OSError):
         return None
     same_file = (index.size, index.modified) == (stat.st_size, stat.st_mtime_ns)
-    enough = index.tokenizer == tokenizer.fingerprint and (index.images_verified or not verify_images)
-    return index if same_file and enough else None
+    same_text = (index.tokenizer, index.options) == (tokenizer.fingerprint, options)
+    return index if same_file and same_text and (index.images_verified or not verify_images) else None
 
 
-def build_index(path: Path, tokenizer: Tokenizer, verify_images: bool = False) -> ShardIndex:
+def build_index(
+    path: Path, tokenizer: Tokenizer, verify_images: bool = False, options: RenderOptions = DEFAULT_OPTIONS
+) -> ShardIndex:
     """Read a shard once from end to end.
 
     Args:
         path: the tar.
         tokenizer: counts the text tokens.
         verify_images: decode every picture instead of reading its header only.
+        options: how records are rendered where there is a choice.
 
     Raises:
         DataError: the shard cannot be read or is truncated. A sample that cannot be used is recorded instead.
@@ -139,7 +150,7 @@ def build_index(path: Path, tokenizer: Tokenizer, verify_images: bool = False) -
             digest = file_digest(file)
             for sample in scan_shard(file, path):
                 try:
-                    _append(columns, sample, _reader(file.fileno()), tokenizer, verify_images)
+                    _append(columns, sample, _reader(file.fileno()), tokenizer, verify_images, options)
                 except SampleError as error:
                     columns["skipped_keys"].append(sample.key.encode(errors="replace"))
                     columns["skipped_reasons"].append(str(error).encode(errors="replace"))
@@ -147,7 +158,14 @@ def build_index(path: Path, tokenizer: Tokenizer, verify_images: bool = False) -
         raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
     arrays = {name: np.array(values, dtype=COLUMNS[name]) for name, values in columns.items()}
     return ShardIndex(
-        path.name, stat.st_size, stat.st_mtime_ns, digest, tokenizer.fingerprint, verify_images, arrays
+        path.name,
+        stat.st_size,
+        stat.st_mtime_ns,
+        digest,
+        tokenizer.fingerprint,
+        options,
+        verify_images,
+        arrays,
     )
 
 
@@ -157,6 +175,7 @@ def _append(
     read: Callable[[Member], bytes],
     tokenizer: Tokenizer,
     verify_images: bool,
+    options: RenderOptions,
 ) -> None:
     """Add the row of one sample; nothing is added when it raises SampleError."""
     if sample.duplicate:
@@ -170,8 +189,9 @@ def _append(
     record = decode_record(suffix, encoded)
     names = _image_names(sample)
     pictures = [read(sample.members[name]) for name in names]
-    images = [_describe(name, data, verify_images) for name, data in zip(names, pictures, strict=True)]
-    rendered = render_sample(record, images, tokenizer, image_tokens=0)
+    described = [_describe(name, data, verify_images) for name, data in zip(names, pictures, strict=True)]
+    images = [image for image, _ in described]
+    rendered = render_sample(record, images, tokenizer, image_tokens=0, options=options)
     shown = [images[i] for i in rendered.image_order]
     text = sample.members[suffix]
     row = {
@@ -188,6 +208,9 @@ def _append(
         columns["image_sizes"].append(sample.members[image.name].size)
         columns["widths"].append(image.width)
         columns["heights"].append(image.height)
+    for note in itertools.chain.from_iterable(notes for _, notes in described):
+        columns["noted_keys"].append(sample.key.encode())
+        columns["notes"].append(note.encode())
 
 
 def _text_suffix(sample: ShardSample, read: Callable[[Member], bytes]) -> str:
@@ -209,14 +232,15 @@ def _image_names(sample: ShardSample) -> list[str]:
     return sorted(names, key=lambda name: (len(name), name))
 
 
-def _describe(name: str, data: bytes, verify: bool) -> ImageInfo:
+def _describe(name: str, data: bytes, verify: bool) -> tuple[ImageInfo, tuple[str, ...]]:
+    """Size and notes of an image."""
     try:
-        width, height = image_size(data)
+        header = read_header(data)
         if verify:
-            load_pixels(data, side=1, max_pixels=width * height)
+            load_pixels(data, side=1, max_pixels=header.width * header.height)
     except SampleError as error:
         raise SampleError(f"{name}: {error}") from error
-    return ImageInfo(name, width, height)
+    return ImageInfo(name, header.width, header.height), header.notes
 
 
 def _reader(descriptor: int) -> Callable[[Member], bytes]:

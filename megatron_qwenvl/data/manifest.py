@@ -6,6 +6,7 @@ one file and lists one directory instead of reading 30,000 indices.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from .errors import DataError, index_command
 from .formats import RENDERING_VERSION
 from .index import FORMAT_VERSION, ShardIndex, check_versions, file_digest, load_index, write_atomically
 from .skipped import SkippedKind, commonest
+from .writer import DEFAULT_OPTIONS, RenderOptions
 
 MANIFEST = "manifest.json"
 
@@ -56,12 +58,16 @@ class Manifest:
         shards: in the order of their names.
         skipped: why samples were left out, the commonest kind first.
         failed: shards that could not be indexed, with the reason.
+        options: how their records were rendered where there is a choice; a run renders them in the same way.
+        noted: images whose pixels may differ from what another viewer shows, the commonest kind first.
     """
 
     tokenizer: str
     shards: tuple[ShardEntry, ...]
     skipped: tuple[SkippedKind, ...] = ()
     failed: dict[str, str] = field(default_factory=dict)
+    options: RenderOptions = DEFAULT_OPTIONS
+    noted: tuple[SkippedKind, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,9 @@ class ShardDirectory:
         """
         path = self.shard_path(shard)
         index = load_index(path, self.vocabulary)
-        if index.digest != self.manifest.shards[shard].digest or index.tokenizer != self.manifest.tokenizer:
+        manifest = self.manifest
+        expected = manifest.shards[shard].digest, manifest.tokenizer, manifest.options
+        if (index.digest, index.tokenizer, index.options) != expected:
             raise DataError(f"{path}: index and manifest differ; run {self.index_command()}")
         return index
 
@@ -156,6 +164,19 @@ def save_manifest(manifest: Manifest, directory: Path) -> None:
     write_atomically(directory / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def indexed_options(directory: Path) -> RenderOptions:
+    """The options with which a directory was indexed last, whichever version did it; the defaults if none did.
+
+    So the command that a message names makes the index anew as its owner wanted it.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return RenderOptions(**json.loads((directory / MANIFEST).read_bytes())["options"])
+    for shard in list_shards(directory):  # the manifest is damaged or missing
+        with contextlib.suppress(DataError):
+            return load_index(shard).options
+    return DEFAULT_OPTIONS
+
+
 def open_directory(
     path: Path, tokenizer: str, verify_digests: bool = False, vocabulary: str | None = None
 ) -> ShardDirectory:
@@ -202,7 +223,9 @@ def _load_manifest(directory: Path, remedy: str) -> Manifest:
         check_versions(path, content["format"], content.get("rendering"), remedy)
         shards = tuple(ShardEntry(**entry) for entry in content["shards"])
         skipped = tuple(SkippedKind(**kind) for kind in content["skipped"])
-        return Manifest(content["tokenizer"], shards, skipped, dict(content["failed"]))
+        noted = tuple(SkippedKind(**kind) for kind in content["noted"])
+        options = RenderOptions(**content["options"])
+        return Manifest(content["tokenizer"], shards, skipped, dict(content["failed"]), options, noted)
     except FileNotFoundError:
         raise DataError(f"{path}: no manifest; {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

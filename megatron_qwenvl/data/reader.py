@@ -47,8 +47,9 @@ class SampleReader:
         self._check(index, source, shard, "text", at, [encoded])
         record = decode_record(name.rpartition(".")[2].lower(), encoded)
         images = [info for info, _ in index.images(at)]
-        language = self.plan.sources[source].config.language
-        rendered = render_sample(record, images, self.tokenizer, self.image_tokens, language)
+        origin = self.plan.sources[source]
+        language, options = origin.config.language, origin.directory.manifest.options
+        rendered = render_sample(record, images, self.tokenizer, self.image_tokens, language, options)
         if len(rendered.tokens) != samples.length[row]:
             raise DataError(
                 f"{self.plan.name(samples, row)}: expected {samples.length[row]} tokens as indexed, found "
