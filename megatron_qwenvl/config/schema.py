@@ -125,8 +125,9 @@ class DataConfig(Section):
     pack_length: int = Field(4096, ge=8)
     """Most tokens of one pack; a packed micro-batch is one pack, padded to a multiple of 64 positions. Unused
     with `packing: none`."""
-    max_image_pixels: int = Field(50_000_000, ge=1)
-    """Images with more pixels (width x height) than this are skipped and counted."""
+    max_image_pixels: int = Field(50_000_000, ge=1, le=178_956_970)
+    """Images with more pixels (width x height) than this are skipped and counted; the index leaves out those with more
+    than 178,956,970, Pillow's own limit, in any case."""
     shuffle_window: int = Field(8, ge=1)
     """Shards that are open for shuffling at a time; 1 keeps reads most sequential."""
     workers: int = Field(4, ge=0)

@@ -29,6 +29,10 @@ FRAMES = "several frames: the first is shown"
 CMYK = "CMYK converted without its profile"
 GREY16 = "grey of more than 8 bits reduced to 8"
 
+# Pillow warns of large images, odd palettes and damaged metadata. All that is decided on here; and under `-W error`
+# a warning would make an image unreadable. (`catch_warnings` per image would show other warnings again and again.)
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 _UNKNOWN_RANGE = {"I": "32-bit or signed integer grey", "F": "floating-point grey"}
 
 
@@ -86,17 +90,14 @@ def load_pixels(data: bytes, side: int, max_pixels: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Open an image; while it is in use, Pillow's warnings neither print nor, under `-W error`, raise."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
-        except Image.UnidentifiedImageError:  # its own message holds an address
-            raise SampleError(f"not a readable picture: no valid header of {', '.join(FORMATS)}") from None
-        except Exception as error:  # Pillow's own size guard, broken headers
-            raise SampleError(f"not a readable picture: {error}") from error
-        with image:
-            yield image
+    try:
+        image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+    except Image.UnidentifiedImageError:  # its own message holds an address
+        raise SampleError(f"not a readable picture: no valid header of {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow's own size guard, broken headers
+        raise SampleError(f"not a readable picture: {error}") from error
+    with image:
+        yield image
 
 
 def _refuse_unknown_range(image: Image.Image) -> None:

@@ -41,7 +41,8 @@ _ATTEMPTS = re.compile(
     rf"|[\d)\]}}）］]\s*{_LOCATION_END}"  # or behind one
     rf"|{_LOCATION}\s*{_LOCATION_END}"  # an empty pair
     rf"|<\s*/\s*ref\s*>\s*{_LOCATION}"  # what names something stands before what locates it
-    r"|Picture [0-9]+: ?<img>",
+    r"|Picture [0-9]+: ?<img>"
+    r"|<\|(?:box|quad|object_ref)_(?:start|end)\|>",  # Qwen2-VL's tokens
     re.IGNORECASE,
 )
 _LEFT_OVER = re.compile(r"</?(?:ref|box|quad)>")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,15 +194,23 @@ def test_an_image_without_pixels_is_refused() -> None:
         read_header(data)
 
 
-def test_warnings_neither_print_nor_refuse() -> None:
-    """Pillow warns of large images; `python -W error` would make samples of them unreadable."""
-    data = encode(Image.new("1", (10_000, 9_000)), "PNG")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert read_header(data).width == 10_000
-        assert load_pixels(data, side=2, max_pixels=100_000_000).shape == (3, 2, 2)
+def test_warnings_neither_print_nor_refuse(tmp_path: Path) -> None:
+    """Pillow warns of large images and odd palettes; `python -W error` would make samples of them unreadable."""
+    large, odd = tmp_path / "large.png", tmp_path / "odd.png"
+    large.write_bytes(encode(Image.new("1", (10_000, 9_000)), "PNG"))
+    odd.write_bytes(encode(Image.new("P", (4, 4)), "PNG", transparency=bytes([0, 128])))
+    code = (
+        "import sys; from pathlib import Path; from megatron_qwenvl.data.images import load_pixels, read_header\n"
+        "for data in map(Path.read_bytes, map(Path, sys.argv[1:])):\n"
+        "    print(read_header(data).width, load_pixels(data, 2, 10**8).shape)"
+    )
+    for options in ([], ["-W", "error"]):
+        command = [sys.executable, *options, "-c", code, str(large), str(odd)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.stdout, done.stderr) == ("10000 (3, 2, 2)\n4 (3, 2, 2)\n", "")
 
 
+@pytest.mark.filterwarnings("ignore")  # pytest undoes the package's own filter
 def test_damaged_exif_does_not_refuse_an_image() -> None:
     data = encode(Image.new("RGB", (8, 8), RED), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert read_header(data).notes == ()

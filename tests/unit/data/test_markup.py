@@ -68,6 +68,7 @@ ATTEMPTS = [
     "<ref>a <ref>b</ref><box>(1,2),(3,4)</box>", "<ref>a<box>(1,2),(3,4)</box>", "a</ref><box>(1,2),(3,4)</box>",
     "<ref>a<box>(1,2),(3,4)</box></ref>", "<box>(1,2),(3,4)</box></box>", "<box><box>(1,2),(3,4)</box>",
     "<Box>(1,2),(3,4)</Box>", "<BOX>(1,2),(3,4)</BOX>", "< box >(1,2),(3,4)< /box >", "<box >(1,2),(3,4)</box>",
+    "<|object_ref_start|>it<|object_ref_end|>", "<|box_start|>(1,2),(3,4)<|box_end|>",
     "Picture 1: <img>jpg", "<img>jpg</img></img>",
 ]  # fmt: skip
 

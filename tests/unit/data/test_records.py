@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from megatron_qwenvl.data.coordinates import normalise
 from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.formats import render_sample
+from megatron_qwenvl.data.markup import parse_markup
 from megatron_qwenvl.data.tasks import decode_record, parse_sample
-from megatron_qwenvl.data.tokenizer import Tokenizer
+from megatron_qwenvl.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megatron_qwenvl.data.writer import RenderOptions
 
 from .test_formats import IMAGE, render
@@ -95,6 +97,48 @@ def test_members_are_utf8_with_or_without_a_byte_order_mark() -> None:
         for encoding in ("utf-16", "latin-1"):
             with pytest.raises(SampleError, match=f"malformed {suffix}: not UTF-8 at byte"):
                 decode_record(suffix, data.encode(encoding))
+
+
+def test_no_text_becomes_a_special_token_and_none_is_lost(byte_level: Tokenizer) -> None:
+    """Random texts of everything that tokens are spelled with, in every field; markup in dialogues alone."""
+    rng = random.Random(0)
+    atoms = [
+        *SPECIAL_TOKENS[:5],
+        *SPECIAL_TOKENS[-9:],
+        "(1,2),(3,4)",
+        "a",
+        " ",
+        "<",
+        ">",
+        "/",
+        "ref",
+        "\u72d7",
+        "9",
+    ]
+    eos = byte_level.eos
+
+    def specials(record: dict[str, Any]) -> list[int]:
+        return [token for token in tokens(record, byte_level) if token >= eos]
+
+    harmless = {field: specials(make("x")) for field, make in FIELDS.items()}
+    rendered = 0
+    for _ in range(300):
+        text = "x" + "".join(rng.choice(atoms) for _ in range(rng.randint(1, 10))) + "x"
+        for field, make in FIELDS.items():
+            try:
+                found, written = specials(make(text)), byte_level.decode(tokens(make(text), byte_level))
+            except SampleError:
+                assert field in ("user", "assistant")
+                continue
+            rendered += 1
+            assert text in written
+            if field not in ("user", "assistant"):
+                assert found == harmless[field]
+                continue
+            pieces = [piece for piece in parse_markup(text) if piece.kind != "text"]
+            assert len(found) == len(harmless[field]) + 2 * len(pieces)
+            assert not {byte_level.img_pad, byte_level.img_start, byte_level.img_end} & set(found)
+    assert rendered > 3200
 
 
 HUGE = "1" + "0" * 400

@@ -28,7 +28,7 @@ from megatron_qwenvl.data.writer import ImageInfo
 EXPECTED = {
     "version": 3,
     "renderings": "7d009248fe8ea43a",
-    "logic": "e6e4eae2ef56b560",
+    "logic": "ab1b5b1adb8b5318",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
