@@ -9,14 +9,15 @@ import pytest
 from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.markup import parse_markup
 
+BAR = "¦"
 BOX = "<box>(1,2),(3,4)</box>"
 QUAD = "<quad>(1,2),(9,2),(9,8),(1,8)</quad>"
 
 
 def spell(value: str, keep: bool = False) -> list[str]:
-    """The pieces of a text: markup as it is written, text in front of a bar."""
+    """The pieces of a text: markup as it is written, text before a bar."""
     return [
-        piece.text + "|" if piece.kind == "text" else f"<{piece.kind}>{piece.text}</{piece.kind}>"
+        piece.text + BAR if piece.kind == "text" else f"<{piece.kind}>{piece.text}</{piece.kind}>"
         for piece in parse_markup(value, keep)
     ]
 
@@ -24,10 +25,10 @@ def spell(value: str, keep: bool = False) -> list[str]:
 @pytest.mark.parametrize(
     ("value", "pieces"),
     [
-        ("plain", ["plain|"]),
-        (f"a {BOX} b", ["a |", BOX, " b|"]),
+        ("plain", ["plain¦"]),
+        (f"a {BOX} b", ["a ¦", BOX, " b¦"]),
         (f"<ref>it</ref>{BOX}{BOX}", ["<ref>it</ref>", BOX, BOX]),
-        (f"<ref>it</ref> {QUAD}", ["<ref>it</ref>", " |", QUAD]),
+        (f"<ref>it</ref> {QUAD}", ["<ref>it</ref>", " ¦", QUAD]),
         ("<ref> Woman</ref>", ["<ref> Woman</ref>"]),
         (f"<ref>a < b > c</ref>{BOX}", ["<ref>a < b > c</ref>", BOX]),
         ("<ref>two\nlines</ref>", ["<ref>two\nlines</ref>"]),
@@ -43,7 +44,7 @@ def spell(value: str, keep: bool = False) -> list[str]:
         ),
         ("<quad>(1,2), (9,2), (9,8), (1,8)</quad>", [QUAD]),
         ("<quad>(1,2),(9,2),(9,2),(1,2)</quad>", ["<quad>(1,2),(9,2),(9,2),(1,2)</quad>"]),
-        ("Picture 1: <img>jpg</img>\nq", ["Picture 1: |", "<img>jpg</img>", "\nq|"]),
+        ("Picture 1: <img>jpg</img>\nq", ["Picture 1: ¦", "<img>jpg</img>", "\nq¦"]),
     ],
 )
 def test_markup_whose_meaning_is_plain(value: str, pieces: list[str]) -> None:
@@ -85,7 +86,7 @@ def test_an_attempt_at_markup_is_never_taken_for_text_by_accident(value: str) ->
 
 @pytest.mark.parametrize("value", ATTEMPTS)
 def test_an_attempt_is_kept_as_it_is(value: str) -> None:
-    assert "".join(spell(value, keep=True)).replace("|", "") == value
+    assert "".join(spell(value, keep=True)).replace(BAR, "") == value
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_an_attempt_is_kept_as_it_is(value: str) -> None:
     ],
 )
 def test_text_that_speaks_of_tags_is_text(value: str) -> None:
-    assert spell(value) == [value + "|"]
+    assert spell(value) == [value + BAR]
 
 
 def test_no_text_is_lost_whatever_it_is() -> None:
@@ -116,9 +117,9 @@ def test_no_text_is_lost_whatever_it_is() -> None:
     refused = 0
     for _ in range(5000):
         value = "".join(rng.choice(atoms) for _ in range(rng.randint(1, 12)))
-        assert "".join(spell(value, keep=True)).replace("|", "") == value
+        assert "".join(spell(value, keep=True)).replace(BAR, "") == value
         try:
-            assert "".join(spell(value)).replace("|", "") == value
+            assert "".join(spell(value)).replace(BAR, "") == value
         except SampleError:
             refused += 1
     assert 1000 < refused < 4500
