@@ -134,6 +134,11 @@ class DataConfig(Section):
     """Worker processes per rank that read and decode ahead of the step; 0: in the main process."""
     prefetch: int = Field(4, ge=1)
     """Micro-batches that each worker prepares ahead, at least; more where a step has more."""
+    max_unreadable_share: float = Field(0.05, ge=0, le=1)
+    """Largest share of unreadable samples among the newest `unreadable_window`; a larger one stops the run with the
+    worst shards named; 1: never."""
+    unreadable_window: int = Field(2000, ge=1)
+    """Samples over which that share is taken; at least a global batch."""
 
 
 class TrainConfig(Section):
@@ -156,7 +161,8 @@ class TrainConfig(Section):
     clip_grad: float = Field(1.0, ge=0)
     """Largest global L2 norm of the gradient; 0: no clipping."""
     max_skipped_steps: int = Field(10, ge=0)
-    """Consecutive steps skipped for a non-finite loss or gradient before the run stops."""
+    """Consecutive steps skipped for a non-finite loss or gradient, or without a supervised token, before the run
+    stops."""
     validation_interval: int = Field(1000, ge=0)
     """Steps between validations; 0: never."""
     validation_samples: int = Field(4096, ge=1)

@@ -37,6 +37,7 @@ class Batch:
         bad_samples: ordinals of samples of this micro-batch that could not be read on this rank; their loss
             must be masked on every rank.
         bad_reasons: name of the sample and reason, for each of `bad_samples`.
+        bad_names: shard and key of each of them, as this rank found them.
         real_tokens: positions that are not padding.
         max_segment: length of the longest segment; found from `cu_seqlens` while that is on the CPU.
     """
@@ -54,6 +55,7 @@ class Batch:
     pixels: Tensor | None = None
     bad_samples: tuple[int, ...] = ()
     bad_reasons: tuple[str, ...] = ()
+    bad_names: tuple[tuple[str, str], ...] = ()
     real_tokens: int = 0
     max_segment: int = 0
 

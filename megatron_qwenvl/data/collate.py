@@ -92,6 +92,8 @@ def collate(micro_batch: MicroBatch, samples: SampleTable, reader: SampleReader,
     batch.bad_reasons = tuple(
         f"{plan.name(samples, layout.rows[ordinal])}: {bad[ordinal]}" for ordinal in batch.bad_samples
     )
+    rows = [layout.rows[ordinal] for ordinal in batch.bad_samples]
+    batch.bad_names = tuple((plan.shard(samples, row), plan.key(samples, row)) for row in rows)
     return batch
 
 

@@ -203,8 +203,12 @@ class StepPlan:
 
     def name(self, samples: SampleTable, row: int) -> str:
         """Shard and key of a sample, for messages."""
+        return f"{self.shard(samples, row)}:{self.key(samples, row)}"
+
+    def shard(self, samples: SampleTable, row: int) -> str:
+        """Path of a sample's shard."""
         directory = self.sources[int(samples.source[row])].directory
-        return f"{directory.shard_path(int(samples.shard[row]))}:{self.key(samples, row)}"
+        return str(directory.shard_path(int(samples.shard[row])))
 
 
 def training_plan(config: RunConfig, tokenizer: str, verify_digests: bool = False) -> StepPlan:

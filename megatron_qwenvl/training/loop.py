@@ -31,6 +31,7 @@ from .progress import Progress
 from .run_directory import check_run_directory, record_start
 from .setup import announce, first_weights, make_loaders, resume
 from .step import StepReport, StepRunner
+from .unreadable import UnreadableShards, too_many, worst_shards
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Trainer:
     progress: Progress
     stop: StopRequest
     watchdog: Watchdog
+    unreadable: UnreadableShards = field(default_factory=UnreadableShards)
     interrupted: bool = False
     """The run was asked to stop before its end, and did."""
     _saved_step: int = field(default=-1)
@@ -109,8 +111,9 @@ class Trainer:
         """Train to the configured end, or to the step after a request to stop; returns the final counters.
 
         Raises:
-            TrainingError: too many steps in a row without a finite loss and gradient.
-            DataError: a shard cannot be read.
+            TrainingError: too many steps in a row, or all, without a supervised token, or without a finite loss and
+                gradient.
+            DataError: a shard cannot be read, or too many samples.
             CheckpointError: a checkpoint could not be saved; of the last one also where failures do not stop a run.
         """
         self.metrics.event("start", **start_record(self.config, self.runtime, self.progress.step))
@@ -120,6 +123,7 @@ class Trainer:
             if not self._asked_to_stop():
                 self.stop.started()
                 self._train_steps()
+                self._check_result()
             self._finish()
         except (DataError, TrainingError):
             self._keep_last_save()
@@ -195,7 +199,8 @@ class Trainer:
         step = self.progress.step
         lr = self.schedule.set_step(step)
         report = self.runner.train(batches, self.optimizer)
-        self.progress = self.progress.after(report)
+        self.progress = self.progress.after(report, self.config.data.unreadable_window)
+        self.unreadable.add(self.progress.recent_unreadable, self.progress.samples, batches)
         self.runtime.synchronize()
         if self.metrics.due(step, report.applied):
             self._record(report, step, waited, began, lr)
@@ -210,12 +215,38 @@ class Trainer:
         self.metrics.train(step_metrics(self.config, report, cost, step, lr, world, reference))
 
     def _guard(self, report: StepReport) -> None:
-        limit = self.config.train.max_skipped_steps
+        """End a run that does not learn, or only from a part of its data; every rank decides the same."""
+        limit, data = self.config.train.max_skipped_steps, self.config.data
         if self.progress.skipped_in_a_row > limit:
             raise TrainingError(
-                f"step {self.progress.step}: loss {report.loss} and gradient norm {report.grad_norm} are not finite, "
-                f"for {self.progress.skipped_in_a_row} steps in a row (train.max_skipped_steps {limit})"
+                f"step {self.progress.step}: {self._why_skipped(report)}; no update for "
+                f"{self.progress.skipped_in_a_row} steps in a row (train.max_skipped_steps {limit})"
             )
+        window, recent = data.unreadable_window, self.progress.recent_unreadable
+        if too_many(recent, report.samples, window, data.max_unreadable_share):
+            count, newest = sum(count for _, count in recent), max(window, report.samples)
+            raise DataError(
+                f"step {self.progress.step}: {count} of the newest {min(newest, self.progress.samples)} samples could "
+                f"not be read; data.max_unreadable_share {data.max_unreadable_share} allows "
+                f"{int(data.max_unreadable_share * newest)}{self._worst_shards()}"
+            )
+
+    def _check_result(self) -> None:
+        if self.progress.step == self.config.train.steps and not self.progress.updates:
+            raise TrainingError(
+                f"step {self.progress.step}: the run has ended without a step that was applied"
+            )
+
+    def _why_skipped(self, report: StepReport) -> str:
+        if report.loss_tokens:
+            return f"loss {report.loss} and gradient norm {report.grad_norm} are not finite"
+        unreadable = f"{report.skipped_samples} of its {report.samples} samples could not be read"
+        return f"no supervised token: {unreadable}{self._worst_shards()}"
+
+    def _worst_shards(self) -> str:
+        """The end of a message. Collective."""
+        worst = worst_shards(self.checkpoints.peers.all_gather(self.unreadable.found))
+        return f"; worst shards since this start: {worst}" if worst else ""
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.progress.step % interval == 0

@@ -93,6 +93,7 @@ def step_metrics(
         **{f"loss/{task}": loss for task, loss in report.task_losses.items()},
         "grad_norm": report.grad_norm,
         "applied": report.applied,
+        "not_applied_because": report.not_applied_because,
         "lr": lr,
         "seconds": seconds,
         "samples": report.samples,
@@ -125,6 +126,15 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+def _describe_validation(report: StepReport) -> str:
+    unreadable = f", {report.skipped_samples} of them unreadable" if report.skipped_samples else ""
+    on = f"on {report.samples} samples{unreadable}"
+    if not report.loss_tokens:
+        return f"no loss {on}: no supervised token"
+    tasks = ", ".join(f"{task} {loss:.3f}" for task, loss in report.task_losses.items())
+    return f"loss {report.loss:.4f} {on} ({tasks})"
 
 
 class MetricsLog:
@@ -165,10 +175,7 @@ class MetricsLog:
             self._write(
                 {"kind": "validation", "step": step, "loss": report.loss, **losses}, prefix="validation"
             )
-            tasks = ", ".join(f"{task} {loss:.3f}" for task, loss in report.task_losses.items())
-            logger.info(
-                "step %d validation: loss %.4f on %d samples (%s)", step, report.loss, report.samples, tasks
-            )
+            logger.info("step %d validation: %s", step, _describe_validation(report))
 
     def event(self, kind: str, **values: Any) -> None:
         """Record something that happened, such as a save."""
@@ -230,9 +237,10 @@ class MetricsLog:
         done, total = record["step"] + 1, self._config.train.steps
         elapsed = time.monotonic() - self._began
         left = elapsed / max(1, done - self._first_step) * (total - done)
-        skipped = "" if record["applied"] else " | NOT APPLIED: loss or gradient not finite"
+        skipped = "" if record["applied"] else f" | NOT APPLIED: {record['not_applied_because']}"
+        loss = f"{record['loss']:.4f}" if record["loss_tokens"] else "none"
         return (
-            f"step {done}/{total} | loss {record['loss']:.4f} | grad {record['grad_norm']:.2f} | "
+            f"step {done}/{total} | loss {loss} | grad {record['grad_norm']:.2f} | "
             f"lr {record['lr']:.2e} | {record['samples_per_second']:.1f} samples/s | "
             f"{record['tokens_per_second']:.0f} tokens/s | {record['tflops_per_device']:.3g} TFLOP/s/device | "
             f"{_mfu(record)}padding {record['padding']:.1%} | data wait {record['data_wait']:.0%} | "

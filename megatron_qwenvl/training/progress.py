@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .step import StepReport
+from .unreadable import Recent, slide
 
 
 @dataclass
@@ -18,29 +19,37 @@ class Progress:
     samples: int = 0
     """Samples seen."""
     skipped_steps: int = 0
-    """Steps without an update because the loss or the gradient was not finite."""
+    """Steps without an update: loss or gradient not finite, or no supervised token."""
     skipped_in_a_row: int = 0
     """The same, since the last update."""
     unreadable_samples: int = 0
     """Samples whose loss was masked because they could not be read."""
+    recent_unreadable: Recent = ()
+    """Those within the newest `data.unreadable_window` samples."""
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> Progress:
         """The counters of a checkpoint; what it holds beside them is left out."""
-        return cls(**{name: saved[name] for name in cls.__dataclass_fields__ if name in saved})
+        known = {name: saved[name] for name in cls.__dataclass_fields__ if name in saved}
+        recent = tuple((seen, count) for seen, count in saved.get("recent_unreadable", ()))
+        return cls(**{**known, "recent_unreadable": recent})
 
     @property
     def updates(self) -> int:
         """Optimizer updates made."""
         return self.step - self.skipped_steps
 
-    def after(self, report: StepReport) -> Progress:
-        """Counters after one more step."""
+    def after(self, report: StepReport, window: int) -> Progress:
+        """Counters after one more step; `window` is `data.unreadable_window`."""
+        seen = self.samples + report.samples
         return replace(
             self,
             step=self.step + 1,
-            samples=self.samples + report.samples,
+            samples=seen,
             skipped_steps=self.skipped_steps + (not report.applied),
             skipped_in_a_row=0 if report.applied else self.skipped_in_a_row + 1,
             unreadable_samples=self.unreadable_samples + report.skipped_samples,
+            recent_unreadable=slide(
+                self.recent_unreadable, seen, report.samples, report.skipped_samples, window
+            ),
         )

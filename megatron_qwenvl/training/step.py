@@ -34,7 +34,7 @@ class StepReport:
     """What a step did, the same on every rank."""
 
     loss: float
-    """Mean cross-entropy per supervised token of the global batch, in nats."""
+    """Mean cross-entropy per supervised token of the global batch, in nats; NaN where there is none."""
     task_losses: dict[str, float]
     """The same per task, for tasks with supervised tokens in the step."""
     loss_tokens: int
@@ -52,6 +52,13 @@ class StepReport:
     """Micro-batches of each data-parallel rank."""
     grad_norm: float = 0.0
     applied: bool = True
+
+    @property
+    def not_applied_because(self) -> str | None:
+        """Why the weights were left as they were; None where they were not."""
+        if self.applied:
+            return None
+        return "loss or gradient not finite" if self.loss_tokens else "no supervised token"
 
     def workload(self, patches: int) -> Workload:
         """The step's workload for FLOP accounting, without padding."""
@@ -112,7 +119,8 @@ class StepRunner:
         return self._run(batches, forward_only=False)
 
     def train(self, batches: Sequence[Batch], optimizer: MegatronOptimizer) -> StepReport:
-        """One optimizer step over the global batch of which `batches` is this rank's share."""
+        """One optimizer step over the global batch of which `batches` is this rank's share; without a finite loss,
+        and without a supervised token in it, nothing is changed."""
         optimizer.zero_grad()
         report = self.accumulate(batches)
         update = apply_gradients(optimizer, self.config.train.clip_grad, math.isfinite(report.loss))
@@ -193,7 +201,7 @@ class StepRunner:
         losses, tokens = totals[: len(TASKS)], totals[len(TASKS) : 2 * len(TASKS)]
         rest = [int(value) for value in totals[2 * len(TASKS) :]]
         return StepReport(
-            loss=sum(losses) / max(1.0, sum(tokens)),
+            loss=sum(losses) / sum(tokens) if sum(tokens) else math.nan,
             task_losses={t: s / n for t, s, n in zip(TASKS, losses, tokens, strict=True) if n},
             loss_tokens=int(sum(tokens)),
             tokens=rest[0],
