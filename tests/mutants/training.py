@@ -180,7 +180,7 @@ OPTIMIZATION = [
 ]  # fmt: skip
 
 NUMBERS = [
-    Mutant(f"numbers: {old} as {new}", file, old, new, TABLES)
+    Mutant(f"numbers: {old.partition(chr(10))[0]} as {new.partition(chr(10))[0]}", file, old, new, TABLES)
     for file, old, new in (
         (RECIPES, "lr=2e-4", "lr=2e-5"),
         (RECIPES, "min_lr=1e-5, warmup_steps=400", "min_lr=1e-6, warmup_steps=400"),
