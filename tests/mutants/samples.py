@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from .mutant import PACKAGE, STAGE1, STAGE2, STAGE3, Mutant
 
+CHATML = f"{PACKAGE}/data/chatml.py"
 COLLATE = f"{PACKAGE}/data/collate.py"
 FORMATS = f"{PACKAGE}/data/formats.py"
 GENERATE = f"{PACKAGE}/inference/generate.py"
 IMAGES = f"{PACKAGE}/data/images.py"
 PIXELS = ("tests/recipe/test_pixels.py",)
+WRITER = f"{PACKAGE}/data/writer.py"
 UNREADABLE = ("tests/end_to_end/test_faults.py::test_unreadable_pictures_are_masked_alike_in_every_layout",)
 GENERATION = ("tests/recipe/test_generation_ends.py",)
 
@@ -41,28 +43,27 @@ DATA = [
         "formats: the end of the text is not learned", FORMATS,
         "writer.ids([tokenizer.eos])", "writer.ids([tokenizer.eos], learn=False)", STAGE1,
     ),
+    Mutant("formats: prompts are learned", WRITER, "self.learn = False", "self.learn = True", STAGE1),
     Mutant(
-        "formats: prompts are learned", FORMATS,
-        "writer = Writer(tokenizer, images, image_tokens, language)\n",
-        "writer = Writer(tokenizer, images, image_tokens, language)\n    writer.learn = True\n",
-        STAGE1,
+        "formats: image slots are learned", WRITER,
+        "*slots, tokenizer.img_end], learn=False)", "*slots, tokenizer.img_end], learn=True)", STAGE1,
     ),
     Mutant(
-        "dialogues: the user's text is learned", FORMATS,
-        'learn=turn.speaker == "assistant"', "learn=True", STAGE3,
+        "dialogues: the user's text is learned", CHATML,
+        'writer.learn = turn.speaker == "assistant"', "writer.learn = True", STAGE3,
     ),
     Mutant(
-        "dialogues: turns begin unlearned", FORMATS,
+        "dialogues: turns begin unlearned", CHATML,
         "writer.ids([writer.tokenizer.im_start], learn=True)", "writer.ids([writer.tokenizer.im_start])", STAGE3,
     ),
     Mutant(
-        "dialogues: the newline after a turn is not learned", FORMATS,
+        "dialogues: the newline after a turn is not learned", CHATML,
         'writer.text("\\n", learn=True)', 'writer.text("\\n", learn=False)', STAGE3,
     ),
     Mutant(
         "images: resized before RGB", IMAGES,
-        'image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)',
-        'image.resize((side, side), Image.Resampling.BICUBIC).convert("RGB")', PIXELS,
+        "_to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)",
+        "_to_rgb(image.resize((side, side), Image.Resampling.BICUBIC))", PIXELS,
     ),
     Mutant("images: bilinear", IMAGES, "Image.Resampling.BICUBIC", "Image.Resampling.BILINEAR", PIXELS),
     Mutant(
