@@ -12,6 +12,8 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 QWENVL_ROOT="$(dirname "$here")"
 export QWENVL_ROOT
+# shellcheck source=slurm/client.sh
+source "$here/client.sh"
 steps=(import stage1 next_stage2 stage2 next_stage3 stage3 export)
 
 die() {
@@ -94,11 +96,60 @@ finished() { # STEP
   fi
 }
 
-# The job that was last submitted for a step, if it is still queued or running.
-live_job() { # STEP
-  local job
+# Sets `job` to the job of a step that is queued or running, or to nothing. Never guesses: two jobs would work on one
+# directory.
+find_live_job() { # STEP
   job="$(awk -F'\t' -v step="$1" '$1 == step { job = $2 } END { print job }' "$run/jobs.tsv" 2>/dev/null || true)"
-  [[ -n "$job" ]] && squeue --noheader --job "$job" --format %A 2>/dev/null | head -n 1
+  if [[ -n "$job" ]]; then
+    ask_state 5 "$job" || die "Slurm cannot be asked about job $job of $1, so nothing more is submitted; call again ($answer)"
+    ! is_live "$state" || return 0
+    case "$(head -n 1 "$run/logs/$1-$job.log" 2>/dev/null)" in
+      *": running since "* | *": to be started again: "*)
+        echo "$1: job $job ended without a word: $(describe_end "$job")"
+        ;;
+    esac
+  fi
+  find_unnoted_job "$1"
+}
+
+# A job that Slurm took although no answer came, or before this script could note it.
+find_unnoted_job() { # STEP
+  local number comment
+  job=""
+  [[ -z "$dry_run" ]] || command -v squeue >/dev/null || return 0
+  ask 5 squeue --name="$1" --format '%A|%k' ||
+    die "Slurm cannot be asked about jobs of $1, so nothing more is submitted; call again ($answer)"
+  while IFS='|' read -r number comment; do
+    [[ "$comment" != "chain $run" ]] || job="$number"
+  done <<<"$answer"
+}
+
+# Sets `job`. Slurm may have taken a job though it did not answer.
+submit() { # STEP, COMMAND...
+  local try code
+  for try in 1 2 3 4 5; do
+    code=0
+    ask_once "${@:2}" || code=$?
+    if ((code == 0)); then
+      job="${answer%%;*}"
+      return
+    fi
+    [[ "$answer" =~ $UNREACHED ]] ||
+      die "$1 was not accepted: ${answer//sbatch: error: /} (settings: $SITE)"
+    ((try < 5)) || die "$1 could not be submitted, Slurm is out of reach: ${answer//sbatch: error: /}; call again later"
+    sleep $((2 ** try))
+    find_unnoted_job "$1"
+    [[ -z "$job" ]] || return 0
+  done
+}
+
+# Whether one of the arguments is an option: `--name` or `--name=value`.
+has_option() { # NAME, ARGUMENTS...
+  local argument
+  for argument in "${@:2}"; do
+    [[ "$argument" != "$1" && "$argument" != "$1="* ]] || return 0
+  done
+  return 1
 }
 
 # Nothing that is submitted will make what the step starts from, so it must be there.
@@ -107,7 +158,7 @@ check_start() { # STEP, NUMBER
     ((${#import_arguments[@]})) || die "import needs import_arguments in $SITE, for instance (import-qwenvl --from DIR)"
     return
   fi
-  [[ " ${arguments[*]:4} " != *" --checkpoint.init_from "* ]] || return 0 # the site says itself what it starts from
+  ! has_option --checkpoint.init_from "${arguments[@]:4}" || return 0 # the site says itself what it starts from
   local before="${steps[$2 - 1]}"
   describe "$before"
   finished "$before" || die "$1 starts from $result, which is not finished: begin with --from $before"
@@ -123,7 +174,8 @@ for ((number = from; number <= to; number++)); do
     echo "$step: finished ($result)"
     continue
   fi
-  if job="$(live_job "$step")" && [[ -n "$job" ]]; then
+  find_live_job "$step"
+  if [[ -n "$job" ]]; then
     echo "$step: job $job is queued or running"
     previous="$job"
     continue
@@ -132,7 +184,8 @@ for ((number = from; number <= to; number++)); do
     check_start "$step" "$number"
     describe "$step"
   fi
-  command=(sbatch --parsable --job-name="$step" --output="$run/logs/%x-%j.log" "${options[@]}")
+  # Slurm replaces %x and the like, also where they are part of a directory's name.
+  command=(sbatch --parsable --job-name="$step" --comment="chain $run" --output="${run//%/%%}/logs/%x-%j.log" "${options[@]}")
   [[ -z "$previous" ]] || command+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
   command+=("$here/$script.sbatch" "${arguments[@]}")
   if [[ -n "$dry_run" ]]; then
@@ -141,10 +194,8 @@ for ((number = from; number <= to; number++)); do
     continue
   fi
   mkdir -p "$run/logs" || die "$run cannot be made"
-  if ! answer="$("${command[@]}" 2>&1)"; then
-    die "$step was not accepted: $(paste -sd' ' <<<"${answer//sbatch: error: /}") (settings: $SITE)"
-  fi
-  previous="${answer%%;*}"
+  submit "$step" "${command[@]}"
+  previous="$job"
   printf '%s\t%s\t%s\n' "$step" "$previous" "$(date '+%F %T')" >>"$run/jobs.tsv"
   echo "$step: submitted as job $previous, log $run/logs/$step-$previous.log"
 done

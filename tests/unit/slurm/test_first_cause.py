@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LOST = "1: 2026-01-01 10:00:01,000 [rank 1] FAILED (lost peer) Connection closed by peer"
 SRUN_ENDS_OTHERS = "srun: error: node1: task 0: Terminated"
 

@@ -1,0 +1,87 @@
+# shellcheck shell=bash
+# Sourced by the prologue of jobs, submit_pipeline.sh and status.sh: questions to Slurm's controller, which may be
+# restarted, busy or out of reach. A client that fails is no answer.
+
+# Refusals: trying again changes nothing.
+REFUSED='Invalid job id|Invalid node name|[Aa]ccess.*denied|[Pp]ermission denied|is presently disabled|already (finished|complet)|not permitted'
+# Slurm could not be reached: it may be in a while.
+# shellcheck disable=SC2034  # read by the scripts that source this
+UNREACHED='[Uu]nable to contact|[Cc]onnection (failure|refused|reset|timed out)|[Ss]ocket timed out|Zero Bytes were transmitted|controller not responding|Resource temporarily unavailable|establish a configuration source'
+
+# Calls a client once. Sets `answer` to what it printed, or to why it failed, in one line.
+# Returns 0: it worked; 1: Slurm refused; 2: no answer.
+ask_once() { # COMMAND...
+  local code=0
+  answer="$("$@" 2>&1)" || code=$?
+  if ((code == 0)); then
+    answer="$(sed -E '/^[a-z_]+: (error|warning|info|debug[0-9]*): /d' <<<"$answer")"
+    return 0
+  fi
+  answer="$(sed -E 's/^[a-z_]+:? error: //' <<<"$answer" | paste -sd' ')"
+  answer="${answer:-$1: exit code $code}"
+  [[ ! "$answer" =~ $REFUSED ]] || return 1
+  return 2
+}
+
+# The same, up to TRIES times with longer and longer pauses while there is no answer.
+ask() { # TRIES, COMMAND...
+  local tries="$1" try code
+  for ((try = 1; ; try++)); do
+    code=0
+    ask_once "${@:2}" || code=$?
+    ((code == 2 && try < tries)) || return "$code"
+    sleep $((try < 6 ? 2 ** (try - 1) : 30))
+  done
+}
+
+# Sets `state` to Slurm's word for a job (RUNNING, PENDING, FAILED, ...), to GONE where Slurm has forgotten it, or to
+# nothing and `answer` to the reason where Slurm does not answer; then it returns 2.
+ask_state() { # TRIES, JOB
+  local code=0 try
+  state=""
+  for ((try = 1; try <= $1; try++)); do
+    code=0
+    ask_once squeue --noheader --states=all --job "$2" --format %T || code=$?
+    if ((code == 0)) && [[ -n "$answer" ]]; then
+      read -r state _ <<<"$answer"
+      return 0
+    elif [[ "$answer" == *"Invalid job id"* ]]; then
+      state=GONE
+      return 0
+    fi
+    ((try == $1)) || sleep $((2 ** (try < 6 ? try - 1 : 5)))
+  done
+  answer="${answer:-squeue said nothing}"
+  return 2
+}
+
+# Whether a job with this state runs, still ends, or will run.
+is_live() { # STATE
+  case "$1" in
+    PENDING | CONFIGURING | RUNNING | SUSPENDED | COMPLETING | STOPPED | SIGNALING | RESIZING | STAGE_OUT) true ;;
+    REQUEUED | REQUEUE_HOLD | REQUEUE_FED | SPECIAL_EXIT) true ;;
+    *) false ;;
+  esac
+}
+
+# What became of a job, in words.
+describe_end() { # JOB
+  local ended
+  if ! ask_state 2 "$1"; then
+    echo "Slurm cannot be asked ($answer)"
+  elif is_live "$state"; then
+    echo "Slurm says that it is $state"
+  else
+    ended="$(how_it_ended "$1")"
+    echo "Slurm says ${ended:-nothing of it any more}"
+  fi
+}
+
+# How a job ended, as Slurm knows it: `FAILED, exit code 0:9`; nothing where it does not.
+how_it_ended() { # JOB
+  if ask 1 scontrol --oneliner show job "$1"; then
+    sed -nE 's/^.* JobState=([A-Z_]+) .* ExitCode=([0-9:]+) .*$/\1, exit code \2/p' <<<"$answer" | head -n 1
+  elif ask 1 sacct --noheader --allocations --parsable2 --jobs "$1" --format State,ExitCode; then
+    sed -n '1s/|/, exit code /p' <<<"$answer"
+  fi
+}

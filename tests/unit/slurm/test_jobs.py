@@ -1,0 +1,323 @@
+"""What a job makes of its work's end: finished, interrupted or failed, whatever signals come and whichever client of
+Slurm fails."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from .stand_ins import Site
+
+SCRIPTS = {
+    "stage1_pretrain.sbatch": ("configure", "preflight", "work"),
+    "next_stage.sbatch": ("preflight", "work"),
+    "export.sbatch": ("work",),
+    "import_checkpoint.sbatch": ("work",),
+    "prepare_data.sbatch": ("preflight", "work"),
+    "profile_throughput.sbatch": ("preflight", "work"),
+}
+ENDS = {138: "kill -USR1 $BASHPID", 143: "kill -TERM $BASHPID"}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize(
+    ("script", "place"), [(script, place) for script, places in SCRIPTS.items() for place in places]
+)
+def test_a_signal_that_ends_work_before_it_can_save_is_no_failure(
+    site: Site, script: str, place: str, name: int
+) -> None:
+    site.does(place, ENDS[name])
+    for restarts in ("0", "1", "2", "3"):
+        assert site.run(script, SLURM_RESTART_COUNT=restarts) == 75
+        assert "to be started again: interrupted" in site.stands
+    assert site.clients.count("scontrol requeue 7") == 4
+    assert site.failures == []
+
+
+def test_several_index_tasks_are_interrupted_too(site: Site) -> None:
+    site.does("work", ENDS[143])
+    assert site.run("prepare_data.sbatch", SLURM_NTASKS="4") == 75 and site.requeued
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "0: FAILED (lost peer) Connection closed\nsrun: error: node2: task 1: User defined signal 1\n"
+        "srun: error: node1: task 0: Exited with exit code 70\n",
+        "srun: error: node1: tasks 0-3: Terminated\nsrun: error: node2: task 4: Killed\n",
+        "1: FAILED (lost peer) Connection closed\nsrun: error: node1: task 1: Exited with exit code 70\n"
+        "srun: error: node1: task 0: Terminated\n",
+        "srun: error: node1: task 0: Exited with exit code 75\nsrun: error: node2: task 1: Killed\n",
+        "srun: forcing job termination\nsrun: error: node2: task 1: Killed\n",
+    ],
+)
+def test_what_the_first_rank_died_of_decides_interrupted(site: Site, said: str) -> None:
+    (site.folder / "said").write_text(said)
+    site.does("work", 'cp "$HERE/said" "$HERE/srun_says"; exit 143')
+    assert site.run() == 75
+    assert site.requeued and site.failures == []
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "cause"),
+    [
+        # srun ends the others with SIGTERM, so that its own code is 143.
+        ("0: FAILED (error) DataError: no shard\nsrun: error: node1: task 0: Exited with exit code 1\n"
+         "srun: error: node2: task 1: Terminated\n", 143, "FAILED (error) DataError: no shard"),
+        ("1: FAILED (lost peer) gone\nsrun: error: node2: task 3: Killed\nsrun: error: node1: task 0: Terminated\n",
+         143, "srun: error: node2: task 3: Killed"),
+        ("0: FAILED (crash) ValueError\n1: FAILED (lost peer) gone\n"
+         "srun: error: node1: task 0: Exited with exit code 70\nsrun: error: node2: task 1: Terminated\n",
+         143, "FAILED (crash) ValueError"),
+        ("srun: error: node1: task 0: Exited with exit code 127\nsrun: error: node2: task 1: Terminated\n",
+         143, "srun: error: node1: task 0: Exited with exit code 127"),
+        ("srun: error: node1: task 0: Floating point exception (core dumped)\n"
+         "srun: error: node2: task 1: Terminated\n", 143,
+         "srun: error: node1: task 0: Floating point exception (core dumped)"),
+    ],
+)  # fmt: skip
+def test_what_the_first_rank_died_of_decides_failed(site: Site, said: str, code: int, cause: str) -> None:
+    (site.folder / "said").write_text(said)
+    site.does("work", f'cp "$HERE/said" "$HERE/srun_says"; exit {code}')
+    assert site.run() == 75 and site.requeued
+    assert site.failures == [cause]
+    assert site.run(SLURM_RESTART_COUNT="1") == 1
+    assert cause in site.stands and "same as at the last start" in site.stands
+
+
+def test_interruptions_between_failures_do_not_count(site: Site) -> None:
+    site.does("work", "kill -KILL $BASHPID")
+    assert site.run() == 75
+    site.does("work", ENDS[143])
+    assert site.run(SLURM_RESTART_COUNT="1") == 75 and site.run(SLURM_RESTART_COUNT="2") == 75
+    assert len(site.failures) == 1
+
+
+def test_a_conversion_that_is_killed_is_started_again_some_times(site: Site) -> None:
+    site.does("work", "kill -KILL $BASHPID")
+    codes = [site.run("next_stage.sbatch", SLURM_RESTART_COUNT=str(n)) for n in range(3)]
+    assert codes == [75, 75, 1]
+    assert "FAILED: srun: error: node1: task 0: Killed; 3 failures" in site.stands
+
+
+@pytest.mark.parametrize(
+    ("place", "script"),
+    [
+        ("configure", "stage1_pretrain.sbatch"),
+        ("preflight", "stage1_pretrain.sbatch"),
+        ("work", "export.sbatch"),
+    ],
+)
+def test_a_verdict_of_the_work_ends_the_job_with_a_reason(site: Site, place: str, script: str) -> None:
+    site.does(place, "echo 'it cannot be: because' >&2; exit 1")
+    assert site.run(script) == 1
+    assert "FAILED: it cannot be: because" in site.stands and not site.requeued
+    site.does(place, "exit 1")
+    site.log.unlink()
+    assert site.run(script) == 1
+    assert "FAILED: srun: error: node1: task 0: Exited with exit code 1" in site.stands
+
+
+# --- signals to the batch shell itself --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("place", ["configure", "preflight", "work"])
+def test_a_signal_to_the_shell_reaches_the_work_or_keeps_it_from_starting(
+    site: Site, place: str, number: signal.Signals
+) -> None:
+    """Slurm sends the notice of a time limit to the shell, at whatever moment."""
+    site.does(
+        place,
+        'touch "$HERE/there"; trap "exit 75" USR1; for ((i = 0; i < 40; i++)); do /bin/sleep 0.05; done',
+    )
+    job = site.start()
+    while not (site.folder / "there").exists():
+        time.sleep(0.02)
+    job.send_signal(number)
+    job.send_signal(number)
+    assert job.wait(60) == 75
+    assert "to be started again: interrupted" in site.stands and site.requeued and site.failures == []
+    assert [call[0] for call in site.calls][-1] == place
+
+
+# --- clients that fail ------------------------------------------------------------------------------------------------
+
+AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+@pytest.mark.parametrize("squeue", [AWAY, "exit 1", "exit 0", "echo 'squeue: error: x' >&2; kill -TERM $$"])
+@pytest.mark.parametrize("work", ["exit 75", "exit 70"])
+def test_no_answer_of_squeue_does_not_mean_stopped(site: Site, squeue: str, work: str) -> None:
+    site.does("squeue", squeue)
+    site.does("work", work)
+    assert site.run() == 75
+    assert site.requeued and "to be started again" in site.stands
+    assert len(site.failures) == (work == "exit 70")
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", "TIMEOUT", "NODE_FAIL"])
+def test_stopped_is_what_slurm_says(site: Site, state: str) -> None:
+    site.does("squeue", f"echo {state}")
+    site.does("work", "exit 70")
+    assert site.run() == 75
+    assert "stopped by Slurm" in site.stands and not site.requeued and site.failures == []
+
+
+def test_requeue_waits_for_the_controller(site: Site) -> None:
+    site.does("work", "exit 75")
+    site.does("scontrol", f'echo x >>"$HERE/tries"; (($(wc -l <"$HERE/tries") > 3)) || {{ {AWAY}; }}')
+    assert site.run() == 75
+    assert site.clients.count("scontrol requeue 7") == 4 and "to be started again" in site.stands
+
+
+def test_a_requeue_that_was_done_without_an_answer_is_done(site: Site) -> None:
+    site.does("work", "exit 75")
+    site.does("scontrol", f"echo 'echo PENDING' >\"$HERE/squeue\"; {AWAY}")
+    assert site.run() == 75
+    assert site.clients.count("scontrol requeue 7") == 1 and "FAILED" not in site.stands
+
+
+@pytest.mark.parametrize("case", ["refused", "too long", "no scontrol"])
+def test_a_job_that_cannot_be_requeued_says_why(site: Site, case: str) -> None:
+    site.does("work", "exit 75")
+    settings = {"SLURM_WAIT_SECONDS": "0"} if case == "too long" else {}
+    site.does("scontrol", AWAY)
+    said = "Unable to contact slurm controller"
+    if case == "refused":
+        said = "Requested operation is presently disabled for job 7"
+        site.does("scontrol", f"echo '{said}' >&2; exit 1")
+    if case == "no scontrol":
+        said = "scontrol: command not found"
+        (site.programs / "scontrol").unlink()
+        settings["PATH"] = f"{site.programs}:{basics(site)}"
+    assert site.run(**settings) == 1
+    assert "FAILED: interrupted" in site.stands and said in site.stands
+
+
+def basics(site: Site) -> Path:
+    """What the scripts call beside Slurm, without the machine's own clients of Slurm."""
+    folder = site.folder / "basics"
+    folder.mkdir()
+    for name in ("awk", "bash", "basename", "cat", "date", "dd", "dirname", "env", "grep", "head", "mkdir", "paste",
+                 "readlink", "rm", "sed", "sleep", "stat", "tail", "tr", "wc", "cp"):  # fmt: skip
+        found = next(Path(p, name) for p in ("/usr/bin", "/bin") if Path(p, name).exists())
+        (folder / name).symlink_to(found)
+    return folder
+
+
+def test_srun_that_cannot_reach_slurm_is_no_verdict(site: Site) -> None:
+    message = "srun: error: Unable to create step for job 7: Socket timed out on send/recv operation"
+    for place in ("configure", "preflight", "work"):
+        (site.folder / "said").write_text(message + "\n")
+        site.does(place, 'cp "$HERE/said" "$HERE/srun_says"; exit 1')
+        assert site.run() == 75
+        assert "to be started again: Slurm could not be reached" in site.stands
+        (site.folder / place).unlink()
+    assert site.failures == []
+
+
+def test_bad_nodes_are_left_out_though_scontrol_fails_at_first(site: Site) -> None:
+    site.does(
+        "preflight", 'printf "node2\\n" >"$HERE/run #1/bad_nodes.txt"; echo "preflight: FAILED: x"; exit 3'
+    )
+    site.does("scontrol", f'[[ "$1" != update && "$2" != show ]] || {{ echo x >>"$HERE/tries"; '
+              f'(($(wc -l <"$HERE/tries") % 2 == 0)) || {{ {AWAY}; }}; }}\n'
+              '[[ "$2" != show ]] || echo "JobId=7 ExcNodeList=node9 x=1"')  # fmt: skip
+    assert site.run() == 75
+    assert "scontrol update jobid=7 ExcNodeList=node9,node2" in site.clients
+
+
+# --- arguments and the log --------------------------------------------------------------------------------------------
+
+HARD = [
+    "--run_dir",
+    "exp #3",
+    "--data.root",
+    "a 'b' \"c\" * $HOME\nnext: line",
+    "--x=-y",
+    "",
+    "--recipe mine",
+]
+
+
+def test_arguments_arrive_as_they_were_given(site: Site) -> None:
+    assert site.run("stage1_pretrain.sbatch", *HARD) == 0
+    configure, preflight, work = site.calls
+    given = ["--recipe", "stage1", *HARD]
+    assert configure[1:] == ["-m", "megatron_qwenvl.train", *given, "--print-value", "run_dir"]
+    assert preflight[2:] == [*given, "--bad-nodes", f"{site.run_dir}/bad_nodes.txt"]
+    assert work[1:] == ["-m", "megatron_qwenvl.train", *given]
+    assert site.run("next_stage.sbatch", *HARD) == 0
+    assert site.calls[-1][2:] == ["next-stage", *HARD]
+
+
+@pytest.mark.parametrize("given", [["--recipe", "mine.yaml"], ["--recipe=mine.yaml"]])
+def test_a_recipe_of_ones_own_comes_last_and_wins(site: Site, given: list[str]) -> None:
+    assert site.run("stage1_pretrain.sbatch", *given) == 0
+    assert all(call[-4:] != ["--recipe", "stage1"] for call in site.calls)
+    assert site.calls[-1][1:] == ["-m", "megatron_qwenvl.train", "--recipe", "stage1", *given]
+
+
+def test_labels_of_the_site_do_not_become_part_of_a_path(site: Site) -> None:
+    site._program("srun", 'printf "%s " "$@" >>"$HERE/sruns"; echo >>"$HERE/sruns"\n'
+                  'while [[ "$1" == --* || "$1" == -* ]]; do shift; done; "$@"')  # fmt: skip
+    assert site.run(SRUN_OPTIONS="--label --mpi=none -l") == 0
+    first, second, _ = (site.folder / "sruns").read_text().splitlines()
+    assert "--label" not in first and " -l " not in first and "--mpi=none" in first
+    assert "--label" in second
+
+
+def test_the_first_line_stays_one_line(site: Site) -> None:
+    site.does("configure", "echo 'Pfad /" + "ä运" * 300 + "' >&2; exit 2")
+    assert site.run() == 1
+    first, second = site.log.read_bytes().split(b"\n")[:2]
+    assert len(first) == 500 and "FAILED: Pfad /ä运" in first.decode()
+    assert second.startswith(b"=== attempt 1 of job 7")
+
+
+# --- jobs that ended without a word -----------------------------------------------------------------------------------
+
+
+def kill_shell_at_work(site: Site) -> None:
+    site.does("work", 'touch "$HERE/there"; for ((i = 0; i < 40; i++)); do /bin/sleep 0.05; done')
+    job = site.start()
+    while not (site.folder / "there").exists():
+        time.sleep(0.02)
+    job.kill()
+    job.wait(60)
+    site.does("work", "exit 0")
+
+
+def test_the_next_attempt_and_the_next_job_say_that_one_ended_without_a_word(site: Site) -> None:
+    kill_shell_at_work(site)
+    assert "running since" in site.stands
+    ended = "echo FAILED"
+    site.does("squeue", f'[[ "$*" != *"--job 7 "* ]] || {{ {ended}; exit; }}; echo RUNNING')
+    site.does("scontrol", '[[ "$2" != show ]] || echo "JobId=7 JobState=FAILED Reason=x ExitCode=0:9 y=z"')
+    other = site.log
+    site.log = site.folder / "log2"
+    assert site.run(SLURM_JOB_ID="8") == 0
+    text = site.log.read_text()
+    assert (
+        "=== job 7 worked here before and left no word of its end: Slurm says FAILED, exit code 0:9" in text
+    )
+    site.log = other
+    assert site.run(SLURM_RESTART_COUNT="1") == 0
+    assert "=== the attempt before ended without a word" in site.log.read_text()
+    assert not (site.run_dir / "job.txt").exists()
+
+
+def test_the_note_of_a_live_job_stays(site: Site) -> None:
+    (site.run_dir / "job.txt").write_text("6 since yesterday\n")
+    site.does("preflight", "echo 'preflight: FAILED: taken'; exit 1")
+    assert site.run() == 1
+    assert (site.run_dir / "job.txt").read_text() == "6 since yesterday\n"
