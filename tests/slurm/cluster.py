@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 NODES = 4
+PATIENCE = 1500.0
+"""Seconds that a test waits for what must come: a busy machine is slow, and what cannot come any more fails at once."""
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
 CONFIGURATION = """
@@ -87,21 +90,21 @@ class Cluster:
         places = {"socket": "socket", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
         munge = ["munged", "--foreground", "--force", f"--key-file={key}"]
         self._daemon(munge + [f"--{option}={self.folder}/munge.{end}" for option, end in places.items()])
-        wait_until(lambda: (self.folder / "munge.socket").exists(), 10, "munge does not start")
+        wait_until(lambda: (self.folder / "munge.socket").exists(), "munge does not start")
         self._daemon(["slurmctld", "-D"])
         for number in range(1, NODES + 1):
             self._daemon(["slurmd", "-D", "-N", f"node{number}"])
         idle = f"{NODES} idle"
         wait_until(
             lambda: self.try_run("sinfo", "--noheader", "--partition=main", "--format=%D %t").strip() == idle,
-            30, "the nodes do not get idle",
+            "the nodes do not get idle",
         )  # fmt: skip
 
     def cancel_all(self) -> None:
         """End what a test left behind, so that the next one finds every node idle."""
         self.try_run("scancel", "--user=root", "--full", "--signal=KILL")
         self.try_run("scancel", "--user=root")
-        wait_until(lambda: not self.run("squeue", "--noheader"), 60, "jobs do not end")
+        wait_until(lambda: not self.run("squeue", "--noheader"), "jobs do not end")
 
     def stop(self) -> None:
         """End all daemons."""
@@ -121,13 +124,13 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         """Output of a command that must succeed."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
     def try_run(self, *command: str) -> str:
         """Output of a command, or what it said when it failed."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
         return done.stdout or done.stderr
 
     def state(self, job: str) -> str:
@@ -135,15 +138,32 @@ class Cluster:
         shown = self.run("scontrol", "--oneliner", "show", "job", job)
         return shown.split("JobState=")[1].split()[0]
 
-    def wait_for_state(self, job: str, *states: str, seconds: float = 180) -> str:
-        """Wait until a job is in one of the states; returns it."""
-        wait_until(
-            lambda: self.state(job) in states, seconds, f"job {job} does not get {' or '.join(states)}"
-        )
+    def wait_for_state(self, job: str, *states: str) -> str:
+        """Wait until a job is in one of the states; returns it. Fails as soon as it has ended in another one."""
+
+        def reached() -> bool:
+            state = self.state(job)
+            assert state in states or state not in ENDED, (
+                f"job {job}: expected {' or '.join(states)}, found {state}"
+            )
+            return state in states
+
+        wait_until(reached, f"job {job} does not get {' or '.join(states)}")
         return self.state(job)
 
+    def wait_while_alive(self, job: str, condition: Callable[[], bool], otherwise: str) -> None:
+        """Wait for something that a job does. Fails as soon as the job has ended without doing it."""
 
-def wait_until(condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
+        def holds() -> bool:
+            ended = self.state(job) in ENDED
+            done = condition()  # asked after the state: what the job did last counts
+            assert done or not ended, f"{otherwise}: job {job} has ended ({self.state(job)})"
+            return done
+
+        wait_until(holds, otherwise)
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str, seconds: float = PATIENCE) -> None:
     """Poll until the condition holds.
 
     Raises:
@@ -152,7 +172,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, otherwise: str) ->
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{otherwise} within {seconds:.0f} s"
-        time.sleep(0.2)
+        time.sleep(0.3)
 
 
 def _free_ports(count: int) -> list[int]:

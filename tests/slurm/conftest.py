@@ -10,6 +10,13 @@ from tests.end_to_end.training_cases import write_data
 from .cluster import Cluster, missing_programs
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Waits end by themselves when what they wait for cannot come any more; the limit is for a hang."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The running cluster; tests are skipped where Slurm is not installed."""

@@ -13,7 +13,7 @@ import yaml
 from megatron_qwenvl.config.load import dump_yaml
 from tests.end_to_end.training_cases import run_config
 
-from .cluster import Cluster, wait_until
+from .cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
@@ -50,7 +50,7 @@ def submit(
     """Submit a script as a user does, from the repository; returns the job."""
     command = ["sbatch", "--parsable", f"--output={log}", *options, ROOT / "slurm" / script, *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env={**cluster.environment, "SITE": str(site)}, capture_output=True, text=True, timeout=60
+        command, cwd=ROOT, env={**cluster.environment, "SITE": str(site)}, capture_output=True, text=True, timeout=300
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -59,13 +59,13 @@ def submit(
 def pipeline(cluster: Cluster, site: Path, run: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Call slurm/submit_pipeline.sh."""
     command = [ROOT / "slurm/submit_pipeline.sh", run, "--site", site, *options]
-    return subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=300)
 
 
 def status(cluster: Cluster, run: Path) -> str:
     """What slurm/status.sh shows."""
     done = subprocess.run(
-        [ROOT / "slurm/status.sh", run], env=cluster.environment, capture_output=True, text=True, timeout=60
+        [ROOT / "slurm/status.sh", run], env=cluster.environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -88,11 +88,11 @@ def train_records(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == "train"]
 
 
-def wait_for_step(run_dir: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(cluster: Cluster, job: str, run_dir: Path, step: int) -> None:
     """Wait until a run has logged a step (counted from 0)."""
-    wait_until(
+    cluster.wait_while_alive(
+        job,
         lambda: any(record["step"] >= step for record in train_records(run_dir)),
-        seconds,
         f"{run_dir}: no step {step}",
     )
 

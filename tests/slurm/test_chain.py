@@ -13,7 +13,7 @@ import pytest
 from megatron_qwenvl.config.load import load_config
 from tests.unit.checkpoint.published_cases import publish, random_weights
 
-from .cluster import Cluster, wait_until
+from .cluster import Cluster
 from .jobs import (
     chain_jobs,
     first_line,
@@ -107,10 +107,12 @@ def test_disturbances_change_nothing(
     jobs = chain_jobs(run)
 
     def disturb(stage: str, step: int, action: Callable[[], object]) -> None:
-        wait_for_step(run / stage, step, 180)
+        wait_for_step(cluster, jobs[stage], run / stage, step)
         restarts = restarts_of(cluster, jobs[stage])
         action()
-        wait_until(lambda: restarts_of(cluster, jobs[stage]) > restarts, 60, f"{stage} is not started again")
+        cluster.wait_while_alive(
+            jobs[stage], lambda: restarts_of(cluster, jobs[stage]) > restarts, f"{stage} is not started again"
+        )
 
     disturb("stage1", 4, lambda: cluster.run("scontrol", "requeue", jobs["stage1"]))
     disturb("stage1", 24, lambda: cluster.run("scancel", "--signal=USR1", jobs["stage1"]))

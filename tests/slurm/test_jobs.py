@@ -52,7 +52,7 @@ def test_two_nodes_with_two_tasks_equal_one_machine(cluster: Cluster, data: Path
     assert "preflight: passed" in text
     env = {**os.environ, "NPROC": "4", "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore"}
     command = [ROOT / "launch/local.sh", "--recipe", recipe, "--run_dir", tmp_path / "local", *layout]
-    subprocess.run(command, env=env, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, env=env, check=True, capture_output=True, timeout=1200)
     assert compare(open_weights(tmp_path / "stage1"), open_weights(tmp_path / "local")) == []
     assert [r["loss"] for r in train_records(tmp_path / "stage1")] == [
         r["loss"] for r in train_records(tmp_path / "local")
@@ -135,22 +135,22 @@ def test_the_same_failure_twice_ends_the_job(cluster: Cluster, data: Path, tmp_p
     )
     killed: set[int] = set()
     for _ in range(2):
-        killed.add(kill_rank_1(run_dir, killed))
+        killed.add(kill_rank_1(cluster, job, run_dir, killed))
     text = finish(cluster, job, log, "FAILED")
     assert text.count("=== attempt") == 2
     assert "task 1: Killed" in first_line(log) and "same as at the last start" in first_line(log)
     assert "FAILED (lost peer)" in text
 
 
-def kill_rank_1(run_dir: Path, killed: set[int]) -> int:
+def kill_rank_1(cluster: Cluster, job: str, run_dir: Path, killed: set[int]) -> int:
     """Kill -9 rank 1 of the attempt after those of `killed`, some steps into it; returns its process."""
-    wait_until(
+    cluster.wait_while_alive(
+        job,
         lambda: ranks_of(run_dir).keys() == {"0", "1"} and ranks_of(run_dir)["1"] not in killed,
-        90,
         "no ranks",
     )
     seen = len(train_records(run_dir))
-    wait_until(lambda: len(train_records(run_dir)) > seen + 2, 90, "no steps")
+    cluster.wait_while_alive(job, lambda: len(train_records(run_dir)) > seen + 2, "no steps")
     rank = ranks_of(run_dir)["1"]
     os.kill(rank, signal.SIGKILL)
     return rank
@@ -190,10 +190,10 @@ def test_cancelling_a_job_does_not_start_it_again(cluster: Cluster, data: Path, 
     job = submit(
         cluster, site, log, "stage1_pretrain.sbatch", "--recipe", str(recipe), "--train.steps", "100000", options=SMALL
     )  # fmt: skip
-    wait_for_step(tmp_path / "stage1", 5)
+    wait_for_step(cluster, job, tmp_path / "stage1", 5)
     cluster.run("scancel", job)
     assert cluster.wait_for_state(job, "CANCELLED", "COMPLETED", "FAILED", "PENDING") == "CANCELLED"
-    wait_until(lambda: "stopped by Slurm" in first_line(log), 30, "the log does not say so")
+    wait_until(lambda: "stopped by Slurm" in first_line(log), "the log does not say so")
     saved = read_manifest(find_checkpoint(tmp_path / "stage1")).step
     assert saved == train_records(tmp_path / "stage1")[-1]["step"] + 1
 
