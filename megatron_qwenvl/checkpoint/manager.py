@@ -102,19 +102,24 @@ class CheckpointManager:
         self._asynchronous = config.checkpoint.asynchronous
         self._pending: _Pending | None = None
         self._damaged: set[int] = set()
+        self._guard: Callable[[], None] = lambda: None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.peers = Peers(config.checkpoint.timeout_minutes)
         """All ranks, as checkpoints need them."""
         self.published: Published | None = None
         """What is known of the published directory that the run's weights come from; every save records it."""
 
-    def prepare(self) -> None:
+    def prepare(self, guard: Callable[[], None] = lambda: None) -> None:
         """Make the folder ready for saves: the first thing that changes anything in it. Remove what an interrupted run
         left behind, and let `latest` name the newest checkpoint if that run could not.
+
+        Args:
+            guard: called on every rank before it writes, now and later; raises where it may not.
 
         Raises:
             CheckpointError: on every rank, if that fails.
         """
+        self._guard = guard
         self.peers.main(self._tidy, f"{self._directory}: cannot be prepared")
 
     def save(
@@ -154,10 +159,10 @@ class CheckpointManager:
             self._discard(aside)
             raise
         if self._asynchronous:
-            writing = self._thread.submit(_write_all, folders)
+            writing = self._thread.submit(self._write_all, folders)
         else:
             writing = Future()
-            writing.set_result(_write_all(folders))
+            writing.set_result(self._write_all(folders))
         self._pending = _Pending(step, folders, progress, writing, began, time.monotonic() - began)
         return None if self._asynchronous else self.wait()
 
@@ -293,8 +298,8 @@ class CheckpointManager:
     def _aside(self, step: int) -> Path:
         return self._directory / f"step_{step:08d}.tmp"
 
-    @staticmethod
-    def _make_folders(aside: Path) -> None:
+    def _make_folders(self, aside: Path) -> None:
+        self._guard()
         shutil.rmtree(aside, ignore_errors=True)
         (aside / MODEL_FOLDER).mkdir(parents=True)
         (aside / OPTIMIZER_FOLDER).mkdir()
@@ -302,6 +307,7 @@ class CheckpointManager:
     def _publish(self, aside: Path, manifest: Manifest) -> None:
         """Give the checkpoint its name. From then on it is the one that a run resumes from, so that what fails later
         is no failure of the save."""
+        self._guard()
         write_manifest(aside, manifest)
         final = aside.with_suffix("")
         replaced = final.with_suffix(".old")
@@ -343,6 +349,7 @@ class CheckpointManager:
             shutil.rmtree(condemned, ignore_errors=True)
 
     def _tidy(self) -> None:
+        self._guard()
         self._directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._directory.glob("step_*.tmp"):
             shutil.rmtree(leftover)
@@ -357,8 +364,16 @@ class CheckpointManager:
             self._point_to(newest[0])
 
     def _discard(self, aside: Path) -> None:
-        if self.peers.is_main:
+        if self.peers.is_main and attempt(self._guard) is None:
             shutil.rmtree(aside, ignore_errors=True)
+
+    def _write_all(self, folders: dict[str, FolderSave]) -> Exception | None:
+        def write() -> None:
+            self._guard()
+            for folder in folders.values():
+                folder.write()
+
+        return attempt(write)
 
 
 def _replaced(directory: Path) -> list[Path]:
@@ -370,11 +385,3 @@ def _warn(consequence: str, action: Callable[[], object]) -> None:
     """Do what a checkpoint that is in place can do without, and only tell if it fails."""
     if error := attempt(action):
         logger.warning("%s: %s", consequence, error)
-
-
-def _write_all(folders: dict[str, FolderSave]) -> Exception | None:
-    def write() -> None:
-        for folder in folders.values():
-            folder.write()
-
-    return attempt(write)

@@ -223,6 +223,9 @@ class RuntimeConfig(Section):
     timeout_minutes: float = Field(20, gt=0)
     """Time after which a collective that does not finish ends the run; longer than `hang_minutes`, so that the stacks
     are written first."""
+    takeover_minutes: float = Field(2, gt=0)
+    """A run directory has one owner. Time without a sign of life after which a start takes over from an owner of which
+    it can find out nothing else: one on another machine, outside of Slurm. By the clock of the start."""
     threads: int = Field(0, ge=0)
     """CPU threads per process; 0: OMP_NUM_THREADS or torch's default."""
 

@@ -13,6 +13,14 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.checkpoint.manager import CheckpointManager, SaveReport
+from megatron_qwenvl.checkpoint.owner import (
+    Hold,
+    OwnershipLost,
+    RunOwner,
+    refused_if_owned,
+    released_on_error,
+    take_together,
+)
 from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, model_state
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.batch import Batch
@@ -52,6 +60,8 @@ class Trainer:
     progress: Progress
     stop: StopRequest
     watchdog: Watchdog
+    owner: RunOwner
+    hold: Hold
     unreadable: UnreadableShards = field(default_factory=UnreadableShards)
     interrupted: bool = False
     """The run was asked to stop before its end, and did."""
@@ -76,19 +86,27 @@ class Trainer:
         folder = Path(config.run_dir)
         checkpoints = CheckpointManager(folder / "checkpoints", config)
         checkpoints.peers.main(lambda: check_run_directory(folder), "refused")
-        stage = build_stage(config, runtime, partition)
-        newest = checkpoints.latest()
-        if newest is None:
-            checkpoints.published = first_weights(config, runtime, stage, checkpoints.peers)
-        runner = StepRunner.build(config, runtime, partition, stage)
-        optimizer = build_optimizer(runner.model, config)
-        progress = Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)
-        loader, validation = make_loaders(config, runtime, stage, progress.step)
-        # Whatever can refuse to start has done so: from here on the run directory is written to.
-        checkpoints.prepare()
-        checkpoints.peers.main(
-            lambda: record_start(config, runtime.process), f"{folder}: the start cannot be recorded"
-        )
+        owner = RunOwner(folder, 60 * config.runtime.takeover_minutes)
+        checkpoints.peers.main(owner.wait_until_free, "refused")
+        with refused_if_owned(owner, checkpoints.peers):
+            stage = build_stage(config, runtime, partition)
+            newest = checkpoints.latest()
+            if newest is None:
+                checkpoints.published = first_weights(config, runtime, stage, checkpoints.peers)
+            runner = StepRunner.build(config, runtime, partition, stage)
+            optimizer = build_optimizer(runner.model, config)
+            progress = (
+                Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)
+            )
+            loader, validation = make_loaders(config, runtime, stage, progress.step)
+        # Whatever can refuse to start has done so: from here on the run directory is written to, by its one owner.
+        hold = take_together(owner, checkpoints.peers)
+        with released_on_error(owner):
+            checkpoints.prepare(hold.check)
+            checkpoints.peers.main(
+                lambda: record_start(config, runtime.process), f"{folder}: the start cannot be recorded"
+            )
+            metrics = MetricsLog(config, runtime.is_main, progress.step, hold.check)
         return cls(
             config=config,
             runtime=runtime,
@@ -98,12 +116,14 @@ class Trainer:
             checkpoints=checkpoints,
             loader=loader,
             validation=validation,
-            metrics=MetricsLog(config, runtime.is_main, progress.step),
+            metrics=metrics,
             progress=progress,
             stop=stop or StopRequest(),
             watchdog=Watchdog(
                 60 * config.runtime.hang_minutes, Path(config.run_dir) / "stacks", runtime.process.rank
             ),
+            owner=owner,
+            hold=hold,
             _saved_step=-1 if newest is None else progress.step,
         )
 
@@ -131,6 +151,7 @@ class Trainer:
         finally:
             self.watchdog.stop()
             self.metrics.close()
+            self.owner.release()
         return self.progress
 
     def _train_steps(self) -> None:
@@ -202,9 +223,16 @@ class Trainer:
         self.progress = self.progress.after(report, self.config.data.unreadable_window)
         self.unreadable.add(self.progress.recent_unreadable, self.progress.samples, batches)
         self.runtime.synchronize()
+        self._check_hold()
         if self.metrics.due(step, report.applied):
             self._record(report, step, waited, began, lr)
         return report
+
+    def _check_hold(self) -> None:
+        """End on every rank once another start has taken the run over. Collective."""
+        if self.runtime.any_rank(self.runtime.is_main and self.hold.is_lost()):
+            self.hold.check()
+            raise OwnershipLost(f"{self.config.run_dir}: the run was taken over by another start")
 
     def _record(self, report: StepReport, step: int, waited: float, began: float, lr: float) -> None:
         """Log a step with what it took on the rank that took most."""

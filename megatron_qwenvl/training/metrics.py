@@ -6,7 +6,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -143,10 +143,19 @@ class MetricsLog:
     Files: `metrics.jsonl` (one record per start, logged step, validation and save, appended over resumes; numbers
     that are not finite are null) and `tensorboard/`. Steps that were not applied are always logged. A full disk costs
     records, not the run.
+
+    Args:
+        config: the run.
+        is_main: whether this is rank 0.
+        first_step: steps done before.
+        guard: called before every write; raises where the run is not this start's any more.
     """
 
-    def __init__(self, config: RunConfig, is_main: bool, first_step: int) -> None:
+    def __init__(
+        self, config: RunConfig, is_main: bool, first_step: int, guard: Callable[[], None] = lambda: None
+    ) -> None:
         self._config = config
+        self._guard = guard
         self._writes = is_main
         self._file: RecordFile | None = None
         self._board: Any = None
@@ -204,6 +213,7 @@ class MetricsLog:
     def _write(self, record: dict[str, Any], prefix: str) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self._going_on():
+            self._guard()
             self._file = self._file or self._open_file()
             self._file.append({**finite, "time": time.time()})
             self._write_scalars(record, prefix)

@@ -27,6 +27,7 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._torn = False
         try:
             self._end = _mend(self._descriptor)
         except OSError:
@@ -40,18 +41,24 @@ class RecordFile:
             OSError: it was not written whole.
         """
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        os.ftruncate(self._descriptor, self._end)
-        done = 0
+        self._cut_off()
+        self._torn, done = True, 0
         while done < len(line):
             done += os.pwrite(self._descriptor, line[done:], self._end + done)
+        self._torn = False
         self._end += len(line)
 
     def close(self) -> None:
         """Close the file after cutting off what a failed write left."""
         try:
-            os.ftruncate(self._descriptor, self._end)
+            self._cut_off()
         finally:
             os.close(self._descriptor)
+
+    def _cut_off(self) -> None:
+        if self._torn:
+            os.ftruncate(self._descriptor, self._end)
+            self._torn = False
 
 
 def _mend(descriptor: int) -> int:
