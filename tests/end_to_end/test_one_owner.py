@@ -45,10 +45,10 @@ def lose_the_run(process: ProcessInfo, config: Any) -> tuple[str, bool]:
         trainer.run()
     except CheckpointError as error:
         changed = [name for name, found in tree(run).items() if found != before.get(name)]
-        # The thread of a save aside was not stalled here, and may have been in the middle of a file.
-        return str(error), runtime.is_main and any(
-            not name.endswith((".beat", ".tmp", ".distcp")) for name in changed
-        )
+        # The thread of a save aside was not stalled here, and may have been in the middle of its files.
+        aside = "checkpoints/step_00000002.tmp" if config.checkpoint.asynchronous else "nothing"
+        wrote = [name for name in changed if not name.endswith(".beat") and not name.startswith(aside)]
+        return str(error), runtime.is_main and bool(wrote)
     return "not ended", True
 
 
