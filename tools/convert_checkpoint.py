@@ -52,7 +52,7 @@ def import_parts(arguments: argparse.Namespace) -> int:
 
 def import_qwenvl(arguments: argparse.Namespace) -> int:
     """Make a weights checkpoint of a published Qwen-VL."""
-    return _import(arguments, plan_qwenvl(arguments.source))
+    return _import(arguments, plan_qwenvl(arguments.source, arguments.accept_drift))
 
 
 def export_qwenvl(arguments: argparse.Namespace) -> int:
@@ -142,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("import-qwenvl", help="a published Qwen-VL or Qwen-VL-Chat directory")
     _add_source(command, "published directory")
+    command.add_argument(
+        "--accept-drift",
+        action="store_true",
+        help="take a model whose constant position table was trained, as the published fine-tuning does; the table is "
+        "the constant one again",
+    )
     _add_output(command, import_qwenvl)
 
     command = commands.add_parser("export-qwenvl", help="the published layout from a checkpoint")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .files import CheckpointError, OnBytes
+from .finite import NonFinite, find_non_finite
 from .mappings import Same
 from .names import Rule
 from .stream import DistributedFolder, TensorSource, TensorSpec
@@ -80,23 +81,37 @@ def _specs(part: Part, direction: _Direction) -> dict[str, TensorSpec]:
     return found
 
 
-def to_ours(part: Part) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors of a part, one rule's at a time."""
+def to_ours(part: Part, bad: list[NonFinite]) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors of a part, one rule's at a time. What is read and is not finite is added to `bad`."""
     for rule in part.rules:
-        yield from zip(
-            rule.ours, rule.mapping.to_ours([part.source.read(n) for n in rule.theirs]), strict=True
-        )
+        read = [_read(part.source, name, bad) for name in rule.theirs]
+        yield from zip(rule.ours, rule.mapping.to_ours(read), strict=True)
 
 
-def to_theirs(part: Part) -> Iterator[tuple[str, Tensor]]:
-    """Published tensors of a part, one rule's at a time; what is stored alike comes in pieces along its first axis."""
+def to_theirs(part: Part, bad: list[NonFinite]) -> Iterator[tuple[str, Tensor]]:
+    """Published tensors of a part, one rule's at a time; what is stored alike comes in pieces along its first axis.
+    What is read and is not finite is added to `bad`."""
     for rule in part.rules:
         if isinstance(part.source, DistributedFolder) and isinstance(rule.mapping, Same):
-            yield from ((rule.theirs[0], rows) for rows in part.source.rows(rule.ours[0]))
+            row = 0
+            for rows in part.source.rows(rule.ours[0]):
+                _look_at(rule.ours[0], rows, (row,) if rows.dim() else (), bad)
+                row += len(rows) if rows.dim() else 0
+                yield rule.theirs[0], rows
             continue
-        yield from zip(
-            rule.theirs, rule.mapping.to_theirs([part.source.read(n) for n in rule.ours]), strict=True
-        )
+        read = [_read(part.source, name, bad) for name in rule.ours]
+        yield from zip(rule.theirs, rule.mapping.to_theirs(read), strict=True)
+
+
+def _read(source: TensorSource, name: str, bad: list[NonFinite]) -> Tensor:
+    tensor = source.read(name)
+    _look_at(name, tensor, (), bad)
+    return tensor
+
+
+def _look_at(name: str, tensor: Tensor, offsets: tuple[int, ...], bad: list[NonFinite]) -> None:
+    if found := find_non_finite(name, tensor, offsets):
+        bad.append(found)
 
 
 def split_into_files(

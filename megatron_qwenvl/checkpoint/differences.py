@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 17
+BLOCK_ELEMENTS = 1 << 17
 """Elements compared at a time: few enough that memory is reused and stays in the cache (4 times as fast as twice
 as many)."""
 
@@ -29,7 +29,7 @@ class Difference:
 def measure(a: Tensor, b: Tensor) -> Difference:
     """Compare two tensors of one shape block by block."""
     count, largest = 0, torch.zeros((), dtype=_number_type(a, b))
-    blocks = (tensor.contiguous().view(-1).split(_BLOCK_ELEMENTS) for tensor in (a, b))
+    blocks = (tensor.contiguous().view(-1).split(BLOCK_ELEMENTS) for tensor in (a, b))
     for first, second in zip(*blocks, strict=True):
         if not (first.dtype == second.dtype and _same_bits(first, second)):
             different, distance = _measure_block(first, second)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .convert import Part, count_bytes, our_specs, run_jobs
 from .differences import Difference, measure, total
 from .files import CheckpointError, FileRecord, OnBytes, file_problem, untold
+from .finite import NonFinite, merged
 from .imports import plan_qwenvl
 from .manifest import MANIFEST_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, Manifest, find_checkpoint, read_manifest
 from .names import Rule
@@ -52,7 +53,7 @@ def describe(path: Path) -> Iterator[str]:
 
 def verify(path: Path, on_bytes: OnBytes = untold) -> list[str]:
     """Everything that is wrong with a checkpoint: files against digests, files that do not belong, tensors against
-    the model's configuration, and content that is not data.
+    the model's configuration, NaN and infinity in weights and optimizer state, and content that is not data.
 
     Raises:
         CheckpointError: there is no checkpoint, or its manifest is damaged.
@@ -60,7 +61,9 @@ def verify(path: Path, on_bytes: OnBytes = untold) -> list[str]:
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     jobs = [_DigestJob(checkpoint / name, record) for name, record in sorted(manifest.files.items())]
-    problems = [problem for problem in run_jobs(_digest, jobs, on_bytes) if problem]
+    looked_at = run_jobs(_look_at, jobs, on_bytes)
+    problems = [problem for problem, _ in looked_at if problem]
+    problems += [f"{checkpoint}: {bad}" for bad in merged(part for _, parts in looked_at for part in parts)]
     present = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
     strangers = sorted(present - manifest.files.keys() - {MANIFEST_NAME})
     problems += [f"{checkpoint / name}: does not belong to the checkpoint" for name in strangers]
@@ -76,8 +79,17 @@ class _DigestJob:
     record: FileRecord
 
 
-def _digest(job: _DigestJob) -> str | None:
-    return file_problem(job.path, job.record, count_bytes)
+def _look_at(job: _DigestJob) -> tuple[str | None, list[NonFinite]]:
+    """What is wrong with a file, and what is not finite in it. The values are read right after the digest, while the
+    system still has them in memory."""
+    if problem := file_problem(job.path, job.record, count_bytes):
+        return problem, []
+    if job.path.suffix != ".distcp":
+        return None, []
+    try:
+        return None, DistributedFolder(job.path.parent).non_finite(job.path.name)
+    except CheckpointError:
+        return None, []  # of the index; reported with the folder
 
 
 def _folder_problems(folder: Path) -> list[str]:

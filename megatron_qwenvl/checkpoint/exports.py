@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +14,10 @@ from megatron_qwenvl.config.schema import ModelConfig
 
 from .convert import Part, counted, run_jobs, split_into_files, their_specs, to_theirs
 from .files import CheckpointError, FileRecord, OnBytes, file_problem, new_directory, untold, write_bytes
+from .finite import NonFinite, describe_non_finite
 from .manifest import MODEL_FOLDER, Manifest
 from .names import TABLE_NAME, Rule, qwenvl_rules
+from .position_table import published_table
 from .published_config import CODE_FILES, generation_config, published_config, published_limits
 from .safetensors_files import write_safetensors
 from .source import WeightsSource, open_source
@@ -87,8 +88,18 @@ def plan_export(path: Path, tokenizer: Path | None = None) -> Export:
 
 
 def _notes(manifest: Manifest, beside: tuple[Path, ...]) -> tuple[str, ...]:
-    kind = "Qwen-VL-Chat" if _is_chat(manifest) else "Qwen-VL"
-    notes = [f"generation_config.json: that of {kind}, for {manifest.origin} weights"]
+    chat, origin = _is_chat(manifest), manifest.published
+    kind = "Qwen-VL-Chat" if chat else "Qwen-VL"
+    if origin is not None and origin.generation is not None and origin.chats == chat:
+        kind = "the imported directory"
+    way = "chatml" if chat else "raw"
+    notes = [f"generation_config.json: that of {kind} (chat_format {way}), for {manifest.origin} weights"]
+    if manifest.origin == "published" and (origin is None or origin.generation is None):
+        notes.append("note: whether the imported model chats is not known: it had no generation_config.json")
+    if origin is not None and origin.table_drift is not None:
+        notes.append(
+            f"note: {TABLE_NAME} is the constant table; the imported one differed by {origin.table_drift:.2g} at most"
+        )
     notes += [f"note: the published code differs: {limit}" for limit in published_limits(manifest.model)]
     if missing := sorted(set(CODE_FILES) - {file.name for file in beside}):
         notes.append(
@@ -99,6 +110,8 @@ def _notes(manifest: Manifest, beside: tuple[Path, ...]) -> tuple[str, ...]:
 
 
 def _is_chat(manifest: Manifest) -> bool:
+    if manifest.origin == "published":
+        return manifest.published is not None and manifest.published.chats
     return manifest.origin == "stage3"  # trained on dialogues
 
 
@@ -120,7 +133,7 @@ def carry_out_export(plan: Export, out: Path, on_bytes: OnBytes = untold) -> Non
     source with its digest meanwhile.
 
     Raises:
-        CheckpointError: `out` exists, or the checkpoint is damaged, named file by file.
+        CheckpointError: `out` exists, or the checkpoint is damaged, named file by file, or holds NaN or infinity.
     """
     with new_directory(out, [plan.source.path]) as aside:
         pieces = [
@@ -139,8 +152,9 @@ def carry_out_export(plan: Export, out: Path, on_bytes: OnBytes = untold) -> Non
         index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         manifest = plan.source.manifest
         dtype = str(plan.specs["transformer.wte.weight"].dtype).removeprefix("torch.")
-        config = published_config(manifest.model, manifest.image_size or _DEFAULT_IMAGE_SIZE, dtype)
-        contents = (index, config, generation_config(_is_chat(manifest)))
+        size = manifest.image_size or _DEFAULT_IMAGE_SIZE
+        config = published_config(manifest.model, size, dtype, manifest.published)
+        contents = (index, config, generation_config(_is_chat(manifest), manifest.published))
         for name, content in zip(_CONFIGURATIONS, contents, strict=True):
             write_bytes(aside / name, json.dumps(content, indent=2).encode())
         for file in plan.tokenizer:
@@ -163,7 +177,7 @@ def _run(plan: Export, jobs: list[_FileJob], on_bytes: OnBytes) -> None:
     """Write the files and digest the sources.
 
     Raises:
-        CheckpointError: naming every damaged file of the source, or what else went wrong.
+        CheckpointError: naming every damaged file of the source, tensors that are not finite, or what else went wrong.
     """
     digests = {name: _DigestJob(plan.source.path / name, r) for name, r in sorted(plan.source.files.items())}
     try:
@@ -198,12 +212,12 @@ def _in_reading_order(
 
 
 def _work(job: _FileJob | _DigestJob) -> str | None:
-    """What is wrong with a source file, or None."""
+    """What is wrong with a source file or with tensors, or None."""
     if isinstance(job, _DigestJob):
         return file_problem(job.path, job.record)
-    specs = their_specs(job.part)
-    write_safetensors(job.path, specs, counted(to_theirs(job.part)))
-    return None
+    specs, bad = their_specs(job.part), list[NonFinite]()
+    write_safetensors(job.path, specs, counted(to_theirs(job.part, bad)))
+    return describe_non_finite(bad) or None
 
 
 class PositionTable:
@@ -222,18 +236,3 @@ class PositionTable:
     def read(self, name: str) -> Tensor:
         """Compute it."""
         return published_table(self._grid, self._spec.shape[1], self._spec.dtype)
-
-
-def published_table(grid: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The adapter's constant 2D position table `[grid^2, width]`.
-
-    The first half of the channels encodes the column, the second half the row; each half is [sin | cos] of
-    position x 10000^(-k / (width/4)), k = 0..width/4-1, in float32.
-    """
-    quarter = width // 4  # numpy, as the published table was made: other libraries differ in the last bit
-    frequencies = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter))
-    angles = np.outer(np.arange(grid, dtype=np.float32), frequencies)
-    line = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))  # [grid, width/2]
-    columns = line.unsqueeze(0).expand(grid, grid, -1)
-    rows = line.unsqueeze(1).expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=2).flatten(0, 1).to(dtype).contiguous()

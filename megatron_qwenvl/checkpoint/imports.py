@@ -14,11 +14,11 @@ from megatron_qwenvl.config.schema import ModelConfig, RunConfig
 from megatron_qwenvl.model.shapes import tensor_shapes
 
 from .convert import Part, counted, our_specs, run_jobs, split_into_files, to_ours
-from .differences import measure
-from .exports import published_table
 from .files import CheckpointError, FileRecord, OnBytes, new_directory, untold
+from .finite import NonFinite, describe_non_finite
 from .items import StoredItem
-from .manifest import MODEL_FOLDER, Manifest, write_manifest
+from .manifest import MODEL_FOLDER, Manifest, Published, write_manifest
+from .model_checks import decoder_problems, vit_problems
 from .names import (
     TABLE_NAME,
     Rule,
@@ -27,8 +27,9 @@ from .names import (
     padded_qwen_rules,
     qwenvl_rules,
 )
+from .position_table import check_table
 from .published import PublishedWeights, read_json
-from .published_config import check_decoder, read_image_size, read_model
+from .published_config import read_image_size, read_model, read_notes, read_published
 from .stream import FolderFile, TensorSpec, finish_folder
 
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|logn_tensor)$")
@@ -38,9 +39,6 @@ _TOWER_LAYERS = ("visual.transformer.resblocks.", "vision_model.encoder.layers."
 """Of the ViT's file, only the layers must be known: it holds other parts that are not imported."""
 
 _EMBEDDING = "transformer.wte.weight"
-
-_FLOAT32_TABLE = 1e-5
-"""Largest difference of position tables of up to 16 rows between libraries; measured: 2e-6."""
 
 
 @dataclass(frozen=True)
@@ -63,52 +61,46 @@ class Import:
         return sum(spec.nbytes for spec in self.specs.values())
 
 
-def plan_qwenvl(directory: Path) -> Import:
+def plan_qwenvl(directory: Path, accept_drift: bool = False) -> Import:
     """Check a published Qwen-VL or Qwen-VL-Chat directory.
 
+    Args:
+        directory: weights and configuration.
+        accept_drift: take a model whose position table of the adapter was trained, which the published fine-tuning
+            does by accident; the imported model has the constant table.
+
     Raises:
-        CheckpointError: a file or tensor is missing, damaged, unknown or of another shape than `config.json` says.
+        CheckpointError: a file or tensor is missing, damaged, unknown or of another shape than `config.json` says, or
+            the model computes something else.
     """
     weights = PublishedWeights(directory)
-    model = read_model(directory / "config.json", weights.specs)
+    config = directory / "config.json"
+    model = read_model(config, weights.specs)
     rules = qwenvl_rules(model)
     _check_known(directory, weights.specs.keys() - {TABLE_NAME}, rules)
-    notes = (f"published Qwen-VL: {directory}", *_check_table(directory, weights, model))
+    drift, table_notes = check_table(directory, weights, model, accept_drift)
+    published = read_published(directory).model_copy(update={"table_drift": drift})
+    notes = (
+        f"published Qwen-VL: {directory}",
+        *read_notes(config, model),
+        *table_notes,
+        _chat_note(published),
+    )
     manifest = Manifest(
         kind="weights",
         origin="published",
         recipe="import-qwenvl",
-        image_size=read_image_size(directory / "config.json"),
+        image_size=read_image_size(config),
         model=model,
+        published=published,
     )
     return _checked([_Given(directory, Part(weights, tuple(rules)))], manifest, notes)
 
 
-def _check_table(directory: Path, weights: PublishedWeights, model: ModelConfig) -> tuple[str, ...]:
-    """The adapter's position table is not stored, so the published one must be the constant it is meant to be. A note
-    where it is that only to rounding: an export writes the computed one."""
-    if TABLE_NAME not in weights.specs:
-        return ()
-    found = weights.read(TABLE_NAME)
-    expected = published_table(model.adapter.query_grid, model.decoder.hidden, found.dtype)
-    if found.shape == expected.shape and found.is_floating_point():
-        difference = measure(found, expected)
-        if difference.count == 0:
-            return ()
-        if difference.largest <= _rounding(found):
-            return (
-                f"note: {TABLE_NAME}: {difference.count:,} of {difference.elements:,} elements differ in rounding from "
-                f"the computed ones, by {difference.largest:.2g} at most; an export writes the computed ones",
-            )
-    raise CheckpointError(f"{directory}: {TABLE_NAME} is not the constant sin-cos table")
-
-
-def _rounding(table: Tensor) -> float:
-    """How far two renderings of the table may be apart: a step of its type, or what other libraries' sines and powers
-    differ by in float32."""
-    coarse = (torch.bfloat16, torch.float16)  # a table that was widened is as coarse as before
-    kind = next((k for k in coarse if torch.equal(table.to(k).to(table.dtype), table)), table.dtype)
-    return max(torch.finfo(kind).eps, _FLOAT32_TABLE)
+def _chat_note(published: Published) -> str:
+    if published.generation is None:
+        return "chat_format: not known, there is no generation_config.json; an export will have raw"
+    return f"chat_format: {published.generation.get('chat_format', 'raw')}, kept for an export"
 
 
 def plan_parts(vit: Path, llm: Path, recipe: RunConfig, seed: int) -> Import:
@@ -121,13 +113,15 @@ def plan_parts(vit: Path, llm: Path, recipe: RunConfig, seed: int) -> Import:
         seed: of the adapter's initialisation.
 
     Raises:
-        CheckpointError: a file or tensor is missing, damaged, or of another shape than the recipe's model.
+        CheckpointError: a file or tensor is missing, damaged, or of another shape than the recipe's model, or a
+            configuration beside them says that it computes something else; all that it says at once.
     """
     model = recipe.model
     vision, language = PublishedWeights(vit), PublishedWeights(llm)
     hugging_face = any(name.startswith("vision_model.") for name in vision.specs)
-    _check_vit_heads(vit, model)
-    check_decoder(llm / "config.json", read_json(llm / "config.json"), model.decoder)
+    problems, assumed = _configured(vit, llm, model)
+    if problems:
+        raise CheckpointError("; ".join(problems))
     vit_rules = hf_clip_rules(model) if hugging_face else open_clip_rules(model)
     decoder_rules = padded_qwen_rules(model)
     _check_known(vit, (name for name in vision.specs if name.startswith(_TOWER_LAYERS)), vit_rules)
@@ -141,10 +135,18 @@ def plan_parts(vit: Path, llm: Path, recipe: RunConfig, seed: int) -> Import:
         _Given(llm, Part(language, tuple(decoder_rules))),
     ]
     manifest = Manifest(
-        kind="weights", origin="parts", start_of="stage1", recipe="import-parts", image_size=224, model=model
+        kind="weights",
+        origin="parts",
+        start_of="stage1",
+        recipe="import-parts",
+        image_size=224,
+        model=model,
+        published=read_published(llm).model_copy(
+            update={"generation": None}
+        ),  # what is made here does not chat
     )
     layout = "Hugging Face" if hugging_face else "OpenCLIP"
-    notes = (f"ViT ({layout} layout): {vit}", f"decoder: {llm}", f"adapter: fresh, seed {seed}")
+    notes = (f"ViT ({layout} layout): {vit}", f"decoder: {llm}", f"adapter: fresh, seed {seed}", *assumed)
     return _checked(given, manifest, notes)
 
 
@@ -183,24 +185,14 @@ def _check_known(place: Path, names: Iterable[str], rules: list[Rule]) -> None:
         raise CheckpointError(f"{place}: {len(unknown)} unknown tensors, the first: {unknown[0]}")
 
 
-def _check_vit_heads(vit: Path, model: ModelConfig) -> None:
-    """Shapes do not show the number of heads; compare it with the configuration beside the weights."""
-    config = vit / "config.json"
-    if config.is_file():
-        vision = read_json(config).get("vision_config", {})
-        _expect(
-            config, "vision_config.num_attention_heads", vision.get("num_attention_heads"), model.vision.heads
-        )
-    config = vit / "open_clip_config.json"
-    if config.is_file():
-        vision = read_json(config).get("model_cfg", {}).get("vision_cfg", {})
-        width = vision.get("head_width")
-        _expect(config, "model_cfg.vision_cfg.head_width", width, model.vision.width // model.vision.heads)
-
-
-def _expect(path: Path, key: str, found: object, expected: object) -> None:
-    if found is not None and found != expected:
-        raise CheckpointError(f"{path}: {key}: expected {expected}, found {found}")
+def _configured(vit: Path, llm: Path, model: ModelConfig) -> tuple[list[str], list[str]]:
+    """What the configurations beside both parts say against the model, and notes of what they leave open."""
+    problems, notes = vit_problems(vit, model)
+    config = llm / "config.json"
+    more, silent = decoder_problems(config, read_json(config), model.decoder)
+    if silent:
+        notes.append(f"note: {config} does not say {', '.join(silent)}: assumed as in the model")
+    return problems + more, notes
 
 
 @dataclass(frozen=True)
@@ -220,6 +212,10 @@ def _checked(given: list[_Given], manifest: Manifest, notes: tuple[str, ...]) ->
         except CheckpointError as error:
             raise CheckpointError(f"{source.place}: {error}") from None
         for name, spec in found.items():
+            if not spec.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{source.place}: {name}: expected floating-point numbers, found {spec}"
+                )
             if spec.shape != expected[name]:
                 raise CheckpointError(
                     f"{source.place}: {name}: expected {list(expected[name])}, found {list(spec.shape)}"
@@ -234,7 +230,8 @@ def carry_out_import(plan: Import, out: Path, on_bytes: OnBytes = untold) -> Non
     """Write the weights checkpoint.
 
     Raises:
-        CheckpointError: `out` exists, or a source cannot be read.
+        CheckpointError: `out` exists, or a source cannot be read. Or tensors hold NaN or infinity: the checkpoint is
+            written then, to be looked at; nothing that continues from it takes it.
     """
     with new_directory(out, plan.sources) as aside:
         folder = aside / MODEL_FOLDER
@@ -246,10 +243,14 @@ def carry_out_import(plan: Import, out: Path, on_bytes: OnBytes = untold) -> Non
         ]
         jobs = [_FileJob(folder, number, piece) for number, piece in enumerate(pieces)]
         written = run_jobs(_write_file, jobs, on_bytes)
-        records = {name: record for name, _, record in written}
-        records |= finish_folder(folder, plan.specs, (item for _, items, _ in written for item in items))
+        records = {name: record for name, _, record, _ in written}
+        records |= finish_folder(folder, plan.specs, (item for _, items, _, _ in written for item in items))
         files = {f"{MODEL_FOLDER}/{name}": record for name, record in records.items()}
         write_manifest(aside, plan.manifest.model_copy(update={"files": files}))
+    if bad := describe_non_finite(part for _, _, _, parts in written for part in parts):
+        raise CheckpointError(
+            f"{bad}. {out} is kept to be looked at with inspect, compare and verify; next-stage and export refuse it"
+        )
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class _FileJob:
     part: Part
 
 
-def _write_file(job: _FileJob) -> tuple[str, list[StoredItem], FileRecord]:
-    file = FolderFile(job.folder, job.number)
-    items, record = file.write(counted(to_ours(job.part)))
-    return file.name, items, record
+def _write_file(job: _FileJob) -> tuple[str, list[StoredItem], FileRecord, list[NonFinite]]:
+    file, bad = FolderFile(job.folder, job.number), list[NonFinite]()
+    items, record = file.write(counted(to_ours(job.part, bad)))
+    return file.name, items, record, bad

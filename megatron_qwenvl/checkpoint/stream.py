@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_qwenvl.model.shapes import Shape
 
 from .files import CheckpointError, FileRecord, sync_directory, write_bytes, writing
+from .finite import NonFinite, find_non_finite
 from .items import StoredItem, read_item, with_own_storage, write_index, write_item
 from .names import chunk_grid
 from .pickles import COMMON_NAME, INDEX_NAME, read_index
@@ -96,6 +97,20 @@ class DistributedFolder:
         """Names of the files that hold a tensor."""
         places = (self._place(name, chunk) for chunk in self._tensors[name].chunks)
         return {place.relative_path for place in places if place is not None}
+
+    def non_finite(self, file: str) -> list[NonFinite]:
+        """What is not finite in a file, read chunk by chunk; one entry for a chunk.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        found = []
+        for name, entry in self._tensors.items():
+            for chunk in entry.chunks:
+                place = self._place(name, chunk)
+                if place is not None and place.relative_path == file:
+                    found.append(find_non_finite(name, self._read_chunk(name, chunk), tuple(chunk.offsets)))
+        return [bad for bad in found if bad]
 
     def uncovered(self) -> list[str]:
         """Names of tensors whose stored chunks do not add up to the full tensor: some lie nowhere, over one another or

@@ -11,9 +11,11 @@ from megatron_qwenvl.config.schema import RunConfig, Stage
 
 from .convert import count_bytes, run_jobs
 from .files import CheckpointError, FileRecord, OnBytes, copy_file, new_directory, sync_directory, untold
+from .finite import NonFinite, describe_non_finite
 from .manifest import MODEL_FOLDER, Manifest, write_manifest
 from .order import check_order
 from .source import open_source
+from .stream import DistributedFolder
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def carry_out(transition: Transition, out: Path, on_bytes: OnBytes = untold) -> 
     """Write the weights checkpoint, checking every file against its digest on the way.
 
     Raises:
-        CheckpointError: `out` exists, or a source file is missing or damaged.
+        CheckpointError: `out` exists, a source file is missing or damaged, or a tensor holds NaN or infinity.
     """
     with new_directory(out, [transition.source]) as aside:
         (aside / MODEL_FOLDER).mkdir()
@@ -73,7 +75,9 @@ def carry_out(transition: Transition, out: Path, on_bytes: OnBytes = untold) -> 
             _CopyJob(transition.source / name, aside / name, record)
             for name, record in transition.manifest.files.items()
         ]
-        run_jobs(_copy, jobs, on_bytes)
+        found = run_jobs(_copy, jobs, on_bytes)
+        if bad := describe_non_finite(part for parts in found for part in parts):
+            raise CheckpointError(f"{transition.source}: {bad}")
         sync_directory(aside / MODEL_FOLDER)
         write_manifest(aside, transition.manifest)
 
@@ -85,8 +89,9 @@ class _CopyJob:
     record: FileRecord
 
 
-def _copy(job: _CopyJob) -> None:
+def _copy(job: _CopyJob) -> list[NonFinite]:
     copy_file(job.source, job.target, job.record, count_bytes)
+    return DistributedFolder(job.source.parent).non_finite(job.source.name)
 
 
 def _recipe_after(recipe: str, origin: str, target: Stage) -> RunConfig:

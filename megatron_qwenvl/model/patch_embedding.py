@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from megatron_qwenvl.config.schema import VisionConfig
 
+from .pixels import CLIP_MEAN, CLIP_STD
 from .positions import resize_grid
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalize_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:

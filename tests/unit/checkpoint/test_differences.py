@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_qwenvl.checkpoint.differences import _BLOCK_ELEMENTS, measure
+from megatron_qwenvl.checkpoint.differences import BLOCK_ELEMENTS, measure
 from megatron_qwenvl.checkpoint.examine import verify
 from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.pickles import read_index
@@ -29,7 +29,7 @@ from megatron_qwenvl.checkpoint.stream import DistributedFolder
 
 from .published_cases import TINY, publish, random_weights
 
-LONG = 3 * _BLOCK_ELEMENTS + 5
+LONG = 3 * BLOCK_ELEMENTS + 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -37,7 +37,7 @@ def test_every_block_counts(dtype: torch.dtype) -> None:
     a = torch.ones(LONG, dtype=dtype)
     b = a.clone()
     assert (measure(a, b).count, measure(a, b).largest) == (0, 0.0)
-    b[0], b[_BLOCK_ELEMENTS], b[-1] = 1.5, 3, 2
+    b[0], b[BLOCK_ELEMENTS], b[-1] = 1.5, 3, 2
     found = measure(a, b)
     assert (found.elements, found.count, found.largest) == (LONG, 3, 2.0)
     assert measure(a[1:], b[1:]).count == 2, "also where eight bytes do not divide"
