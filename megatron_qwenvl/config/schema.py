@@ -130,6 +130,13 @@ class DataConfig(Section):
     than 178,956,970, Pillow's own limit, in any case."""
     shuffle_window: int = Field(8, ge=1)
     """Shards that are open for shuffling at a time; 1 keeps reads most sequential."""
+    skip_steps: tuple[tuple[int, int], ...] = ()
+    """Ranges [a, b] of steps whose data is left out, both ends included; step a trains on what step b + 1 would have
+    had. Steps count from 0, as metrics.jsonl and show_step have them, and as they were before the range was added.
+    Steps and learning rate go on as without it."""
+    on_change: Literal["continue", "stop"] = "continue"
+    """What a start does where data, mixture or batch size differ from what the checkpoint records: say it and go on
+    from the samples that each source has given, or refuse."""
     workers: int = Field(4, ge=0)
     """Worker processes per rank that read and decode ahead of the step; 0: in the main process."""
     prefetch: int = Field(4, ge=1)

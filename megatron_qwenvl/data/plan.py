@@ -1,4 +1,4 @@
-"""What a step holds, as a pure function of (configuration, seed, step).
+"""What a step holds, as a pure function of (configuration, seed, step) and of the changes that the data has seen.
 
 `StepPlan.global_batch(k)` does not depend on the number of ranks or workers, nor on which steps were asked for
 before; `StepPlan.deal` then says which rank gets what. Both read indices only, never a sample.
@@ -16,11 +16,15 @@ import numpy as np
 from megatron_qwenvl.config.schema import RunConfig, SourceConfig
 
 from .cache import LruCache
+from .changes import DataNow, SourceNow, begin
+from .epochs import ShardList
 from .errors import DataError
+from .history import DataHistory, Draw, SourceState, StepRange, Timeline
 from .index import ShardIndex
 from .manifest import ShardDirectory, open_directory
-from .order import Limits, Mixture, SampleTable, Skipped, SourceOrder, hash64
+from .order import Limits, SampleTable, Skipped
 from .packing import CostWeights, Pack, deal, make_packs, pack_costs
+from .source_order import SourceOrder
 from .tasks import TASKS
 
 PACK_MULTIPLE = 64
@@ -78,13 +82,29 @@ class StepPlan:
     """The batches of a run. Small to send to another process: caches stay behind."""
 
     def __init__(
-        self, config: RunConfig, sources: Sequence[Source], samples_per_step: int, seed: int
+        self,
+        config: RunConfig,
+        sources: Sequence[Source],
+        samples_per_step: int,
+        seed: int,
+        history: DataHistory | None = None,
     ) -> None:
+        """
+        Args:
+            config: the run.
+            sources: its opened sources, or those of its validation.
+            samples_per_step: batch size.
+            seed: of the order.
+            history: of the run's data; none: it begins with step 0 and has not changed since.
+
+        Raises:
+            DataError: a source has other shards than the history says.
+        """
         data = config.data
         self.data = data
         self.sources = tuple(sources)
-        self.samples_per_step = samples_per_step
-        self._seed = seed
+        self.history = history or begin(data_now(sources, samples_per_step, seed, data.shuffle_window))
+        self._check_shards()
         self._accumulation = config.train.gradient_accumulation
         self._limits = Limits(
             min(data.max_sample_length, self.row_length), config.model.image_tokens, data.max_image_pixels
@@ -98,7 +118,7 @@ class StepPlan:
         vars(self).update(state)
         self._start()
 
-    _caches = ("_mixture", "_orders", "_indices", "_batches")
+    _caches = ("_timeline", "_orders", "_indices", "_batches")
 
     def _start(self) -> None:
         """Everything that is computed on demand."""
@@ -106,20 +126,39 @@ class StepPlan:
         # Two windows per source: the one being read and the one being planned.
         self._indices: LruCache[ShardIndex] = LruCache(2 * window * len(self.sources))
         self._batches: LruCache[GlobalBatch] = LruCache(2)
-        self._mixture = Mixture([source.config.weight for source in self.sources])
-        self._orders = [self._order(number) for number in range(len(self.sources))]
+        self._timeline = Timeline(self.history)
+        self._orders: dict[tuple[str, int], SourceOrder] = {}
 
-    def _order(self, number: int) -> SourceOrder:
-        source = self.sources[number]
-        seed = hash64(self._seed, source.config.name)
-        return SourceOrder(
-            number,
-            source.directory,
-            self.data.shuffle_window,
-            self._limits,
-            seed,
-            lambda shard: self.index(number, shard),
-        )
+    def _check_shards(self) -> None:
+        for source in self.sources:
+            edition = self.history.editions[source.config.name][-1]
+            if ShardList.of(source.directory) != edition.shards:
+                raise DataError(
+                    f"{source.directory.path}: expected the {len(edition.shards.names)} shards that the run's data "
+                    f"record names last, found {len(source.directory.manifest.shards)} or others; were they changed "
+                    "while the run was starting?"
+                )
+
+    def _order(self, state: SourceState) -> SourceOrder:
+        """The order of a source in one of its editions.
+
+        Raises:
+            DataError: the configuration does not have the source any more.
+        """
+        names = [source.config.name for source in self.sources]
+        if state.name not in names:
+            raise DataError(f"data.sources: this step was made with the source {state.name!r}, found {names}")
+        if (state.name, state.edition) not in self._orders:
+            number = names.index(state.name)
+            self._orders[state.name, state.edition] = SourceOrder(
+                number,
+                self.sources[number].directory,
+                self._timeline.editions[state.name],
+                state.edition,
+                self._limits,
+                lambda shard: self.index(number, shard),
+            )
+        return self._orders[state.name, state.edition]
 
     @property
     def row_length(self) -> int:
@@ -157,19 +196,28 @@ class StepPlan:
         return self._batches.get(step, lambda: self._make_batch(step))
 
     def _make_batch(self, step: int) -> GlobalBatch:
-        of_source, firsts = self._mixture.split(step * self.samples_per_step, self.samples_per_step)
-        counts = np.bincount(of_source, minlength=len(self.sources))
+        tables: list[SampleTable] = []
+        skipped: list[Skipped] = []
+        for draw in self._timeline.draws(step):
+            table, left_out = self._samples(draw)
+            tables.append(table)
+            skipped += left_out
+        samples = SampleTable.concatenate(tables)
+        return GlobalBatch(step, samples, make_packs(samples, self.data.packing, self.row_length), skipped)
+
+    def _samples(self, draw: Draw) -> tuple[SampleTable, list[Skipped]]:
+        counts = np.bincount(draw.of_source, minlength=len(draw.sources))
         pieces: list[SampleTable] = []
         skipped: list[Skipped] = []
-        for order, first, count in zip(self._orders, firsts, counts.tolist(), strict=True):
-            taken, left_out = order.take(first, count)
-            pieces += taken
-            skipped += left_out
+        for state, count in zip(draw.sources, counts.tolist(), strict=True):
+            if count:
+                taken, left_out = self._order(state).take(state.position, count)
+                pieces += taken
+                skipped += left_out
         # The pieces stand source by source; put each sample where the mixture wants its source.
-        place = np.empty(len(of_source), dtype=np.int64)
-        place[np.argsort(of_source, kind="stable")] = np.arange(len(of_source))
-        samples = SampleTable.concatenate(pieces).take(place)
-        return GlobalBatch(step, samples, make_packs(samples, self.data.packing, self.row_length), skipped)
+        place = np.empty(len(draw.of_source), dtype=np.int64)
+        place[np.argsort(draw.of_source, kind="stable")] = np.arange(len(draw.of_source))
+        return SampleTable.concatenate(pieces).take(place), skipped
 
     def rows(self, ranks: int) -> int:
         """Packs, or padded rows, of a micro-batch."""
@@ -211,20 +259,57 @@ class StepPlan:
         return str(directory.shard_path(int(samples.shard[row])))
 
 
-def training_plan(config: RunConfig, tokenizer: str, verify_digests: bool = False) -> StepPlan:
+def data_now(
+    sources: Sequence[Source],
+    samples_per_step: int,
+    seed: int,
+    window: int,
+    skip_steps: Sequence[StepRange] = (),
+) -> DataNow:
+    """All that the order of samples depends on: of opened sources, and of the configuration."""
+    opened = (
+        SourceNow(source.config.name, source.config.weight, ShardList.of(source.directory))
+        for source in sources
+    )
+    return DataNow(samples_per_step, tuple(opened), seed, window, tuple(skip_steps))
+
+
+def training_data(config: RunConfig, sources: Sequence[Source]) -> DataNow:
+    """The same of a run's training data."""
+    data = config.data
+    return data_now(sources, data.global_batch_size, config.seed, data.shuffle_window, data.skip_steps)
+
+
+def open_training(config: RunConfig, tokenizer: str, verify_digests: bool = False) -> tuple[Source, ...]:
+    """Open a run's training sources; arguments and errors as `open_directory`."""
+    data = config.data
+    return open_sources(data.sources, data.root, tokenizer, verify_digests, data.tokenizer)
+
+
+def training_plan(
+    config: RunConfig, tokenizer: str, verify_digests: bool = False, history: DataHistory | None = None
+) -> StepPlan:
     """The plan of a run's training steps.
 
     Args:
         config: the run.
         tokenizer: fingerprint of its tokenizer.
         verify_digests: compare every shard's digest (slow).
+        history: of its data (`training_history`); none: its data has not changed since it began.
 
     Raises:
         DataError: see `open_directory`.
     """
-    data = config.data
-    sources = open_sources(data.sources, data.root, tokenizer, verify_digests, data.tokenizer)
-    return StepPlan(config, sources, config.data.global_batch_size, config.seed)
+    sources = open_training(config, tokenizer, verify_digests)
+    return plan_training(config, sources, history)
+
+
+def plan_training(
+    config: RunConfig, sources: Sequence[Source], history: DataHistory | None = None
+) -> StepPlan:
+    """The plan of a run's training steps over sources that are open; arguments as `training_plan`."""
+    history = history or begin(training_data(config, sources))
+    return StepPlan(config, sources, config.data.global_batch_size, config.seed, history)
 
 
 def validation_plan(config: RunConfig, tokenizer: str) -> StepPlan:
