@@ -30,6 +30,7 @@ def find_problems(config: RunConfig, world_size: int | None) -> list[str]:
         *_image_problems(config),
         *_length_problems(config),
         *_source_problems(config),
+        *_skip_problems(config),
         *_training_problems(config),
     ]
 
@@ -154,6 +155,20 @@ def _source_problems(config: RunConfig) -> Iterator[str]:
         yield "data.sources: expected at least one source, found none"
     yield from _duplicates("data.sources", config.data.sources)
     yield from _duplicates("data.validation_sources", config.data.validation_sources)
+
+
+def _skip_problems(config: RunConfig) -> Iterator[str]:
+    """Ranges of steps, each in order, none overlapping another."""
+    ranges = sorted(config.data.skip_steps)
+    for first, last in ranges:
+        if not 0 <= first <= last:
+            yield f"data.skip_steps: expected [a, b] with 0 <= a <= b, found [{first}, {last}]"
+    for (first, last), (next_first, next_last) in pairwise(ranges):
+        if next_first <= last and first <= last:
+            yield (
+                f"data.skip_steps: expected ranges that do not overlap, found [{first}, {last}] and "
+                f"[{next_first}, {next_last}]"
+            )
 
 
 def _duplicates(field: str, sources: tuple[SourceConfig, ...]) -> Iterator[str]:

@@ -6,6 +6,7 @@ shards (`epochs.py`) they make the plan a pure function of (history, step). A ru
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -133,7 +134,6 @@ class Timeline:
     def __init__(self, history: DataHistory) -> None:
         self.history = history
         self.editions = {name: Editions(name, editions) for name, editions in history.editions.items()}
-        self._mixtures: dict[tuple[float, ...], Mixture] = {}
 
     def segment(self, step: int) -> Segment:
         """The segment that a step belongs to."""
@@ -142,7 +142,7 @@ class Timeline:
     def draws(self, step: int) -> list[Draw]:
         """What a step is made of, in order: one stretch, or more where something is left out in between."""
         segment = self.segment(step)
-        mixture = self._mixture(segment)
+        mixture = _mixture(segment.weights)
         found = []
         for first, count in segment.ranges(step):
             of_source, drawn = mixture.split(first, count)
@@ -170,18 +170,18 @@ class Timeline:
             yield segment, following.first_step if following else step
 
     def _at(self, segment: Segment, step: int) -> tuple[SourceState, ...]:
-        return self._advanced(segment, self._mixture(segment).split(segment.reached(step), 0)[1])
+        return self._advanced(segment, _mixture(segment.weights).split(segment.reached(step), 0)[1])
 
     def _advanced(self, segment: Segment, drawn: Sequence[int]) -> tuple[SourceState, ...]:
         """The segment's sources once the mixture has drawn so many samples of each."""
-        begin = self._mixture(segment).split(segment.stream, 0)[1]
+        begin = _mixture(segment.weights).split(segment.stream, 0)[1]
         return tuple(
             replace(source, position=source.position + now - then)
             for source, now, then in zip(segment.sources, drawn, begin, strict=True)
         )
 
-    def _mixture(self, segment: Segment) -> Mixture:
-        weights = segment.weights
-        if weights not in self._mixtures:
-            self._mixtures[weights] = Mixture(weights)
-        return self._mixtures[weights]
+
+@functools.lru_cache(maxsize=8)
+def _mixture(weights: tuple[float, ...]) -> Mixture:
+    """Tables of a million entries, shared by all timelines of a process."""
+    return Mixture(weights)

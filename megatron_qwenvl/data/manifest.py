@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ class ShardEntry:
 
     name: str
     size: int
+    modified: int
     digest: str
     samples: int
     images: int
@@ -42,6 +43,7 @@ class ShardEntry:
         return cls(
             index.shard,
             index.size,
+            index.modified,
             index.digest,
             len(index),
             len(arrays["widths"]),
@@ -78,6 +80,8 @@ class ShardDirectory:
     manifest: Manifest
     vocabulary: str | None = None
     """The tokenizer's file, for the commands that messages name."""
+    modified: tuple[str, ...] = ()
+    """Shards whose modification time is not that of when they were indexed, although their size is."""
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -102,24 +106,38 @@ class ShardDirectory:
             raise DataError(f"{path}: index and manifest differ; run {self.index_command()}")
         return index
 
-    def check_size(self, shard: int) -> None:
+    def check_size(self, shard: int) -> bool:
         """Make sure that a shard is as long as it was when it was indexed.
+
+        Returns:
+            Whether it was not modified since.
 
         Raises:
             DataError: it is not, or cannot be read.
         """
-        path, expected = self.shard_path(shard), self.manifest.shards[shard].size
+        path, entry = self.shard_path(shard), self.manifest.shards[shard]
         try:
-            size = os.stat(path).st_size
+            found = os.stat(path)
         except OSError as error:
             raise DataError(
                 f"{path}: shard of the manifest cannot be read: {error.strerror}; restore it, or go on without it: "
                 f"run {self.index_command()}"
             ) from error
-        if size != expected:
+        if found.st_size != entry.size:
             raise DataError(
-                f"{path}: expected {expected} bytes as indexed, found {size}; run {self.index_command()}"
+                f"{path}: expected {entry.size} bytes as indexed, found {found.st_size}; run {self.index_command()}"
             )
+        return found.st_mtime_ns == entry.modified
+
+    def modified_line(self) -> str | None:
+        """What there is to say about shards that were modified since they were indexed, or None."""
+        if not self.modified:
+            return None
+        named = ", ".join(self.modified[:3]) + (", ..." if len(self.modified) > 3 else "")
+        return (
+            f"{self.path}: {len(self.modified)} of {len(self.manifest.shards)} shards have another modification time "
+            f"than when they were indexed ({named}); if they are not merely copies: run {self.index_command()}"
+        )
 
     def check_digest(self, shard: int) -> None:
         """Read a shard and compare its digest.
@@ -206,14 +224,16 @@ def open_directory(
             raise DataError(f"{reason}; replace the shard or move it away, then {remedy}")
         raise DataError(f"{shards[unknown[0]]}: shard is not in {MANIFEST}; {remedy}")
     directory = ShardDirectory(path, manifest, vocabulary)
-    for number in range(len(manifest.shards)):
-        directory.check_size(number)
+    modified = []
+    for number, entry in enumerate(manifest.shards):
+        if not directory.check_size(number):
+            modified.append(entry.name)
         if verify_digests:
             directory.check_digest(number)
     if not any(entry.samples for entry in manifest.shards):
         reasons = commonest(manifest.skipped) or "the shards are empty"
         raise DataError(f"{path / MANIFEST}: no usable sample in {len(shards)} shards: {reasons}")
-    return directory
+    return replace(directory, modified=tuple(modified))
 
 
 def _load_manifest(directory: Path, remedy: str) -> Manifest:
