@@ -4,8 +4,10 @@
         step_00000500/
             model/        distributed checkpoint of the weights
             optimizer/    distributed checkpoint of the optimizer state
+            data.json     what the run's data was up to here
             manifest.json what it is, size and digest of every file
         latest            name of the newest complete checkpoint
+        rewound_001/      newer checkpoints than the one that the run was told to go on from
 
 A checkpoint is written as `step_X.tmp`, made durable, and renamed; then `latest` is replaced. A crash at any
 moment leaves the older checkpoint and at most a `.tmp` that the next run removes.
@@ -16,7 +18,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +27,20 @@ from typing import Any
 from megatron_qwenvl.config.schema import RunConfig
 
 from .collective import Peers, attempt, find_problems
-from .files import CheckpointError, replace_bytes, sync_directory
+from .files import CheckpointError, FileRecord, replace_bytes, sync_directory, write_bytes
 from .manifest import (
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
     POINTER_NAME,
     Manifest,
     Published,
+    checkpoint_name,
     checkpoints_of_run,
     read_manifest,
     step_of,
     write_manifest,
 )
+from .rewind import Rewind, is_rewound, of_step, set_aside_newer
 from .shards import FolderSave, ShardedState, load_folder
 from .start import check_resume
 
@@ -53,6 +57,7 @@ class _Pending:
     step: int
     folders: dict[str, FolderSave]
     progress: dict[str, Any]
+    beside: Mapping[str, bytes]
     writing: Future[Exception | None]
     began: float
     stall: float
@@ -129,6 +134,7 @@ class CheckpointManager:
         optimizer: ShardedState,
         progress: dict[str, Any],
         began: float | None = None,
+        beside: Mapping[str, bytes] | None = None,
     ) -> SaveReport | None:
         """Save a checkpoint of `step`; an asynchronous save that is still running is finished first.
 
@@ -138,6 +144,7 @@ class CheckpointManager:
             optimizer: sharded state dict of the optimizer.
             progress: counters and schedule, equal on all ranks; JSON values.
             began: when training stopped for this save, by `time.monotonic`; none: now.
+            beside: small files of the checkpoint by name; rank 0's are written.
 
         Returns:
             What was saved, or None if the save goes on in the background (see `poll`).
@@ -163,7 +170,8 @@ class CheckpointManager:
         else:
             writing = Future()
             writing.set_result(self._write_all(folders))
-        self._pending = _Pending(step, folders, progress, writing, began, time.monotonic() - began)
+        stall = time.monotonic() - began
+        self._pending = _Pending(step, folders, progress, beside or {}, writing, began, stall)
         return None if self._asynchronous else self.wait()
 
     def poll(self) -> SaveReport | None:
@@ -205,7 +213,8 @@ class CheckpointManager:
                 for folder, save in pending.folders.items()
                 for name, record in save.finish().items()
             }
-            manifest = self._manifest(pending, files)
+            beside = self.peers.main(lambda: _write_beside(aside, pending.beside), f"{aside}: not written")
+            manifest = self._manifest(pending, {**files, **(beside or {})})
             self.peers.main(lambda: self._publish(aside, manifest), f"{aside}: cannot be published")
         except CheckpointError:
             self._discard(aside)
@@ -235,6 +244,39 @@ class CheckpointManager:
         if candidates:
             raise CheckpointError(f"{self._directory}: all {len(candidates)} checkpoints are damaged")
         return None
+
+    def rewind_to(self, step: int) -> Path | None:
+        """The checkpoint of a step that the run is to go on from, compared with its digests; nothing is changed yet.
+
+        Returns:
+            None if the job was started again after it had gone back to this step.
+
+        Raises:
+            CheckpointError: there is none of this step, or it is damaged.
+        """
+        found = self.peers.main(
+            lambda: None if is_rewound(self._directory, step) else of_step(self._candidates(), step),
+            f"{self._directory}: cannot go on from step {step}",
+        )
+        checkpoint: Path | None = self.peers.broadcast(found)
+        if checkpoint is None:
+            return None
+        if problems := find_problems(checkpoint, self.peers):
+            raise CheckpointError(f"damaged checkpoint: {'; '.join(problems[:4])}")
+        return checkpoint
+
+    def set_aside_newer(self, step: int) -> Rewind:
+        """Move the checkpoints after a step where the run's own search does not come, after `prepare`.
+
+        Raises:
+            CheckpointError: on every rank, if that fails.
+        """
+
+        def move() -> Rewind:
+            self._point_to(self._directory / checkpoint_name(step))
+            return set_aside_newer(self._directory, step)
+
+        return self.peers.broadcast(self.peers.main(move, f"{self._directory}: newer checkpoints not set aside"))
 
     def _candidates(self) -> list[Path]:
         """What can be resumed from, from new to old: the checkpoints, and those that a crash left between the two
@@ -296,7 +338,7 @@ class CheckpointManager:
         )
 
     def _aside(self, step: int) -> Path:
-        return self._directory / f"step_{step:08d}.tmp"
+        return self._directory / f"{checkpoint_name(step)}.tmp"
 
     def _make_folders(self, aside: Path) -> None:
         self._guard()
@@ -385,3 +427,7 @@ def _warn(consequence: str, action: Callable[[], object]) -> None:
     """Do what a checkpoint that is in place can do without, and only tell if it fails."""
     if error := attempt(action):
         logger.warning("%s: %s", consequence, error)
+
+
+def _write_beside(aside: Path, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
+    return {name: write_bytes(aside / name, content) for name, content in files.items()}

@@ -131,6 +131,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of a run's checkpoint."""
+    return f"step_{step:08d}"
+
+
 def step_of(checkpoint: Path) -> int:
     """The step that a directory's name says; -1: not the name of a run's checkpoint."""
     match = _STEP_NAME.match(checkpoint.name)

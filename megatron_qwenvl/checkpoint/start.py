@@ -13,6 +13,7 @@ from megatron_qwenvl.config.schema import RunConfig
 from .files import CheckpointError
 from .manifest import Manifest, checkpoints_of_run, find_checkpoint, model_differences, read_manifest
 from .order import check_training_order
+from .rewind import is_rewound, of_step
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,21 @@ class Start:
     """What is wrong with newer checkpoints that would be passed over, one line each."""
 
 
-def find_start(config: RunConfig) -> Start:
+def find_start(config: RunConfig, from_step: int | None = None) -> Start:
     """The rules of a starting run, without digests: a file is compared by its size only.
+
+    Args:
+        config: the run.
+        from_step: go on from the checkpoint of this step, not from the newest one.
 
     Raises:
         CheckpointError: all of the run's checkpoints are damaged; the weights to start from are missing or damaged;
-            or what would be used does not fit the run.
+            or what would be used does not fit the run; there is no checkpoint of `from_step`.
     """
-    own = checkpoints_of_run(Path(config.run_dir) / "checkpoints")
+    folder = Path(config.run_dir) / "checkpoints"
+    own = checkpoints_of_run(folder)
+    if from_step is not None and not is_rewound(folder, from_step):
+        own = [of_step(own, from_step)]
     damaged: list[str] = []
     for checkpoint in own:
         try:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .fields import (
@@ -34,6 +35,16 @@ HEAD_START_SECONDS = 1.0
 """Launchers end all processes once one has ended; the one that speaks must be first."""
 
 
+@dataclass(frozen=True)
+class RunArguments:
+    """What the command line of a run says."""
+
+    config: RunConfig
+    """The resolved configuration."""
+    from_step: int | None = None
+    """Go on from the run's checkpoint of this step; none: from its newest one."""
+
+
 def parse_run_arguments(
     argv: Sequence[str],
     prog: str,
@@ -41,7 +52,19 @@ def parse_run_arguments(
     world_size: int | None = None,
     quiet: bool = False,
 ) -> RunConfig:
-    """Read `--recipe NAME|FILE.yaml [--print-config] [--print-value FIELD] [--help] [--section.field value ...]`.
+    """The configuration of a run; arguments as `parse_start_arguments`."""
+    return parse_start_arguments(argv, prog, description, world_size, quiet).config
+
+
+def parse_start_arguments(
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    world_size: int | None = None,
+    quiet: bool = False,
+) -> RunArguments:
+    """Read `--recipe NAME|FILE.yaml [--from-step N] [--print-config] [--print-value FIELD] [--help] [--section.field
+    value ...]`.
 
     Exits with 0 after `--help`, `--print-config` or `--print-value`, with 2 and a message on standard error for bad
     input.
@@ -72,7 +95,7 @@ def parse_run_arguments(
         _print_and_exit(value + "\n")
     if options.print_config:
         _print_and_exit(dump_yaml(config))
-    return config
+    return RunArguments(config, options.from_step)
 
 
 def show_value(config: RunConfig, path: str) -> str:
@@ -120,11 +143,18 @@ def _make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        usage=f"{prog} --recipe NAME|FILE.yaml [--print-config] [--print-value FIELD] [--section.field value ...]",
+        usage=f"{prog} --recipe NAME|FILE.yaml [--from-step N] [--print-config] [--print-value FIELD] "
+        "[--section.field value ...]",
         add_help=False,  # printed by `_print_and_exit`, with every field
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help=f"a YAML file or one of {', '.join(RECIPES)}")
+    parser.add_argument(
+        "--from-step",
+        type=_step,
+        metavar="N",
+        help="go on from the run's checkpoint of step N; newer ones are set aside, not deleted",
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"
     )
@@ -135,6 +165,12 @@ def _make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("-h", "--help", action="store_true", help="explain every field and exit")
     return parser
+
+
+def _step(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected the number of a step, found {text!r}")
+    return int(text)
 
 
 def _print_and_exit(text: str) -> NoReturn:

@@ -265,6 +265,7 @@ def build_loader(
     needs: DataNeeds | None = None,
     first_step: int = 0,
     split: Literal["train", "validation"] = "train",
+    plan: StepPlan | None = None,
     pin_memory: bool = False,
 ) -> StepLoader:
     """The loader of one rank.
@@ -278,6 +279,7 @@ def build_loader(
         first_step: where to go on, counted from 0: the number of steps that are done.
         split: `train`: steps `first_step..config.train.steps`. `validation`: one step, which is the whole
             validation set in its fixed order.
+        plan: of the training steps; none: that of a run whose data has not changed since it began.
         pin_memory: copy batches to page-locked memory (GPU runs).
 
     Raises:
@@ -290,7 +292,8 @@ def build_loader(
             f"model.decoder.vocab_size {config.model.decoder.vocab_size}"
         )
     if split == "train":
-        plan, steps = training_plan(config, tokenizer.fingerprint), range(first_step, config.train.steps)
+        plan = plan or training_plan(config, tokenizer.fingerprint)
+        steps = range(first_step, config.train.steps)
     else:
         plan, steps = validation_plan(config, tokenizer.fingerprint), range(1)
     micro_batches = _MicroBatches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from .epochs import Edition, ShardList
@@ -55,6 +56,22 @@ def _encode_segment(segment: Segment) -> dict[str, Any]:
 def vars_of(shards: ShardList) -> dict[str, Any]:
     """The columns of a list of shards."""
     return {"names": shards.names, "counts": shards.counts, "digests": shards.digests}
+
+
+def read_history(checkpoint: Path) -> DataHistory | None:
+    """The record of a checkpoint; None if it has none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = checkpoint / RECORD_NAME
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return decode_history(content, str(path))
 
 
 def decode_history(content: bytes, place: str) -> DataHistory:

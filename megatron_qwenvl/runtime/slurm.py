@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from dataclasses import dataclass
 
 LIVE_STATES = frozenset(
     "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING STOPPED SIGNALING RESIZING STAGE_OUT REQUEUED REQUEUE_HOLD "
@@ -11,6 +13,21 @@ LIVE_STATES = frozenset(
 """States of a job that runs, still ends, or will run; as squeue's `%T` names them."""
 
 _SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """The Slurm job that a process belongs to."""
+
+    id: str
+    restarts: int
+    """How often Slurm has started it again."""
+
+
+def own_job() -> Job | None:
+    """The job of this process; None outside Slurm."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "")
+    return Job(job, int(restarts) if restarts.isdecimal() else 0) if job else None
 
 
 def is_job_over(job: str) -> bool | None:
