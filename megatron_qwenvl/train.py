@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 -m megatron_qwenvl.train --recipe tiny_stage1 --parallel.tensor 2
 
 `--print-config` shows the resolved configuration, `--help` explains every field. A run that has a checkpoint in
-its `run_dir` goes on from the newest good one. SIGUSR1, SIGTERM or Ctrl-C: all ranks finish the same step, save and
-end with exit code 75; started again the run goes on from there.
+its `run_dir` goes on from the newest good one, with `--from-step N` from that of step N. SIGUSR1, SIGTERM or Ctrl-C:
+all ranks finish the same step, save and end with exit code 75; started again the run goes on from there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str], stop: StopRequest) -> int:
-    from megatron_qwenvl.config.cli import USAGE_ERROR, parse_run_arguments
+    from megatron_qwenvl.config.cli import USAGE_ERROR, parse_start_arguments
     from megatron_qwenvl.runtime.processes import LaunchError, detect_process
 
     try:
@@ -47,13 +47,14 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     except LaunchError as error:
         print(f"train: {error}", file=sys.stderr)
         return USAGE_ERROR
-    config = parse_run_arguments(
+    arguments = parse_start_arguments(
         argv,
         prog="python -m megatron_qwenvl.train",
         description="Train one stage of Qwen-VL.",
         world_size=process.world_size,
         quiet=process.rank > 0,
     )
+    config = arguments.config
     stop.limit_start(START_SECONDS, lambda name: leave(_stopped_early(name)))
 
     # Everything below needs torch; configuration errors are said before it is loaded.
@@ -73,7 +74,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
         return _stopped_early(stop.name)
     try:
         runtime = engine.start(config, process)
-        trainer = Trainer.build(config, runtime, stop)
+        trainer = Trainer.build(config, runtime, stop, arguments.from_step)
         progress = trainer.run()
         if runtime.is_main:
             how = "interrupted" if trainer.interrupted else "finished"

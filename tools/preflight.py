@@ -28,10 +28,11 @@ from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.checkpoint.manifest import checkpoints_of_run
 from megatron_qwenvl.checkpoint.space import checkpoint_bytes, checkpoints_to_come
 from megatron_qwenvl.checkpoint.start import Start, find_start
-from megatron_qwenvl.config.cli import HEAD_START_SECONDS, USAGE_ERROR, parse_run_arguments
+from megatron_qwenvl.config.cli import HEAD_START_SECONDS, USAGE_ERROR, RunArguments, parse_start_arguments
 from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
 from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.plan import StepPlan, training_plan, validation_plan
+from megatron_qwenvl.data.plan import StepPlan, open_training, plan_training, validation_plan
+from megatron_qwenvl.data.resume import start_data
 from megatron_qwenvl.data.tokenizer import load_tokenizer
 from megatron_qwenvl.runtime.environment import describe_environment
 from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR
@@ -64,8 +65,8 @@ def parse_own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[s
 
 def parse_arguments(
     argv: Sequence[str], world_size: int, quiet: bool
-) -> tuple[argparse.Namespace, RunConfig]:
-    """All arguments; exits with 2 and one message for bad ones, as `parse_run_arguments` does."""
+) -> tuple[argparse.Namespace, RunArguments]:
+    """All arguments; exits with 2 and one message for bad ones, as `parse_start_arguments` does."""
     try:
         arguments, shared = parse_own_arguments(argv)
     except argparse.ArgumentError as error:
@@ -75,19 +76,39 @@ def parse_arguments(
             print(f"preflight: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     if arguments.directory:
-        return arguments, RunConfig(run_dir=arguments.directory, checkpoint=CheckpointConfig(save=False))
+        config = RunConfig(run_dir=arguments.directory, checkpoint=CheckpointConfig(save=False))
+        return arguments, RunArguments(config)
     description = __doc__ or ""
-    return arguments, parse_run_arguments(shared, "preflight", description, world_size, quiet)
+    return arguments, parse_start_arguments(shared, "preflight", description, world_size, quiet)
 
 
-def check_data(config: RunConfig) -> list[Finding]:
-    """Data sources exist, are indexed, and fit the tokenizer."""
+def check_inputs(run: RunArguments) -> list[Finding]:
+    """There is something to start from that fits the run, and data that it can begin or go on with."""
+    try:
+        start = find_start(run.config, run.from_step)
+    except CheckpointError as error:
+        return [*check_data(run.config, Start(None, None)), run_failure("weights", str(error))]
+    damaged = [warning("weights", f"passed over: {problem}") for problem in start.damaged]
+    weights = ok("weights", describe_start(start, run.config))
+    return [*check_data(run.config, start), *damaged, weights]
+
+
+def check_data(config: RunConfig, start: Start) -> list[Finding]:
+    """Data sources exist, are indexed, fit the tokenizer, and may differ from what the checkpoint records."""
     try:
         tokenizer = load_tokenizer(config.data.tokenizer).fingerprint
-        plans = [training_plan(config, tokenizer)]
+        sources = open_training(config, tokenizer)
+        checkpoint, step = (
+            (start.checkpoint, start.manifest.step) if start.own and start.manifest else (None, 0)
+        )
+        data = start_data(config, sources, checkpoint, step)
+        if data.refused:
+            return [run_failure("data", data.refused)]
+        plans = [plan_training(config, sources, data.history)]
         if config.data.validation_sources and config.train.validation_interval:
             plans.append(validation_plan(config, tokenizer))
-        return [ok("data", "; ".join(map(describe_plan, plans)))]
+        changed = [warning("data", line) for line in data.lines]
+        return [*changed, ok("data", "; ".join(map(describe_plan, plans)))]
     except (DataError, OSError) as error:
         return [run_failure("data", str(error))]
 
@@ -98,16 +119,6 @@ def describe_plan(plan: StepPlan) -> str:
         plan.index(number, 0)
     counts = {source.config.name: int(source.directory.counts.sum()) for source in plan.sources}
     return ", ".join(f"{name} {count} samples" for name, count in counts.items())
-
-
-def check_weights(config: RunConfig) -> list[Finding]:
-    """There is something to start from that fits the run."""
-    try:
-        start = find_start(config)
-    except CheckpointError as error:
-        return [run_failure("weights", str(error))]
-    damaged = [warning("weights", f"passed over: {problem}") for problem in start.damaged]
-    return [*damaged, ok("weights", describe_start(start, config))]
 
 
 def describe_start(start: Start, config: RunConfig) -> str:
@@ -161,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"preflight: {error}", file=sys.stderr)
         return USAGE_ERROR
     argv = sys.argv[1:] if argv is None else argv
-    arguments, config = parse_arguments(argv, process.world_size, quiet=process.rank > 0)
+    arguments, run = parse_arguments(argv, process.world_size, quiet=process.rank > 0)
+    config = run.config
     if arguments.bad_nodes and process.rank == 0:
         write_bad_nodes(arguments.bad_nodes, [])  # those of an earlier job
 
@@ -176,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint_bytes=checkpoint_bytes(config) if config.checkpoint.save else 0,
         checkpoints=checkpoints_to_come(config, kept),
         paths=() if arguments.directory else needed_paths(config),
-        own_checks=lambda: [] if arguments.directory else [*check_data(config), *check_weights(config)],
+        own_checks=lambda: [] if arguments.directory else check_inputs(run),
         deadline=arguments.deadline,
         slow=arguments.slow_nodes,
     )

@@ -48,13 +48,21 @@ def recent_records(run: Path) -> list[dict[str, Any]]:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return []
-    records = []
+    records: list[dict[str, Any]] = []
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:  # the first line is cut, the last may be half written
             continue
-        if isinstance(record, dict) and record.get("kind") == "train":
+        if not isinstance(record, dict):
+            continue
+        if (
+            record.get("kind") == "rewind"
+        ):  # the run went back: what came before says nothing about what is to come
+            records.clear()
+        elif record.get("kind") == "train":
+            if records and record["step"] <= records[-1]["step"]:  # started again from an older checkpoint
+                records.clear()
             records.append(record)
     return records[-RECENT_RECORDS:]
 

@@ -1,7 +1,11 @@
-"""python tools/show_step.py --recipe R --step K [--data-parallel N] [--json] [--section.field value ...]
+"""python tools/show_step.py --run RUN --step K [--data-parallel N] [--json] [--section.field value ...]
 
 Prints what a training step holds: the packs of every data-parallel rank and micro-batch, and their samples. Only
-indices are read.
+indices are read. Steps count from 0, as in metrics.jsonl.
+
+  --run RUN      a run's directory: any step that it has made or will make, over all changes of its data that its
+                 newest checkpoint records
+  --recipe R     in place of a run: what a run of this recipe would begin with
 """
 
 from __future__ import annotations
@@ -9,11 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
+from megatron_qwenvl.checkpoint.files import CheckpointError
+from megatron_qwenvl.checkpoint.start import find_start
 from megatron_qwenvl.config.load import ConfigError, load_config
 from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.plan import describe_step, training_plan
+from megatron_qwenvl.data.plan import StepPlan, describe_step, open_training, plan_training
+from megatron_qwenvl.data.resume import start_data
 from megatron_qwenvl.data.tokenizer import load_tokenizer
 
 
@@ -22,7 +30,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--recipe", required=True, help="name of a recipe, or a YAML file")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--run", type=Path, help="a run's directory")
+    subject.add_argument("--recipe", help="name of a recipe, or a YAML file")
     parser.add_argument("--step", required=True, type=int, help="number of the step, from 0")
     parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="data-parallel size")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -30,6 +40,27 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     if arguments.step < 0 or arguments.data_parallel < 1:
         parser.error("expected --step 0 or more and --data-parallel 1 or more")
     return arguments, overrides
+
+
+def make_plan(arguments: argparse.Namespace, overrides: list[str]) -> StepPlan:
+    """The plan of a run or of a recipe.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: it cannot be made.
+    """
+    if arguments.run is None:
+        config = load_config(arguments.recipe, overrides)
+        return plan_training(config, open_training(config, load_tokenizer(config.data.tokenizer).fingerprint))
+    own = ["--run_dir", str(arguments.run), "--checkpoint.init_from", "null"]
+    config = load_config(str(arguments.run / "config.yaml"), [*own, *overrides])
+    sources = open_training(config, load_tokenizer(config.data.tokenizer).fingerprint)
+    start = find_start(config)
+    if start.checkpoint is None or start.manifest is None:
+        return plan_training(config, sources)
+    data = start_data(config, sources, start.checkpoint, start.manifest.step)
+    for line in data.lines:
+        print(f"if started now: {line}", file=sys.stderr)
+    return plan_training(config, sources, data.history)
 
 
 def print_step(described: dict[str, Any]) -> None:
@@ -53,10 +84,8 @@ def print_step(described: dict[str, Any]) -> None:
 def main() -> int:
     arguments, overrides = parse_arguments()
     try:
-        config = load_config(arguments.recipe, overrides)
-        plan = training_plan(config, load_tokenizer(config.data.tokenizer).fingerprint)
-        described = describe_step(plan, arguments.step, arguments.data_parallel)
-    except (ConfigError, DataError) as error:
+        described = describe_step(make_plan(arguments, overrides), arguments.step, arguments.data_parallel)
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if arguments.json:

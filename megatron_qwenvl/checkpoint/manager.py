@@ -273,10 +273,13 @@ class CheckpointManager:
         """
 
         def move() -> Rewind:
+            self._guard()
             self._point_to(self._directory / checkpoint_name(step))
             return set_aside_newer(self._directory, step)
 
-        return self.peers.broadcast(self.peers.main(move, f"{self._directory}: newer checkpoints not set aside"))
+        return self.peers.broadcast(
+            self.peers.main(move, f"{self._directory}: newer checkpoints not set aside")
+        )
 
     def _candidates(self) -> list[Path]:
         """What can be resumed from, from new to old: the checkpoints, and those that a crash left between the two

@@ -47,7 +47,9 @@ def of_step(checkpoints: Sequence[Path], step: int) -> Path:
     steps = {step_of(path.with_suffix("")): path for path in checkpoints}
     if step not in steps:
         there = ", ".join(map(str, sorted(steps))) or "no checkpoint"
-        raise CheckpointError(f"--from-step {step}: expected the step of a checkpoint of the run, found {there}")
+        raise CheckpointError(
+            f"--from-step {step}: expected the step of a checkpoint of the run, found {there}"
+        )
     return steps[step]
 
 
@@ -58,7 +60,8 @@ def is_rewound(directory: Path, step: int) -> bool:
         return False
     records = (_read(path) for path in directory.glob(f"rewound_*/{RECORD}"))
     return any(
-        record is not None and record.get("job") == job.id and record.get("to_step") == step for record in records
+        record is not None and record.get("job") == job.id and record.get("to_step") == step
+        for record in records
     )
 
 

@@ -26,6 +26,8 @@ class Start:
     """Its manifest."""
     damaged: tuple[str, ...] = ()
     """What is wrong with newer checkpoints that would be passed over, one line each."""
+    own: bool = False
+    """The checkpoint is one of the run's own: it goes on from there."""
 
 
 def find_start(config: RunConfig, from_step: int | None = None) -> Start:
@@ -51,7 +53,7 @@ def find_start(config: RunConfig, from_step: int | None = None) -> Start:
             damaged.append(str(error))
             continue
         check_resume(checkpoint, manifest, config)
-        return Start(checkpoint, manifest, tuple(damaged))
+        return Start(checkpoint, manifest, tuple(damaged), own=True)
     if own:
         raise CheckpointError(f"all {len(own)} checkpoints of the run are damaged: {damaged[0]}")
     if config.checkpoint.init_from is None:

@@ -105,7 +105,7 @@ def _sources(
     current = [source.name for source in before.sources]
     for source in _in_order(now.sources, current):
         state = states.get(source.name)
-        start = f"data source {source.name}:"
+        start = f"data set {source.name}:"
         if state is None:
             editions[source.name] = (Edition(source.shards, now.seed, now.window),)
             sources.append(SourceState(source.name, source.weight, 0, 0))
@@ -134,7 +134,7 @@ def _sources(
     for name in current:
         if name not in {source.name for source in now.sources}:
             text = f"dropped: it ends at step {step} after {consumed[name]} samples, and goes on there if it comes back"
-            changes.append(Change(f"data source {name}: {text}"))
+            changes.append(Change(f"data set {name}: {text}"))
     return editions, sources, changes
 
 
@@ -202,8 +202,8 @@ def _shards(names: Sequence[str]) -> str:
 
 def _mixture_text(before: Segment, sources: Sequence[SourceState], step: int) -> str:
     return (
-        f"data mixture: was {_shares(before.sources)}, now {_shares(sources)} from step {step} on; every source goes "
-        "on after the samples that it has given"
+        f"data mixture: was {_shares(before.sources)}, now {_shares(sources)} from step {step} on; every source "
+        "goes on in its own order of samples after those that it has given"
     )
 
 
@@ -214,8 +214,8 @@ def _shares(sources: Sequence[SourceState]) -> str:
 
 def _batch_text(before: Segment, now: DataNow, consumed: int, step: int) -> str:
     return (
-        f"data.global_batch_size: was {before.samples_per_step}, now {now.samples_per_step} from step {step} on; it "
-        f"goes on after the {consumed} samples consumed"
+        f"data.global_batch_size: was {before.samples_per_step}, now {now.samples_per_step} from step {step} on; "
+        f"{consumed} samples were consumed, and the next step goes on after them"
     )
 
 

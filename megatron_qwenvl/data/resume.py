@@ -58,9 +58,7 @@ def start_data(
     lines = [change.text for change in changes]
     found = "; ".join(change.text for change in changes if change.effect)
     refused = f"data.on_change stop: since {checkpoint}: {found}" if found else None
-    return DataStart(
-        history, (*modified, *lines), refused if config.data.on_change == "stop" else None
-    )
+    return DataStart(history, (*modified, *lines), refused if config.data.on_change == "stop" else None)
 
 
 def _modified(sources: Sequence[Source]) -> Iterator[str]:

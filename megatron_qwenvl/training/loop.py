@@ -21,11 +21,13 @@ from megatron_qwenvl.checkpoint.owner import (
     released_on_error,
     take_together,
 )
+from megatron_qwenvl.checkpoint.rewind import Rewind
 from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, model_state
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.batch import Batch
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loader import Step, StepLoader
+from megatron_qwenvl.data.record import RECORD_NAME, encode_history
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.runtime.engine import Runtime
@@ -37,7 +39,7 @@ from .metrics import MetricsLog, StepCost, mfu_reference, start_record, step_met
 from .optimizer import Schedule, build_optimizer
 from .progress import Progress
 from .run_directory import check_run_directory, record_start
-from .setup import announce, first_weights, make_loaders, resume
+from .setup import announce, first_weights, make_loaders, resume, set_aside_newer
 from .step import StepReport, StepRunner
 from .unreadable import UnreadableShards, too_many, worst_shards
 
@@ -63,18 +65,27 @@ class Trainer:
     owner: RunOwner
     hold: Hold
     unreadable: UnreadableShards = field(default_factory=UnreadableShards)
+    rewind: Rewind | None = None
+    """How the run went back to an older checkpoint, if it did."""
     interrupted: bool = False
     """The run was asked to stop before its end, and did."""
     _saved_step: int = field(default=-1)
 
     @classmethod
-    def build(cls, config: RunConfig, runtime: Runtime, stop: StopRequest | None = None) -> Trainer:
+    def build(
+        cls,
+        config: RunConfig,
+        runtime: Runtime,
+        stop: StopRequest | None = None,
+        from_step: int | None = None,
+    ) -> Trainer:
         """Set the stage up: partition, model, data, optimizer, and the state of the newest checkpoint.
 
         Args:
             config: the run.
             runtime: this rank's place in it.
             stop: asks the run to save and stop before its end; none: nothing does.
+            from_step: go on from the checkpoint of this step and set newer ones aside; none: from the newest one.
 
         Raises:
             CheckpointError: no usable checkpoint where one is needed.
@@ -90,7 +101,8 @@ class Trainer:
         checkpoints.peers.main(owner.wait_until_free, "refused")
         with refused_if_owned(owner, checkpoints.peers):
             stage = build_stage(config, runtime, partition)
-            newest = checkpoints.latest()
+            older = None if from_step is None else checkpoints.rewind_to(from_step)
+            newest = older or checkpoints.latest()
             if newest is None:
                 checkpoints.published = first_weights(config, runtime, stage, checkpoints.peers)
             runner = StepRunner.build(config, runtime, partition, stage)
@@ -98,7 +110,9 @@ class Trainer:
             progress = (
                 Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)
             )
-            loader, validation = make_loaders(config, runtime, stage, progress.step)
+            loader, validation = make_loaders(
+                config, runtime, stage, newest, progress.step, checkpoints.peers
+            )
         # Whatever can refuse to start has done so: from here on the run directory is written to, by its one owner.
         hold = take_together(owner, checkpoints.peers)
         with released_on_error(owner):
@@ -106,6 +120,7 @@ class Trainer:
             checkpoints.peers.main(
                 lambda: record_start(config, runtime.process), f"{folder}: the start cannot be recorded"
             )
+            rewind = set_aside_newer(checkpoints, progress.step) if older else None
             metrics = MetricsLog(config, runtime.is_main, progress.step, hold.check)
         return cls(
             config=config,
@@ -124,6 +139,7 @@ class Trainer:
             ),
             owner=owner,
             hold=hold,
+            rewind=rewind,
             _saved_step=-1 if newest is None else progress.step,
         )
 
@@ -136,6 +152,8 @@ class Trainer:
             DataError: a shard cannot be read, or too many samples.
             CheckpointError: a checkpoint could not be saved; of the last one also where failures do not stop a run.
         """
+        if self.rewind:
+            self.metrics.event("rewind", step=self.rewind.to_step, **asdict(self.rewind))
         self.metrics.event("start", **start_record(self.config, self.runtime, self.progress.step))
         self.runtime.reset_peak_memory()  # what setting up took is not what training takes
         self.watchdog.start()
@@ -297,7 +315,8 @@ class Trainer:
             model = model_state(self.runner.model.module)
             optimizer = self.optimizer.sharded_state_dict(model, metadata=dict(OPTIMIZER_METADATA))
         step, progress = self.progress.step, asdict(self.progress)
-        self._report_save(lambda: self.checkpoints.save(step, model, optimizer, progress, began))
+        data = {RECORD_NAME: encode_history(self.loader.plan.history, step)} if self.runtime.is_main else {}
+        self._report_save(lambda: self.checkpoints.save(step, model, optimizer, progress, began, data))
 
     @contextmanager
     def _patience(self) -> Iterator[None]:

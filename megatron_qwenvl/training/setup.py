@@ -12,11 +12,15 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_qwenvl.checkpoint.collective import Peers
 from megatron_qwenvl.checkpoint.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.manifest import Published
+from megatron_qwenvl.checkpoint.rewind import Rewind
 from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.batch import DataNeeds
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loader import StepLoader, build_loader
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.plan import StepPlan, open_training, plan_training
+from megatron_qwenvl.data.resume import DataStart, start_data
+from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwenvl.model.build import initialize_weights
 from megatron_qwenvl.model.shapes import describe_parameters
 from megatron_qwenvl.model.stage import QwenVLStage
@@ -80,15 +84,79 @@ def resume(
     return progress
 
 
-def make_loaders(
-    config: RunConfig, runtime: Runtime, stage: QwenVLStage, first_step: int
-) -> tuple[StepLoader, StepLoader | None]:
-    """This rank's training steps from `first_step` on (counted from 0), and its validation set if there is one.
+def set_aside_newer(checkpoints: CheckpointManager, step: int) -> Rewind:
+    """Move the checkpoints after the one that the run was told to go on from, and say where they are. Collective.
 
     Raises:
-        DataError: data that does not fit the configuration.
+        CheckpointError: they cannot be moved.
+    """
+    rewind = checkpoints.set_aside_newer(step)
+    if checkpoints.peers.is_main:
+        if rewind.moved:
+            logger.warning(
+                "went back from step %d to %d: %d newer checkpoints are kept in %s",
+                rewind.from_step,
+                step,
+                rewind.moved,
+                rewind.folder,
+            )
+        else:
+            logger.info("step %d is that of the newest checkpoint: nothing to go back over", step)
+    return rewind
+
+
+def make_plan(
+    config: RunConfig, tokenizer: Tokenizer, checkpoint: Path | None, first_step: int, peers: Peers
+) -> StepPlan:
+    """The plan of the training steps, which goes on from what a checkpoint records of its data. Collective: rank 0
+    compares and tells, and all ranks follow the same history.
+
+    Args:
+        config: the run.
+        tokenizer: its tokenizer.
+        checkpoint: what it goes on from; none: it begins.
+        first_step: steps done.
+        peers: all ranks.
+
+    Raises:
+        DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
+    """
+    sources = open_training(config, tokenizer.fingerprint)
+
+    def compare() -> tuple[DataStart | None, str]:
+        try:
+            return start_data(config, sources, checkpoint, first_step), ""
+        except DataError as error:
+            return None, str(error)
+
+    mine = compare() if peers.is_main else None
+    found, error = peers.broadcast(mine)
+    if found is None:
+        raise DataError(error)
+    if peers.is_main:
+        for line in found.lines:
+            logger.warning(line)
+    if found.refused:
+        raise DataError(found.refused)
+    return plan_training(config, sources, found.history)
+
+
+def make_loaders(
+    config: RunConfig,
+    runtime: Runtime,
+    stage: QwenVLStage,
+    checkpoint: Path | None,
+    first_step: int,
+    peers: Peers,
+) -> tuple[StepLoader, StepLoader | None]:
+    """This rank's training steps from `first_step` on (counted from 0), and its validation set if there is one.
+    Collective; arguments as `make_plan`.
+
+    Raises:
+        DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
+    plan = make_plan(config, tokenizer, checkpoint, first_step, peers)
     needs = DataNeeds(
         pixels=stage.patch_embed is not None,
         tokens=stage.embedding is not None or stage.output_layer is not None,
@@ -106,7 +174,10 @@ def make_loaders(
         )
 
     validated = bool(config.data.validation_sources) and config.train.validation_interval > 0
-    training, validation = build(first_step=first_step), build(split="validation") if validated else None
+    training, validation = (
+        build(first_step=first_step, plan=plan),
+        build(split="validation") if validated else None,
+    )
     if runtime.is_main:
         for loader in filter(None, (training, validation)):
             for line in loader.plan.left_out():

@@ -32,7 +32,9 @@ def numbered(first: int, last: int, count: int = 4) -> dict[str, int]:
 
 
 def one_source(counts: dict[str, int], batch: int = 4, **settings: int) -> DataNow:
-    return DataNow(batch, (SourceNow("s", 1.0, shards(counts)),), settings.get("seed", 7), settings.get("window", 2))
+    return DataNow(
+        batch, (SourceNow("s", 1.0, shards(counts)),), settings.get("seed", 7), settings.get("window", 2)
+    )
 
 
 def samples_of(timeline: Timeline, step: int) -> list[Sample]:
@@ -89,7 +91,7 @@ def test_added_shards_come_in_this_epoch_and_no_sample_twice() -> None:
     before = begin(one_source(small))
     history, changes = go_on(before, one_source(large), 4)
     assert [change.text for change in changes] == [
-        "data source s: 8 shards (008.tar, 009.tar, 010.tar, ...) added (32 samples): part of this epoch from step 4 on"
+        "data set s: 8 shards (008.tar, 009.tar, 010.tar, ...) added (32 samples): part of this epoch from step 4 on"
     ]
     seen = steps_of(history, 0, 4)
     assert seen == steps_of(before, 0, 4)
@@ -123,7 +125,8 @@ def test_another_batch_size_cuts_the_same_samples_otherwise() -> None:
     before = begin(now)
     history, changes = go_on(before, replace(now, samples_per_step=10), 5)
     assert [change.text for change in changes] == [
-        "data.global_batch_size: was 4, now 10 from step 5 on; it goes on after the 20 samples consumed"
+        "data.global_batch_size: was 4, now 10 from step 5 on; 20 samples were consumed, and the next "
+        "step goes on after them"
     ]
     assert Counter(steps_of(history, 0, 13)) == Counter(steps_of(before, 0, 25))
     assert Timeline(history).consumed(13) == Timeline(before).consumed(25) == {"a": 75, "b": 25}
@@ -141,8 +144,8 @@ def test_other_weights_lose_and_repeat_nothing() -> None:
     before = begin(now(1, 1))
     history, changes = go_on(before, now(3, 1), 3)
     assert [change.text for change in changes] == [
-        "data mixture: was a 50.00%, b 50.00%, now a 75.00%, b 25.00% from step 3 on; every source goes on after the "
-        "samples that it has given"
+        "data mixture: was a 50.00%, b 50.00%, now a 75.00%, b 25.00% from step 3 on; every source goes on in its "
+        "own order of samples after those that it has given"
     ]
     came = steps_of(history, 0, 7)
     assert Counter(name for name, _, _ in came) == {"a": 12 + 24, "b": 12 + 8}
@@ -156,21 +159,23 @@ def test_sources_by_name_in_any_order_new_dropped_and_back() -> None:
     history = begin(both)
     assert go_on(history, replace(both, sources=tuple(sources[1::-1])), 3) == (history, [])
     more, changes = go_on(history, three, 3)
-    assert "data source c: new (24 samples): its first epoch begins at step 3" in changes[0].text
+    assert "data set c: new (24 samples): its first epoch begins at step 3" in changes[0].text
     less, changes = go_on(more, replace(both, sources=(sources[2],)), 6)
     assert [change.text.split(";")[0] for change in changes[:2]] == [
-        f"data source {name}: dropped: it ends at step 6 after {6 + 4} samples, and goes on there if it comes back"
+        f"data set {name}: dropped: it ends at step 6 after {6 + 4} samples, and goes on there if it comes back"
         for name in "ab"
     ]
     back, changes = go_on(less, both, 8)
-    assert "data source a: back: from step 8 on it goes on after the 10 samples given" in changes[0].text
-    assert any("data source c: dropped" in change.text for change in changes)
+    assert "data set a: back: from step 8 on it goes on after the 10 samples given" in changes[0].text
+    assert any("data set c: dropped" in change.text for change in changes)
     of_a = [sample for sample in steps_of(back, 0, 15) if sample[0] == "a"]
     alone = begin(replace(both, sources=(sources[0],)))
     assert of_a == steps_of(alone, 0, 6)
 
 
-@pytest.mark.parametrize(("field", "settings"), [("seed", {"seed": 8}), ("data.shuffle_window", {"window": 3})])
+@pytest.mark.parametrize(
+    ("field", "settings"), [("seed", {"seed": 8}), ("data.shuffle_window", {"window": 3})]
+)
 def test_another_seed_or_window_keeps_the_epoch_exact(field: str, settings: dict[str, int]) -> None:
     counts = numbered(0, 10)
     before = begin(one_source(counts))
@@ -187,7 +192,7 @@ def test_a_rewritten_shard_keeps_the_places_of_its_samples() -> None:
     same = DataNow(4, (SourceNow("s", 1.0, shards(counts, rewritten=("003.tar",))),), 7, 2)
     history, changes = go_on(before, same, 3)
     assert [change.text for change in changes] == [
-        "data source s: 1 shard (003.tar) rewritten (0 samples more, 0 fewer): each sample is taken for the one that "
+        "data set s: 1 shard (003.tar) rewritten (0 samples more, 0 fewer): each sample is taken for the one that "
         "was in its place"
     ]
     assert steps_of(history, 0, 20) == steps_of(before, 0, 20)
@@ -222,7 +227,10 @@ def test_ranges_added_later_count_the_steps_of_the_run_as_it_was() -> None:
     both = replace(now, skip_steps=((5, 6), (8, 9)))
     second, _ = go_on(first, both, 7)
     plain = Timeline(begin(now))
-    assert [samples_of(Timeline(first), step) == samples_of(plain, step + 2) for step in (5, 9)] == [True, True]
+    assert [samples_of(Timeline(first), step) == samples_of(plain, step + 2) for step in (5, 9)] == [
+        True,
+        True,
+    ]
     for step, original in ((4, 4), (5, 7), (7, 9), (8, 12), (9, 13)):
         assert samples_of(Timeline(second), step) == samples_of(plain, original), step
     # Both given before either is reached: the same data is left out in another order of numbers.
@@ -317,7 +325,9 @@ def random_now(rng: random.Random, now: DataNow) -> DataNow:
                 sources.insert(0, SourceNow(name, 1.0, shards(numbered(0, rng.randint(1, 6), 3))))
         elif kind == "add":
             free = [f"{n:03d}.tar" for n in range(12) if f"{n:03d}.tar" not in counts]
-            counts |= {name: rng.randint(0, 5) for name in rng.sample(free, min(len(free), rng.randint(1, 3)))}
+            counts |= {
+                name: rng.randint(0, 5) for name in rng.sample(free, min(len(free), rng.randint(1, 3)))
+            }
         elif kind == "remove" and len(counts) > 2:
             for name in rng.sample(sorted(counts), rng.randint(1, len(counts) - 1)):
                 del counts[name]
