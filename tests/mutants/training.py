@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutant import DATA_PARALLEL, PACKAGE, STAGE1, STAGE2, STAGE3, TENSOR_PARALLEL, Mutant
+from .mutant import DATA_PARALLEL, OFF, PACKAGE, STAGE1, STAGE2, STAGE3, TENSOR_PARALLEL, Mutant
 
 ADAMW = f"{PACKAGE}/runtime/adamw.py"
 ENGINE_CONFIG = f"{PACKAGE}/model/engine_config.py"
@@ -140,6 +140,7 @@ OPTIMIZATION = [
         "min_lr=settings.min_lr,\n        weight_decay", "min_lr=0.0,\n        weight_decay", STAGE3,
     ),
     Mutant("clipping: none", OPTIMIZER, "if clip_grad > 0.0:", "if clip_grad < 0.0:", STAGE1),
+    Mutant("clipping: at a limit of zero", OPTIMIZER, "if clip_grad > 0.0:", "if clip_grad >= 0.0:", OFF),
     Mutant("clipping: at twice the norm", OPTIMIZER, "max_norm=clip_grad", "max_norm=2 * clip_grad", STAGE1),
     Mutant("clipping: at 1.0 always", OPTIMIZER, "max_norm=clip_grad", "max_norm=1.0", STAGE1),
     Mutant(

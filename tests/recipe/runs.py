@@ -145,11 +145,17 @@ def _shards(stage: QwenVLStage) -> list[tuple[str, tuple[int, ...], tuple[int, .
     ]
 
 
-def run_plain(stage: str, config: RunConfig, made: list[Example], start: dict[str, Tensor]) -> Trained:
-    """The plain recipe on the samples of every step, from the given weights."""
+def run_plain(
+    stage: str,
+    config: RunConfig,
+    made: list[Example],
+    start: dict[str, Tensor],
+    recipe: Recipe | None = None,
+) -> Trained:
+    """The plain recipe (none: the stage's) on the samples of every step, from the given weights."""
     model = ReferenceModel(config.model)
     model.load_state_dict(published(start, config.model))
-    return train(model, packs_of(config, made), STAGES[stage].recipe, STAGES[stage].interleaved)
+    return train(model, packs_of(config, made), recipe or STAGES[stage].recipe, STAGES[stage].interleaved)
 
 
 def packs_of(config: RunConfig, made: list[Example]) -> list[list[Pack]]:

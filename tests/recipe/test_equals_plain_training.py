@@ -7,14 +7,17 @@ in tokens. `tests/mutants` breaks the recipe piece by piece and checks that thes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+from megatron_qwenvl.config.schema import ModelConfig
 
 from .plain_samples import Example
 from .plain_training import Trained
@@ -89,15 +92,34 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert not {name: difference for name, difference in apart.items() if not difference < WEIGHTS}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_training_is_the_papers(stage: str, runs: RunsOf, plain: PlainOf) -> None:
-    product, expected = runs(stage).product, plain(stage)
+def assert_trained_as(product: Result, expected: Trained, model: ModelConfig) -> None:
     assert column(product, "lr") == pytest.approx(expected.rates, rel=1e-9)
     assert column(product, "loss") == pytest.approx(expected.losses, rel=LOSS_AND_NORM)
     assert column(product, "grad_norm") == pytest.approx(expected.norms, rel=LOSS_AND_NORM)
-    model = make_config(stage, runs(stage).root, runs(stage).root / "plain").model
     ours = published(product.after, model)
     assert_close({name: ours[name] for name in expected.weights}, expected.weights)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_is_the_papers(stage: str, runs: RunsOf, plain: PlainOf) -> None:
+    one = runs(stage)
+    model = make_config(stage, one.root, one.root / "plain").model
+    assert_trained_as(one.product, plain(stage), model)
+
+
+def test_what_is_switched_off_does_nothing(runs: RunsOf) -> None:
+    """No clipping, warm-up, weight decay, floor or layer-wise decay."""
+    one = runs("stage2")
+    off = (
+        *("--train.clip_grad", "0", "--optimizer.warmup_steps", "0", "--optimizer.weight_decay", "0"),
+        *("--optimizer.min_lr", "0", "--optimizer.vit_layer_decay", "1.0"),
+    )
+    recipe = replace(
+        STAGES["stage2"].recipe, clip=math.inf, warmup=0, weight_decay=0.0, floor=0.0, layer_decay=1.0
+    )
+    config = make_config("stage2", one.root, one.root / "off", *off)
+    expected = run_plain("stage2", config, one.examples, one.product.before, recipe)
+    assert_trained_as(run_product(config), expected, config.model)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
