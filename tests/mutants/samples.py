@@ -89,6 +89,10 @@ INFERENCE = [
         "(self._tokenizer.eos, self._tokenizer.im_end)", "(self._tokenizer.im_end,)", GENERATION,
     ),
     Mutant(
+        "generation: images of prompts that have ended", GENERATE,
+        "seen = [seen for i in open_prompts if", "seen = [seen for i in range(len(prompts)) if", GENERATION,
+    ),
+    Mutant(
         "generation: keeps the stop token", GENERATE,
         "                if token not in",
         "                sequences[i].append(token)\n                if token not in",

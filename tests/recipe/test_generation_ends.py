@@ -20,51 +20,76 @@ from tests.distributed.harness import run_ranks
 END_OF_TEXT, END_OF_TURN = 256, 258  # of the byte-level vocabulary, which has 473 ids
 PADDING = 500  # a row of the model's 512 that is no id
 NEW = 6
+ENDS_AT = 2
+
+Answers = tuple[list[int], list[int]]
+"""Of a first prompt, whose token number `ENDS_AT` is exchanged, and of a second one."""
 
 
-def answers_with_row(process: ProcessInfo, rows: list[int]) -> tuple[list[int], list[list[int]]]:
-    """The answer to a prompt, and the answers after its third token's row was exchanged with each of `rows`."""
+def prompt(text: str, seed: int) -> Prompt:
+    """An image of four slots and a question."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (1, 3, 56, 56), dtype=torch.uint8, generator=generator)
+    return Prompt([470, 472, 472, 472, 472, 471, *text.encode()], [1], pixels)
+
+
+def answers_with_row(process: ProcessInfo, rows: list[int]) -> list[tuple[Answers, Answers]]:
+    """Answers to two prompts together and to each alone: first of the model as it is, then with each row exchanged."""
     config = RECIPES["tiny_stage2"]()
     runtime = engine.start(config, process)
     stage = build_stage(config, runtime, make_partition(config, 1))
     initialize_weights(stage, config.model, seed=0)
     generator = Generator(stage, load_tokenizer(None), torch.device("cpu"))
-    prompt = Prompt(list(b"Which colour?"), [], torch.empty(0, 3, 56, 56, dtype=torch.uint8))
-    (plain,) = generator.generate([prompt], NEW)
-    found = []
+    prompts = [prompt("Which colour?", 0), prompt("Is it red or blue?", 1)]
+
+    def ask() -> tuple[Answers, Answers]:
+        first, second = generator.generate(prompts, NEW)
+        return (first, second), (
+            generator.generate(prompts[:1], NEW)[0],
+            generator.generate(prompts[1:], NEW)[0],
+        )
+
+    found = [ask()]
+    exchanged = found[0][0][0][ENDS_AT]
     assert stage.output_layer is not None
+    head = stage.output_layer.weight.data
     for row in rows:
-        exchange = [row, plain[2]], [plain[2], row]
-        stage.output_layer.weight.data[exchange[0]] = stage.output_layer.weight.data[exchange[1]]
-        found += generator.generate([prompt], NEW)
-        stage.output_layer.weight.data[exchange[0]] = stage.output_layer.weight.data[exchange[1]]
-    return plain, found
+        head[[row, exchanged]] = head[[exchanged, row]]
+        found.append(ask())
+        head[[row, exchanged]] = head[[exchanged, row]]
+    return found
 
 
 @pytest.fixture(scope="module")
-def answers() -> tuple[list[int], dict[int, list[int]]]:
+def answers() -> dict[int | None, tuple[Answers, Answers]]:
+    """Answers by exchanged row; None: as the model is."""
     rows = [END_OF_TEXT, END_OF_TURN, PADDING]
-    ((plain, found),) = run_ranks(1, answers_with_row, rows)
-    return plain, dict(zip(rows, found, strict=True))
+    (found,) = run_ranks(1, answers_with_row, rows)
+    return dict(zip([None, *rows], found, strict=True))
 
 
-def test_the_prompt_can_show_it(answers: tuple[list[int], dict[int, list[int]]]) -> None:
-    plain, _ = answers
-    assert len(plain) == NEW
-    assert plain[2] not in plain[:2]
-    assert not {END_OF_TEXT, END_OF_TURN} & set(plain)
+def test_the_prompts_can_show_it(answers: dict[int | None, tuple[Answers, Answers]]) -> None:
+    (first, second), _ = answers[None]
+    assert len(first) == len(second) == NEW
+    assert first != second
+    assert first[ENDS_AT] not in [*first[:ENDS_AT], *second]
+    assert not {END_OF_TEXT, END_OF_TURN} & {*first, *second}
 
 
 @pytest.mark.parametrize("stop", [END_OF_TEXT, END_OF_TURN])
 def test_an_answer_ends_before_its_stop_token(
-    stop: int, answers: tuple[list[int], dict[int, list[int]]]
+    stop: int, answers: dict[int | None, tuple[Answers, Answers]]
 ) -> None:
-    plain, found = answers
-    assert found[stop] == plain[:2]
+    """And the other prompt, whose image is another one, goes on undisturbed."""
+    (first, second), _ = answers[None]
+    together, alone = answers[stop]
+    assert together == alone == (first[:ENDS_AT], second)
 
 
-def test_padding_rows_are_never_produced(answers: tuple[list[int], dict[int, list[int]]]) -> None:
-    plain, found = answers
-    assert found[PADDING][:2] == plain[:2]
-    assert len(found[PADDING]) == NEW
-    assert all(token < 473 for token in found[PADDING])
+def test_padding_rows_are_never_produced(answers: dict[int | None, tuple[Answers, Answers]]) -> None:
+    (first, second), _ = answers[None]
+    (changed, other), _ = answers[PADDING]
+    assert changed[:ENDS_AT] == first[:ENDS_AT]
+    assert len(changed) == NEW
+    assert all(token < 473 for token in changed)
+    assert other == second
