@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from .errors import SampleError
 
 FORMATS = {
-    "JPEG": ("jpg", "jpeg"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "GIF": ("gif",),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "GIF": ("gif",),
     "TIFF": ("tif", "tiff"),
 }  # fmt: skip
 """The decoders that may run, by Pillow's names, and the suffixes of their image members. The bytes decide which one

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from .errors import DataError, index_command
 from .formats import RENDERING_VERSION
-from .shards import Member
+from .tar import Member
 from .tasks import TASKS
 from .writer import ImageInfo, RenderOptions
 

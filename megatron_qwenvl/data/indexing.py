@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -16,14 +15,19 @@ import numpy as np
 
 from .errors import DataError, SampleError
 from .formats import render_sample
-from .images import IMAGE_SUFFIXES, load_pixels, read_header
+from .images import load_pixels, read_header
 from .index import COLUMNS, ShardIndex, file_digest, load_index, save_index
 from .manifest import Manifest, ShardEntry, indexed_options, list_shards, save_manifest
-from .shards import Member, ShardSample, checksum, scan_shard
+from .members import image_names, refuse_other_media, text_suffix
+from .shards import ShardSample, checksum, read_member, scan_shard
 from .skipped import SkippedKind, merge, tally
-from .tasks import TASKS, decode_record
+from .tar import Member
+from .tasks import TASKS, Chat, decode_record
 from .tokenizer import Tokenizer, load_tokenizer
 from .writer import DEFAULT_OPTIONS, ImageInfo, RenderOptions
+
+_MAX_REASON = 300
+_MAX_KEY = 1000
 
 
 @dataclass(frozen=True)
@@ -148,12 +152,16 @@ def build_index(
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             digest = file_digest(file)
+            read = _reader(file.fileno())
             for sample in scan_shard(file, path):
                 try:
-                    _append(columns, sample, _reader(file.fileno()), tokenizer, verify_images, options)
+                    _append(columns, sample, read, tokenizer, verify_images, options)
                 except SampleError as error:
-                    columns["skipped_keys"].append(sample.key.encode(errors="replace"))
-                    columns["skipped_reasons"].append(str(error).encode(errors="replace"))
+                    columns["skipped_keys"].append(sample.key[:_MAX_KEY].encode(errors="replace"))
+                    columns["skipped_reasons"].append(str(error)[:_MAX_REASON].encode(errors="replace"))
+            now = os.fstat(file.fileno())
+            if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+                raise DataError(f"{path}: changed while it was indexed; index it when it is complete")
     except OSError as error:
         raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
     arrays = {name: np.array(values, dtype=COLUMNS[name]) for name, values in columns.items()}
@@ -178,26 +186,25 @@ def _append(
     options: RenderOptions,
 ) -> None:
     """Add the row of one sample; nothing is added when it raises SampleError."""
-    if sample.duplicate:
-        raise SampleError(f"two files named .{sample.duplicate}")
-    try:
-        "".join((sample.key, *sample.members)).encode()
-    except UnicodeEncodeError:
-        raise SampleError("a file name is not UTF-8") from None
-    suffix = _text_suffix(sample, read)
-    encoded = read(sample.members[suffix])
-    record = decode_record(suffix, encoded)
-    names = _image_names(sample)
-    pictures = [read(sample.members[name]) for name in names]
-    described = [_describe(name, data, verify_images) for name, data in zip(names, pictures, strict=True)]
+    if sample.problem:
+        raise SampleError(sample.problem)
+    suffix = text_suffix(sample, read)
+    text = sample.members[suffix]
+    encoded = read(text)
+    if b"\0" in encoded:
+        raise SampleError(f"malformed {suffix}: it holds NUL bytes")
+    record = decode_record(suffix.lower(), encoded)
+    refuse_other_media(sample, read)
+    names = image_names(sample, ordered=not isinstance(record, Chat))
+    described = [_describe(name, read(sample.members[name]), verify_images) for name in names]
     images = [image for image, _ in described]
     rendered = render_sample(record, images, tokenizer, image_tokens=0, options=options)
     shown = [images[i] for i in rendered.image_order]
-    text = sample.members[suffix]
     row = {
         "keys": sample.key.encode(), "tasks": TASKS.index(record.task), "text_suffixes": suffix.encode(),
         "text_offsets": text.offset, "text_sizes": text.size, "text_checksums": checksum([encoded]),
-        "text_tokens": len(rendered.tokens), "image_checksums": checksum(pictures[i] for i in rendered.image_order),
+        "text_tokens": len(rendered.tokens),
+        "image_checksums": checksum(read(sample.members[image.name]) for image in shown),
         "image_first": columns["image_first"][-1] + len(shown),
     }  # fmt: skip
     for name, value in row.items():
@@ -213,25 +220,6 @@ def _append(
         columns["notes"].append(note.encode())
 
 
-def _text_suffix(sample: ShardSample, read: Callable[[Member], bytes]) -> str:
-    """`json` for a record with a task; `txt` for a shard as img2dataset writes it."""
-    if "txt" not in sample.members:
-        if "json" not in sample.members:
-            raise SampleError(f"neither .json nor .txt, only {', '.join(sample.members)}")
-        return "json"
-    try:
-        record = json.loads(read(sample.members["json"])) if "json" in sample.members else None
-    except ValueError as error:
-        raise SampleError(f"malformed json: {error}") from error
-    return "json" if isinstance(record, dict) and "task" in record else "txt"
-
-
-def _image_names(sample: ShardSample) -> list[str]:
-    """Image members, shorter names first, so that `2.jpg` stands before `10.jpg`."""
-    names = (name for name in sample.members if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES)
-    return sorted(names, key=lambda name: (len(name), name))
-
-
 def _describe(name: str, data: bytes, verify: bool) -> tuple[ImageInfo, tuple[str, ...]]:
     """Size and notes of an image."""
     try:
@@ -240,8 +228,10 @@ def _describe(name: str, data: bytes, verify: bool) -> tuple[ImageInfo, tuple[st
             load_pixels(data, side=1, max_pixels=header.width * header.height)
     except SampleError as error:
         raise SampleError(f"{name}: {error}") from error
+    if not (0 < header.width < 1 << 31 and 0 < header.height < 1 << 31):
+        raise SampleError(f"{name}: image of {header.width}x{header.height} pixels")
     return ImageInfo(name, header.width, header.height), header.notes
 
 
 def _reader(descriptor: int) -> Callable[[Member], bytes]:
-    return lambda member: os.pread(descriptor, member.size, member.offset)
+    return lambda member: read_member(descriptor, member)

@@ -16,7 +16,8 @@ from .images import load_pixels
 from .index import ShardIndex
 from .order import SampleTable
 from .plan import StepPlan
-from .shards import Member, checksum, read_member
+from .shards import checksum, read_member
+from .tar import Member
 from .tasks import decode_record
 from .tokenizer import Tokenizer
 from .writer import Rendered

@@ -1,64 +1,124 @@
-"""WebDataset shards: what a tar holds, and reading one member by its offset."""
+"""WebDataset shards: which files of a tar are one sample, and reading one of them by its offset."""
 
 from __future__ import annotations
 
 import functools
 import os
-import tarfile
+import posixpath
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import DataError
+from .tar import Entry, Member, Tar, normalise_name
 
-_BLOCK = tarfile.BLOCKSIZE
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where the bytes of a file stand in the tar."""
-
-    offset: int
-    size: int
+MAX_MEMBER = 1 << 29
+"""Largest file of a sample in bytes: what is read at once."""
+_MAX_NAME = 1000
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 
 
-@dataclass
+@dataclass(slots=True)
 class ShardSample:
-    """Consecutive files with one key: what stands before the first dot of the base name.
+    """The files of a shard with one key: what stands before the first dot of the base name.
 
     Attributes:
-        key: directory and base name without suffixes, `shapes/000017`.
+        key: directory and base name without suffixes, `shapes/000017`; the whole name of a file that belongs to no
+            sample.
         members: by suffix (`json`, `jpg`, `0.png`).
-        duplicate: a suffix that occurs twice, if any.
+        problem: why it cannot be used, whatever its files hold.
     """
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
-    duplicate: str | None = None
+    problem: str = ""
+
+    def add(self, suffix: str, member: Member) -> None:
+        """Add a file; a second one of the same suffix is a problem."""
+        if suffix in self.members:
+            self.problem = self.problem or f"two files named .{suffix}"
+        elif member.size > MAX_MEMBER:
+            self.problem = self.problem or f".{suffix} has {member.size} bytes, at most {MAX_MEMBER} are read"
+        self.members[suffix] = member
 
 
 def scan_shard(file: BinaryIO, path: Path) -> Iterator[ShardSample]:
-    """The samples of a tar in its order.
+    """The samples of a tar in the order of their first files, then the files that belong to none.
+
+    The files of a sample may stand anywhere in the tar. Links are followed to the file that holds the bytes.
 
     Raises:
-        DataError: not a tar, or one that ends early.
+        DataError: not a tar, a damaged one, or one that ends early.
+        OSError: it cannot be read.
     """
-    current: ShardSample | None = None
-    for name, member in _files(file, path):
-        key, suffix = split_name(name)
-        if not suffix:
+    samples: dict[str, ShardSample] = {}
+    strays: list[ShardSample] = []
+    files: dict[str, Member | None] = {}  # None: a name that occurs twice, so a link to it means neither
+    links: list[tuple[ShardSample, str, Entry]] = []
+    for entry in Tar(file.fileno(), path).entries():
+        name = normalise_name(entry.name)
+        if entry.member:
+            files[name] = None if name in files else entry.member
+        if problem := _name_problem(name):
+            strays.append(ShardSample(name, problem=problem))
             continue
-        if current is None or current.key != key:
-            if current is not None:
-                yield current
-            current = ShardSample(key)
-        if suffix in current.members:
-            current.duplicate = suffix
-        current.members[suffix] = member
-    if current is not None:
-        yield current
+        key, suffix = split_name(name)
+        sample = samples.get(key)
+        if sample is None:
+            sample = samples[key] = ShardSample(key)
+        sample.problem = sample.problem or _unusable_name(name)
+        if entry.problem:
+            sample.problem = sample.problem or f".{suffix} {entry.problem}"
+        elif entry.member:
+            sample.add(suffix, entry.member)
+        else:
+            links.append((sample, suffix, entry))
+    _resolve(links, files)
+    for sample in samples.values():
+        if len({suffix.lower() for suffix in sample.members}) < len(sample.members):
+            sample.problem = sample.problem or f"file names differ in case only: {', '.join(sample.members)}"
+    yield from samples.values()
+    yield from strays
+
+
+def _name_problem(name: str) -> str:
+    """Why a file belongs to no sample."""
+    directory, base = posixpath.split(name)
+    if base.startswith("._") or directory.split("/", 1)[0] == "__MACOSX":
+        return "a companion file of macOS, not a sample"
+    if base.startswith(".") or base.lower() in _SYSTEM_FILES:
+        return "a hidden file, not a sample"
+    if "." not in base:
+        return "a file without a suffix belongs to no sample"
+    return ""
+
+
+def _unusable_name(name: str) -> str:
+    """Why a sample with a file of this name cannot be used."""
+    if len(name) > _MAX_NAME:
+        return f"a file name of more than {_MAX_NAME} characters"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "a file name is not UTF-8"
+    return ""
+
+
+def _resolve(links: list[tuple[ShardSample, str, Entry]], files: dict[str, Member | None]) -> None:
+    """Give each link the bytes that it leads to, perhaps over other links."""
+    targets = {normalise_name(entry.name): entry.link for _, _, entry in links}
+    for sample, suffix, entry in links:
+        target, seen = entry.link, set[str]()
+        while target not in files and target in targets and target not in seen:
+            seen.add(target)
+            target = targets[target]
+        if member := files.get(target):
+            sample.add(suffix, member)
+        else:
+            sample.problem = (
+                sample.problem or f".{suffix} is a link to {entry.link!r}, which is no file of the shard"
+            )
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -66,22 +126,6 @@ def split_name(name: str) -> tuple[str, str]:
     directory, base = os.path.split(name)
     stem, _, suffix = base.partition(".")
     return os.path.join(directory, stem), suffix
-
-
-def _files(file: BinaryIO, path: Path) -> Iterator[tuple[str, Member]]:
-    """Regular files of a tar that is complete to its end mark."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (info := tar.next()) is not None:
-                if info.isreg():
-                    yield info.name, Member(info.offset_data, info.size)
-                tar.members.clear()  # type: ignore[attr-defined]  # else the headers of the whole shard pile up
-            end = tar.offset
-    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: damaged or truncated tar: {error}") from error
-    file.seek(end)
-    if file.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a tar cut between two members for a whole one
-        raise DataError(f"{path}: damaged or truncated tar: no end mark at byte {end}")
 
 
 def checksum(pieces: Iterable[bytes]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from megatron_qwenvl.data.coordinates import normalise
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.images import image_size
 from megatron_qwenvl.data.manifest import list_shards
-from megatron_qwenvl.data.shards import scan_shard
+from megatron_qwenvl.data.shards import read_member, scan_shard
 from megatron_qwenvl.data.tasks import VQA, Caption, Referring, Sample, decode_record
 
 from .metrics import Box, blind_accuracy, box_accuracy, derange_within_groups, exact_match, normalize_answer
@@ -47,9 +46,10 @@ def read_questions(directory: Path) -> list[Question]:
     for path in list_shards(directory):
         with path.open("rb") as file:
             for sample in scan_shard(file, path):
+                if sample.problem:
+                    raise DataError(f"{path}:{sample.key}: {sample.problem}")
                 members = {
-                    name: os.pread(file.fileno(), member.size, member.offset)
-                    for name, member in sample.members.items()
+                    name: read_member(file.fileno(), member) for name, member in sample.members.items()
                 }
                 if "json" not in members:
                     raise DataError(f"{path}: sample {sample.key!r} has no .json")
