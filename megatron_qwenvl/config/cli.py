@@ -31,6 +31,7 @@ from .schema import RunConfig, SourceConfig
 
 USAGE_ERROR = 2
 """Exit code for arguments or configurations that cannot be used."""
+_OWN_OPTIONS = {"--recipe", "--print-config", "--print-value", "--help"}
 HEAD_START_SECONDS = 1.0
 """Launchers end all processes once one has ended; the one that speaks must be first."""
 
@@ -78,7 +79,7 @@ def parse_start_arguments(
         quiet: say nothing about a bad configuration: for all processes of a run but the first.
     """
     parser = _make_parser(prog, description)
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = parser.parse_known_args(list(_with_values(argv)))
     if options.help:
         _print_and_exit(parser.format_help() + "\n" + describe_fields())
     if options.recipe is None:
@@ -96,6 +97,17 @@ def parse_start_arguments(
     if options.print_config:
         _print_and_exit(dump_yaml(config))
     return RunArguments(config, options.from_step)
+
+
+def _with_values(argv: Sequence[str]) -> Iterator[str]:
+    """The arguments with every override and its value as one: `--name -h` asks for no help."""
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        overrides = argument.startswith("--") and "=" not in argument and argument not in _OWN_OPTIONS
+        if overrides and rest and not rest[0].startswith("--"):
+            argument = f"{argument}={rest.pop(0)}"
+        yield argument
 
 
 def show_value(config: RunConfig, path: str) -> str:

@@ -39,6 +39,17 @@ def section_paths() -> frozenset[str]:
     return frozenset(path for path, field in walk_fields(RunConfig) if is_section(field))
 
 
+@cache
+def text_paths() -> dict[str, bool]:
+    """Dotted paths of the fields that hold any text, and whether they may be null instead."""
+    found = {}
+    for path, field in walk_fields(RunConfig):
+        kinds = set(get_args(field.annotation)) or {field.annotation}
+        if str in kinds and kinds <= {str, type(None)}:
+            found[path] = type(None) in kinds
+    return found
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name most like `name`, or an empty string where none is alike.
 

@@ -9,6 +9,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from .fields import leaf_paths, nearest, plain, section_paths
+from .fields import leaf_paths, nearest, plain, section_paths, text_paths
 from .recipes import RECIPES
 from .schema import RunConfig, SourceConfig
 from .validate import find_problems
@@ -58,13 +59,21 @@ class _YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _YamlDumper(yaml.SafeDumper):
+    """Writes text that `_YamlLoader`, or any other reader of YAML, would take for something else in quotes."""
+
+
+_NEVER = 1 << 30
+"""A width at which no value is broken over lines."""
+
 for _tag, _pattern in {
     "null": r"~|null|",
     "bool": r"true|false",
     "int": r"[-+]?(0|[1-9][0-9_]*)",
     "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+",
 }.items():
-    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^({_pattern})$"), None)
+    for _side in (_YamlLoader, _YamlDumper):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^({_pattern})$"), None)
 
 
 def load_config(recipe: str, overrides: Sequence[str] = (), world_size: int | None = None) -> RunConfig:
@@ -73,7 +82,8 @@ def load_config(recipe: str, overrides: Sequence[str] = (), world_size: int | No
     Args:
         recipe: name of a recipe, or path of a YAML file. The file holds differences to the recipe that its key
             `base` names, or, without `base`, to the schema's defaults (a saved configuration is complete).
-        overrides: `--section.field value` or `--section.field=value`; values are YAML. The last one wins.
+        overrides: `--section.field value` or `--section.field=value`. A field of type text takes the value as it is
+            (in quotes: without them; `null` where that is allowed); other values are YAML. The last one wins.
         world_size: number of processes, checked against the parallel layout if given.
 
     Raises:
@@ -98,7 +108,8 @@ def load_config(recipe: str, overrides: Sequence[str] = (), world_size: int | No
 
 def dump_yaml(config: RunConfig) -> str:
     """The complete configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.dump(plain(config), Dumper=_YamlDumper, sort_keys=False, allow_unicode=True, width=_NEVER)
+    return str(text)
 
 
 def _read_recipe(recipe: str) -> tuple[RunConfig, list[_Change]]:
@@ -167,14 +178,61 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[list[_Change], list[str]
         path, equals, text = argument[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                problems.append(f"--{path}: expected a value, found none{_hint(path)}")
+                is_value = rest and rest[0][2:].partition("=")[0] not in leaf_paths()
+                dashes = f" (one that begins with -- is given as --{path}=VALUE)" if is_value else ""
+                problems.append(f"--{path}: expected a value, found none{dashes}{_hint(path)}")
                 continue
             text = rest.pop(0)
         try:
-            changes.extend(_flatten(_parse_yaml(text), f"--{path}", path))
+            changes.extend(_flatten(_parse_value(path, text), f"--{path}", path))
         except yaml.YAMLError as error:
             problems.append(f"--{path}: {text!r} is not valid YAML: {_yaml_reason(error)}")
+        except ValueError as error:
+            problems.append(f"--{path}: {text!r}: {error}")
     return changes, problems
+
+
+def _parse_value(path: str, text: str) -> Any:
+    """What an override's text means for the field at `path`.
+
+    Raises:
+        YAMLError: not YAML, for a field that is not text.
+        ValueError: the text is not UTF-8, or a part of it would be taken for a comment.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("expected UTF-8")
+    if path in text_paths():
+        if not text or (text_paths()[path] and text in ("null", "~")):
+            return None
+        return _without_quotes(text)
+    if comment := _comment_in(text):
+        raise ValueError(f"{comment!r} would be left out as a comment: write text with # in it in quotes")
+    return _parse_yaml(text)
+
+
+def _without_quotes(text: str) -> str:
+    """The text, or what stands between its quotes if YAML would read all of it as one quoted value."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        with suppress(yaml.YAMLError):
+            node = yaml.compose(text, Loader=_YamlLoader)
+            if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text):
+                return str(node.value)
+    return text
+
+
+def _comment_in(text: str) -> str:
+    """What YAML would leave out as a comment; empty if nothing.
+
+    Raises:
+        YAMLError: not YAML.
+    """
+    end = 0
+    for token in yaml.scan(text, Loader=_YamlLoader):
+        between = text[end : token.start_mark.index]
+        if "#" in between:
+            return between.strip()
+        end = token.end_mark.index
+    return ""
 
 
 def _hint(path: str) -> str:

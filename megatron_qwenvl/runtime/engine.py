@@ -23,6 +23,7 @@ from .devices import choose_device
 from .engine_on_cpu import adapt_engine
 from .kernels import Kernels, choose_kernels
 from .processes import ProcessInfo, detect_process
+from .temporary import choose_temporary_directory
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
         EngineVersionError: CPU run on an untested megatron-core.
     """
     process = process or detect_process()
+    if (change := choose_temporary_directory()) and process.rank == 0:
+        logger.warning(change)
     device = choose_device(config.runtime.device, process.local_rank, process.launcher)
     kernels = choose_kernels(config.runtime.kernels, on_gpu=device.type == "cuda")
     _prepare_device(device, config)

@@ -6,6 +6,7 @@ or that contradict each other are an error.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -275,7 +276,19 @@ def _given_address(env: Mapping[str, str]) -> str | None:
         raise LaunchError(f"{given}={env[given]} is set but {missing[0]} is not set: export both or neither")
     if not 1 <= _number(env, "MASTER_PORT") <= 65535:
         raise LaunchError(f"MASTER_PORT: expected a port in 1..65535, found {env['MASTER_PORT']!r}")
-    return f"tcp://{env['MASTER_ADDR']}:{_number(env, 'MASTER_PORT')}"
+    return f"tcp://{_host_of_url(env['MASTER_ADDR'])}:{_number(env, 'MASTER_PORT')}"
+
+
+def _host_of_url(address: str) -> str:
+    """A host's name or address as a URL holds it: IPv6 addresses, whose colons would end it, in brackets."""
+    bare = address[1:-1] if address.startswith("[") and address.endswith("]") else address
+    if ":" not in bare and bare == address:
+        return address
+    try:
+        ipaddress.IPv6Address(bare)
+    except ValueError:
+        raise LaunchError(f"MASTER_ADDR: expected a host's name or address, found {address!r}") from None
+    return f"[{bare}]"
 
 
 def _rendezvous(place: _Place, address: str | None) -> str:

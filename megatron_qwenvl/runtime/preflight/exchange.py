@@ -40,6 +40,7 @@ def open_store(process: ProcessInfo, seconds: float, host: bool) -> dist.Store:
     if scheme != "tcp":
         return dist.HashStore()
     address, _, port = place.rpartition(":")
+    address = address.removeprefix("[").removesuffix("]")  # of an IPv6 address in a URL
     hosts = host and process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         return dist.TCPStore(

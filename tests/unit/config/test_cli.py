@@ -60,6 +60,12 @@ def test_print_value_prints_anything_else_as_json() -> None:
     assert "steps: unknown key; did you mean train.steps?" in result.stderr
 
 
+def test_a_value_that_looks_like_an_option_is_a_value() -> None:
+    arguments = ["--recipe", "stage1", "--name", "-h", "--run_dir", "- a"]
+    config = parse_run_arguments(arguments, "train", "Train a model.")
+    assert (config.name, config.run_dir) == ("-h", "- a")
+
+
 def test_help_explains_every_field_at_once() -> None:
     result = run("--help")
     assert (result.returncode, result.stderr) == (0, "")

@@ -44,6 +44,35 @@ def test_overrides_in_both_forms_and_the_last_one_wins() -> None:
     assert (config.data.tokenizer, config.optimizer.eps) == ("a=b", 1.0)
 
 
+TEXTS = [
+    "exp #3", "#3", "a: b", "{a}", "[1]", "*x", "&x", "!x", "%x", "@x", "`x`", "|", ">", "-", "-x", "- x", "?", "? x",
+    "5", "1_000", "2e-4", "010", "0x10", "1:30", ".5", "true", "no", "null", "~", "2024-01-01", "2024-01-01 10:00:00",
+    "  blanks  ", "a  b", "it's", 'say "x"', "'half", '"', "a=b", "größe 漢字", "\t", "a\nb", "x" * 3000, "x y " * 60,
+    "C:\\new", "--x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_on_the_command_line_is_taken_as_it_is(text: str, write) -> None:
+    """Runs named `exp #3` and `exp #4` are two; what is printed and saved reads back equal."""
+    config = load_config("stage1", [f"--name={text}", f"--data.root={text}"])
+    assert (config.name, config.data.root) == (text, text)
+    assert load_config(write(dump_yaml(config))) == config
+    if not text.startswith("--"):
+        assert load_config("stage1", ["--name", text]).name == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("null", None), ("~", None), ("", None), ("'null'", "null"), ("'exp #3'", "exp #3"), ('"a\\tb"', "a\tb"),
+        ("'it''s'", "it's"), ("''", ""), ("'a' #b", "'a' #b"), ("'a', 'b'", "'a', 'b'"), ("nullx", "nullx"),
+    ],
+)  # fmt: skip
+def test_quotes_and_null_on_the_command_line(text: str, value: str | None) -> None:
+    assert load_config("stage1", ["--data.tokenizer", text]).data.tokenizer == value
+
+
 def test_a_section_can_be_overridden_by_a_mapping_and_keeps_its_other_fields() -> None:
     config = load_config("stage1", ["--train", "{steps: 9000, recompute: full}"])
     assert (config.train.steps, config.train.recompute, config.train.frozen) == (9000, "full", ("decoder",))
@@ -95,10 +124,23 @@ def test_everything_wrong_is_in_one_message(write) -> None:
         (("--train.steps", "010"), 'train.steps: expected a valid integer, found "010"'),
         (("--train.steps", "0"), "train.steps: expected greater than or equal to 1, found 0"),
         (("--train.steps="), "train.steps: expected a valid integer, found null"),
+        (
+            ("--train.steps", "5 #7"),
+            "--train.steps: '5 #7': '#7' would be left out as a comment: write text with",
+        ),
+        (
+            ("--data.sources", "- name: a\n  path: b #1"),
+            "'#1' would be left out as a comment: write text with # in it in quotes",
+        ),
+        (("--run_dir="), "run_dir: expected a valid string, found null"),
+        (("--name", "a\udcff"), "expected UTF-8"),
+        (
+            ("--name", "--5"),
+            "--name: expected a value, found none (one that begins with -- is given as --name=VALUE)",
+        ),
         (("--optimizer.lr", "fast"), 'optimizer.lr: expected a valid number, found "fast"'),
         (("--optimizer.beta2", "1"), "optimizer.beta2: expected less than 1, found 1"),
         (("--logging.tensorboard", "yes"), 'logging.tensorboard: expected a valid boolean, found "yes"'),
-        (("--name", "5"), "name: expected a valid string, found 5"),
         (("--train.frozen", "vit"), 'train.frozen: expected a list, such as [a, b], found "vit"'),
         (
             ("--train.frozen", "[vit, head]"),

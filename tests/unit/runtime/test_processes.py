@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import socket
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from megatron_qwenvl.runtime.preflight.exchange import open_store
 from megatron_qwenvl.runtime.processes import LaunchError, detect_process
 
 RENDEZVOUS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -254,3 +257,44 @@ def test_no_rendezvous_where_none_is_wanted() -> None:
 def test_nonsense_is_refused(env: dict[str, str], name: str) -> None:
     with pytest.raises(LaunchError, match=f"^{name}: expected"):
         detect_process({**env, **RENDEZVOUS})
+
+
+@pytest.mark.parametrize(
+    ("address", "method"),
+    [
+        ("::1", "tcp://[::1]:29500"),
+        ("[::1]", "tcp://[::1]:29500"),
+        ("fe80::1%eth0", "tcp://[fe80::1%eth0]:29500"),
+        ("2001:db8::17", "tcp://[2001:db8::17]:29500"),
+        ("10.0.0.1", "tcp://10.0.0.1:29500"),
+        ("gpu-a-01.example.org", "tcp://gpu-a-01.example.org:29500"),
+    ],
+)
+def test_a_rendezvous_address_of_either_internet_protocol(address: str, method: str) -> None:
+    env = {**BY_HAND, "MASTER_ADDR": address, "MASTER_PORT": "29500"}
+    assert detect_process(env).init_method == method
+
+
+@pytest.mark.parametrize("address", ["node1:29500", "[node1]", "::1::2", "[::1"])
+def test_an_address_that_is_none_is_named(address: str) -> None:
+    with pytest.raises(LaunchError, match="MASTER_ADDR: expected a host's name or address, found"):
+        detect_process({**BY_HAND, "MASTER_ADDR": address, "MASTER_PORT": "29500"})
+
+
+def test_ranks_meet_over_the_loopback_address_of_ipv6() -> None:
+    """Through the process group's rendezvous and through the store that preflight opens."""
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    with socket.socket(socket.AF_INET6) as listener:
+        try:
+            listener.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        port = listener.getsockname()[1]
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    process = detect_process({**env, "MASTER_ADDR": "::1", "MASTER_PORT": str(port)})
+    store = open_store(process, 30, host=True)
+    store.set("key", "value")
+    store, rank, world = next(dist.rendezvous(process.init_method.replace(str(port), "0"), 0, 1))
+    store.set("key", "value")
+    assert (rank, world) == (0, 1)
