@@ -70,7 +70,7 @@ DATA = [
         "images: columns and rows exchanged", IMAGES, "transpose(2, 0, 1)", "transpose(2, 1, 0)", PIXELS,
     ),
     Mutant(
-        "images: mean of another model", f"{PACKAGE}/model/patch_embedding.py",
+        "images: mean of another model", f"{PACKAGE}/model/pixels.py",
         "CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)", "CLIP_MEAN = (0.5, 0.5, 0.5)", STAGE1,
     ),
 ]  # fmt: skip
