@@ -23,10 +23,12 @@ from pathlib import Path
 
 from megatron_qwenvl.checkpoint.examine import compare, describe, open_weights, verify
 from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.files import CheckpointError, OnBytes, check_target
+from megatron_qwenvl.checkpoint.files import CheckpointError, OnBytes, check_places
 from megatron_qwenvl.checkpoint.imports import Import, carry_out_import, plan_parts, plan_qwenvl
 from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.checkpoint.progress import Progress
+from megatron_qwenvl.checkpoint.published import content_files
+from megatron_qwenvl.checkpoint.repeat import Conversion, digest_files, digest_weights, is_done
 from megatron_qwenvl.checkpoint.transition import carry_out, plan_transition
 from megatron_qwenvl.config.recipes import RECIPES
 
@@ -41,7 +43,8 @@ def next_stage(arguments: argparse.Namespace) -> int:
     plan = plan_transition(arguments.source, arguments.to, arguments.force)
     _tell(plan.notes)
     work = partial(carry_out, plan, arguments.out)
-    return _convert(arguments, [plan.source], plan.manifest.total_bytes, work)
+    sources = {"weights": digest_weights(plan.manifest)}
+    return _convert(arguments, [plan.source], plan.manifest.total_bytes, work, lambda: sources)
 
 
 def import_parts(arguments: argparse.Namespace) -> int:
@@ -60,7 +63,12 @@ def export_qwenvl(arguments: argparse.Namespace) -> int:
     plan = plan_export(arguments.source, arguments.tokenizer)
     _tell(plan.notes)
     work = partial(carry_out_export, plan, arguments.out)
-    return _convert(arguments, [plan.source.path], plan.total_bytes, work)
+
+    def digest() -> dict[str, str]:
+        beside = digest_files({file.name: file for file in plan.tokenizer})
+        return {"weights": digest_weights(plan.source.manifest), **beside}
+
+    return _convert(arguments, [plan.source.path], plan.total_bytes, work, digest)
 
 
 def inspect_checkpoint(arguments: argparse.Namespace) -> int:
@@ -94,18 +102,47 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace, plan: Import) -> int:
     _tell(plan.notes)
     work = partial(carry_out_import, plan, arguments.out)
-    return _convert(arguments, plan.sources, plan.total_bytes, work)
+
+    def digest() -> dict[str, str]:
+        files = {
+            f"{number}/{file.name}" if len(plan.sources) > 1 else file.name: file
+            for number, source in enumerate(plan.sources, 1)
+            for file in content_files(source)
+        }
+        progress = Progress("digests of the sources", sum(file.stat().st_size for file in files.values()))
+        digests = digest_files(files, progress.add)
+        progress.finish()
+        return digests
+
+    return _convert(arguments, plan.sources, plan.total_bytes, work, digest)
 
 
 def _convert(
-    arguments: argparse.Namespace, sources: Iterable[Path], total: int, work: Callable[[OnBytes], None]
+    arguments: argparse.Namespace,
+    sources: Iterable[Path],
+    total: int,
+    work: Callable[[OnBytes, Conversion], None],
+    digest: Callable[[], dict[str, str]],
 ) -> int:
-    check_target(arguments.out, sources)
+    """Do it, unless it was done before: a requeued job repeats its conversion."""
+    apart = ("command", "run", "out", "dry_run")
+    settings = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in apart and value is not None and not isinstance(value, Path)
+    }
+    check_places(arguments.out, sources)
+    if is_done(arguments.out, arguments.command, settings, digest):
+        print(
+            f"{arguments.out}: complete, made before by the same command from the same sources; nothing to do"
+        )
+        return 0
     if arguments.dry_run:
         print(f"would write {total / 1e9:.3f} GB to {arguments.out}")
         return 0
+    conversion = Conversion(command=arguments.command, settings=settings, sources=digest())
     progress = Progress(f"{arguments.command} -> {arguments.out}", total)
-    work(progress.add)
+    work(progress.add, conversion)
     progress.finish()
     return 0
 

@@ -16,6 +16,7 @@ from .imports import plan_qwenvl
 from .manifest import MANIFEST_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, Manifest, find_checkpoint, read_manifest
 from .names import Rule
 from .pickles import check_data_only
+from .repeat import RECORD_NAME
 from .source import tensor_problems
 from .stream import DistributedFolder, TensorSource, TensorSpec
 
@@ -65,7 +66,7 @@ def verify(path: Path, on_bytes: OnBytes = untold) -> list[str]:
     problems = [problem for problem, _ in looked_at if problem]
     problems += [f"{checkpoint}: {bad}" for bad in merged(part for _, parts in looked_at for part in parts)]
     present = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
-    strangers = sorted(present - manifest.files.keys() - {MANIFEST_NAME})
+    strangers = sorted(present - manifest.files.keys() - {MANIFEST_NAME, RECORD_NAME})
     problems += [f"{checkpoint / name}: does not belong to the checkpoint" for name in strangers]
     folders = [MODEL_FOLDER] if manifest.kind == "weights" else [MODEL_FOLDER, OPTIMIZER_FOLDER]
     for folder in folders:

@@ -19,6 +19,7 @@ from .manifest import MODEL_FOLDER, Manifest
 from .names import TABLE_NAME, Rule, qwenvl_rules
 from .position_table import published_table
 from .published_config import CODE_FILES, generation_config, published_config, published_limits
+from .repeat import Conversion, write_record
 from .safetensors_files import write_safetensors
 from .source import WeightsSource, open_source
 from .stream import TensorSpec
@@ -128,9 +129,11 @@ def _tokenizer_files(path: Path | None) -> tuple[Path, ...]:
     return tuple(sorted(files))
 
 
-def carry_out_export(plan: Export, out: Path, on_bytes: OnBytes = untold) -> None:
-    """Write sharded safetensors with their index, configuration and tokenizer files, and compare every file of the
-    source with its digest meanwhile.
+def carry_out_export(
+    plan: Export, out: Path, on_bytes: OnBytes = untold, conversion: Conversion | None = None
+) -> None:
+    """Write sharded safetensors with their index, configuration and tokenizer files and the record of `conversion`, and
+    compare every file of the source with its digest meanwhile.
 
     Raises:
         CheckpointError: `out` exists, or the checkpoint is damaged, named file by file, or holds NaN or infinity.
@@ -159,6 +162,7 @@ def carry_out_export(plan: Export, out: Path, on_bytes: OnBytes = untold) -> Non
             write_bytes(aside / name, json.dumps(content, indent=2).encode())
         for file in plan.tokenizer:
             write_bytes(aside / file.name, file.read_bytes())
+        write_record(aside, conversion)
 
 
 @dataclass(frozen=True)

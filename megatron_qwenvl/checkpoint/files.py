@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict
+
+from .asides import MAKER_NAME, make_aside, remove_leftovers
 
 BLOCK_BYTES = 1 << 20
 """Bytes read, digested or written at a time: few enough to stay in the processor's cache in between."""
@@ -252,11 +253,11 @@ def copy_file(source: Path, target: Path, record: FileRecord, on_bytes: OnBytes 
         )
 
 
-def check_target(path: Path, sources: Iterable[Path]) -> None:
-    """Make sure that a directory can be made at `path` without touching what is there.
+def check_places(path: Path, sources: Iterable[Path]) -> None:
+    """Make sure that what is made at `path` has nothing to do with the places of the sources.
 
     Raises:
-        CheckpointError: `path` exists, or it and a source lie inside one another.
+        CheckpointError: it and a source lie inside one another.
     """
     target = path.resolve()
     for source in sources:
@@ -264,6 +265,15 @@ def check_target(path: Path, sources: Iterable[Path]) -> None:
             raise CheckpointError(
                 f"{path}: lies inside {source}, or the other way round; choose another place"
             )
+
+
+def check_target(path: Path, sources: Iterable[Path]) -> None:
+    """Make sure that a directory can be made at `path` without touching what is there.
+
+    Raises:
+        CheckpointError: `path` exists, or it and a source lie inside one another.
+    """
+    check_places(path, sources)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another name or remove it")
 
@@ -273,7 +283,7 @@ def new_directory(path: Path, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """Fill a directory aside and give it its name when it is complete; on failure nothing remains.
 
     The place aside has a name of its own, so nothing that was there before is touched, and of two runs with the same
-    `path` the later one fails.
+    `path` the later one fails. What killed runs with this `path` left aside is removed.
 
     Args:
         path: directory to make.
@@ -284,10 +294,11 @@ def new_directory(path: Path, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """
     check_target(path, sources)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")
-    aside.mkdir()
+    aside = make_aside(path)
     try:
+        remove_leftovers(path, aside)
         yield aside
+        (aside / MAKER_NAME).unlink()
         sync_directory(aside)
         if path.exists():  # a rename would replace an empty directory
             raise CheckpointError(f"{path}: exists already; another run made it meanwhile")

@@ -30,6 +30,7 @@ from .names import (
 from .position_table import check_table
 from .published import PublishedWeights, read_json
 from .published_config import read_image_size, read_model, read_notes, read_published
+from .repeat import Conversion, write_record
 from .stream import FolderFile, TensorSpec, finish_folder
 
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|logn_tensor)$")
@@ -226,8 +227,10 @@ def _checked(given: list[_Given], manifest: Manifest, notes: tuple[str, ...]) ->
     return Import(tuple(source.part for source in given), specs, manifest, notes, sources)
 
 
-def carry_out_import(plan: Import, out: Path, on_bytes: OnBytes = untold) -> None:
-    """Write the weights checkpoint.
+def carry_out_import(
+    plan: Import, out: Path, on_bytes: OnBytes = untold, conversion: Conversion | None = None
+) -> None:
+    """Write the weights checkpoint and the record of `conversion`.
 
     Raises:
         CheckpointError: `out` exists, or a source cannot be read. Or tensors hold NaN or infinity: the checkpoint is
@@ -247,7 +250,9 @@ def carry_out_import(plan: Import, out: Path, on_bytes: OnBytes = untold) -> Non
         records |= finish_folder(folder, plan.specs, (item for _, items, _, _ in written for item in items))
         files = {f"{MODEL_FOLDER}/{name}": record for name, record in records.items()}
         write_manifest(aside, plan.manifest.model_copy(update={"files": files}))
-    if bad := describe_non_finite(part for _, _, _, parts in written for part in parts):
+        bad = describe_non_finite(part for _, _, _, parts in written for part in parts)
+        write_record(aside, None if bad else conversion)
+    if bad:
         raise CheckpointError(
             f"{bad}. {out} is kept to be looked at with inspect, compare and verify; next-stage and export refuse it"
         )

@@ -84,6 +84,16 @@ class PublishedWeights:
             self._specs[name] = TensorSpec(tuple(tensors[name].shape), tensors[name].dtype)
 
 
+def content_files(path: Path) -> list[Path]:
+    """The files that say what published weights are: weights, their index and the configurations beside them.
+
+    Raises:
+        CheckpointError: no weights there, or a shard is missing.
+    """
+    beside = path.glob("*.json") if path.is_dir() else ()
+    return sorted({*_weight_files(path), *beside})
+
+
 def _listed(file: Path, found: AbstractSet[str], names: set[str] | None) -> Iterable[str]:
     if names is None:
         return found

@@ -14,6 +14,7 @@ from .files import CheckpointError, FileRecord, OnBytes, copy_file, new_director
 from .finite import NonFinite, describe_non_finite
 from .manifest import MODEL_FOLDER, Manifest, write_manifest
 from .order import check_order
+from .repeat import Conversion, write_record
 from .source import open_source
 from .stream import DistributedFolder
 
@@ -63,8 +64,10 @@ def plan_transition(path: Path, target: Literal["stage2", "stage3"], force: bool
     return Transition(source.path, manifest, _notes(source.path, found, recipe, target))
 
 
-def carry_out(transition: Transition, out: Path, on_bytes: OnBytes = untold) -> None:
-    """Write the weights checkpoint, checking every file against its digest on the way.
+def carry_out(
+    transition: Transition, out: Path, on_bytes: OnBytes = untold, conversion: Conversion | None = None
+) -> None:
+    """Write the weights checkpoint, checking every file against its digest on the way, and the record of `conversion`.
 
     Raises:
         CheckpointError: `out` exists, a source file is missing or damaged, or a tensor holds NaN or infinity.
@@ -80,6 +83,7 @@ def carry_out(transition: Transition, out: Path, on_bytes: OnBytes = untold) -> 
             raise CheckpointError(f"{transition.source}: {bad}")
         sync_directory(aside / MODEL_FOLDER)
         write_manifest(aside, transition.manifest)
+        write_record(aside, conversion)
 
 
 @dataclass(frozen=True)

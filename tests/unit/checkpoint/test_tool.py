@@ -132,8 +132,10 @@ def test_dry_run_writes_nothing_and_nothing_is_overwritten(
     assert not list(tmp_path.glob("out*"))
     assert run(monkeypatch, *arguments) == 0
     before = sorted(path.stat().st_mtime_ns for path in out.rglob("*"))
+    (out / "conversion.json").rename(tmp_path / "kept")  # as an older version leaves it
     assert run(monkeypatch, *arguments) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already; choose another name or remove it" in capsys.readouterr().err
+    (tmp_path / "kept").rename(out / "conversion.json")
     assert sorted(path.stat().st_mtime_ns for path in out.rglob("*")) == before
 
 
