@@ -21,6 +21,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
+
+if __name__ == "__main__":
+    end_at_stop_signals("convert_checkpoint")  # before what takes time to import
+
 from megatron_qwenvl.checkpoint.examine import compare, describe, open_weights, verify
 from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
 from megatron_qwenvl.checkpoint.files import CheckpointError, OnBytes, check_places

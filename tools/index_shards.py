@@ -21,8 +21,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
+
+if __name__ == "__main__":
+    end_at_stop_signals("index_shards")  # before what takes time to import
 
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.index import load_index
@@ -30,7 +36,12 @@ from megatron_qwenvl.data.indexing import IndexJob, ShardResult, index_directory
 from megatron_qwenvl.data.manifest import list_shards, open_directory
 from megatron_qwenvl.data.skipped import merge
 from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.runtime.helpers import prepare_worker, start_resource_tracker
+from megatron_qwenvl.runtime.interrupt import blocked_stop_signals
 from megatron_qwenvl.runtime.processes import LaunchError, ProcessInfo, detect_process, load_mpi
+
+SIGNAL_SECONDS = 0.5
+"""A signal that ended a worker may be on its way to this process, too."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,11 +93,22 @@ def executor(workers: int) -> Iterator[Executor | None]:
     elif process.rank > 0:
         yield None
     elif workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with worker_processes(workers) as pool:
             yield pool
     else:
         with ThreadPoolExecutor(1) as pool:
             yield pool
+
+
+def worker_processes(workers: int) -> ProcessPoolExecutor:
+    """A pool whose workers all run."""
+    start_resource_tracker()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
+    with blocked_stop_signals():
+        for _ in range(workers):
+            pool.submit(os.getpid)
+    return pool
 
 
 @contextlib.contextmanager
@@ -176,6 +198,10 @@ def main() -> int:
                 failed += summarise(directory, results)
     except (DataError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        time.sleep(SIGNAL_SECONDS)
+        print("error: a worker process was killed; perhaps the machine ran out of memory", file=sys.stderr)
         return 1
     return 1 if failed else 0
 

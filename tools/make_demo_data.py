@@ -11,6 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
+
+if __name__ == "__main__":
+    end_at_stop_signals("make_demo_data")  # before what takes time to import
+
 from megatron_qwenvl.data.synthetic import make_demo_data
 
 

@@ -24,6 +24,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
+
+if __name__ == "__main__":
+    end_at_stop_signals("preflight")  # before what takes time to import
+
 from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.checkpoint.manifest import checkpoints_of_run
 from megatron_qwenvl.checkpoint.space import checkpoint_bytes, checkpoints_to_come

@@ -22,6 +22,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
+
+if __name__ == "__main__":
+    # Before what takes time to import; ending is waiting for the launcher, which ends its processes.
+    end_at_stop_signals("profile_throughput", seconds=20)
+
 from megatron_qwenvl.config.cli import USAGE_ERROR
 from megatron_qwenvl.training.profile import Launcher, Layout, Measurement, ProfileError, check, run_layout
 from megatron_qwenvl.training.throughput import Row, read_metrics, render_markdown, write_table

@@ -16,6 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
+
+if __name__ == "__main__":
+    end_at_stop_signals("show_step")  # before what takes time to import
+
 from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.checkpoint.start import find_start
 from megatron_qwenvl.config.load import ConfigError, load_config

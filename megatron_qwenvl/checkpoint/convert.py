@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from megatron_qwenvl.runtime.helpers import prepare_worker, start_resource_tracker
+from megatron_qwenvl.runtime.interrupt import blocked_stop_signals
 
 from .files import CheckpointError, OnBytes
 from .finite import NonFinite, find_non_finite
@@ -132,6 +136,7 @@ def split_into_files(
 
 
 _REPORT_SECONDS = 0.2
+_SIGNAL_SECONDS = 0.5  # a signal that ended a worker may be on its way to this process, too
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Numbers of glibc's malloc.h."""
@@ -168,16 +173,19 @@ def run_jobs(
     Raises:
         CheckpointError: what a job raised, or a worker process was killed; the other jobs are abandoned.
     """
+    start_resource_tracker()
     context = multiprocessing.get_context("fork")
     handled = context.Value("q", 0)
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(handled,)
     ) as pool:
-        futures = [pool.submit(work, job) for job in jobs]
+        with blocked_stop_signals():
+            futures = [pool.submit(work, job) for job in jobs]
         try:
             _watch(futures, handled, on_bytes)
             return [future.result() for future in futures]
         except BrokenProcessPool:
+            time.sleep(_SIGNAL_SECONDS)
             raise CheckpointError(
                 "a worker process was killed; perhaps the machine ran out of memory"
             ) from None
@@ -187,6 +195,7 @@ def run_jobs(
 
 def _start_worker(handled: Synchronized[int]) -> None:
     global _handled
+    prepare_worker()
     _handled = handled
     torch.set_num_threads(1)
     # Every file has a digest; the checksums of torch's own format cost more than reading what they protect.

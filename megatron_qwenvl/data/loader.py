@@ -20,7 +20,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime.helpers import start_resource_tracker
 from megatron_qwenvl.runtime.interrupt import blocked_stop_signals, ignore_stop_signals
 
 from .batch import Batch, DataNeeds
@@ -221,9 +222,8 @@ def _raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
 
 def _start_helpers() -> None:
     """Start multiprocessing's own helper processes where a signal to every process of a job does not end them: without
-    fork server there are no workers, and without resource tracker semaphores of a killed run stay in /dev/shm."""
-    with blocked_stop_signals():
-        resource_tracker.ensure_running()  # unblocks some of them
+    fork server there are no workers."""
+    start_resource_tracker()
     with blocked_stop_signals():
         forkserver.ensure_running()
 

@@ -9,14 +9,21 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from .exit_codes import INTERRUPTED, INTERRUPTED_BY_USER
+from .leave import leave
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """What Slurm sends ahead of a time limit (`--signal`), what everybody sends to end a process, and Ctrl-C."""
+WORKER_SECONDS = 1.0
+"""What a tool's worker processes have to clean up before they are killed."""
+STUCK_SECONDS = 4.0
+"""What the tool itself has after that, unless it says otherwise; Slurm's KillWait, after which it kills, is 30 s."""
 
 
 def _own_signals() -> Iterator[signal.Signals]:
@@ -43,23 +50,61 @@ def blocked_stop_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_at_stop_signals(program: str) -> None:
-    """Let a stop signal end a tool by SystemExit: what it cleans up is cleaned up, and there is no traceback.
+def end_at_stop_signals(program: str, seconds: float = STUCK_SECONDS) -> None:
+    """Let a stop signal end a tool: first by SystemExit, so that what it cleans up is cleaned up.
 
     The exit code says that starting it again is all that is needed: `INTERRUPTED`, after Ctrl-C as shells have it.
-    Only the first signal counts, so that a second one does not disturb the cleaning up.
+    Only the first signal counts, so that a second one does not disturb the cleaning up. Worker processes get a SIGTERM
+    and a moment for theirs. What is stuck, in a file system or in a rendezvous, is ended by a thread.
 
     Args:
         program: says so on standard error.
+        seconds: what cleaning up may take.
     """
 
     def end(number: int, _: FrameType | None) -> None:
         ignore_stop_signals()
         print(f"{program}: interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-        raise SystemExit(INTERRUPTED_BY_USER if number == signal.SIGINT else INTERRUPTED)
+        for worker in _workers():
+            worker.terminate()
+        raise SystemExit(_code(number))
 
     for number in _own_signals():
         signal.signal(number, end)
+    arguments = (_wake_pipe()[0], seconds)
+    threading.Thread(target=_end_when_stuck, args=arguments, name="stop", daemon=True).start()
+
+
+def _code(number: int) -> int:
+    return INTERRUPTED_BY_USER if number == signal.SIGINT else INTERRUPTED
+
+
+def _workers() -> list[Any]:
+    processes = sys.modules.get("multiprocessing.process")
+    return list(getattr(processes, "_children", ()))  # `active_children` would wait for some of them
+
+
+def _end_when_stuck(reader: int, seconds: float) -> None:
+    number = next(_stop_signals_from(reader))
+    time.sleep(WORKER_SECONDS)
+    for worker in _workers():
+        worker.kill()
+    time.sleep(seconds)
+    leave(_code(number))
+
+
+def _wake_pipe() -> tuple[int, int]:
+    """A pipe that gets the number of every signal at once; Python's own handlers wait while the main thread is in a
+    call that takes long."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader, writer
+
+
+def _stop_signals_from(reader: int) -> Iterator[signal.Signals]:
+    while numbers := os.read(reader, 64):  # empty: the other end is closed
+        yield from (signal.Signals(number) for number in numbers if number in STOP_SIGNALS)
 
 
 class StopRequest:
@@ -100,12 +145,9 @@ class StopRequest:
         """Call `leave` with the signal's name if the run is still starting `seconds` after a request.
 
         Until `started` nothing can be lost, and a start may take longer than Slurm waits before it kills: it reads
-        large files, or waits for a rank that does not come. A thread does this, because Python's own handlers wait
-        while the main thread is in such a call.
+        large files, or waits for a rank that does not come.
         """
-        reader, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
-        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        reader, self._wake = _wake_pipe()
         if self._signal is not None:  # before the pipe was there
             os.write(self._wake, bytes([self._signal]))
         arguments = (reader, seconds, leave)
@@ -120,13 +162,10 @@ class StopRequest:
             self._wake = None
 
     def _watch_start(self, reader: int, seconds: float, leave: Callable[[str], object]) -> None:
-        while numbers := os.read(reader, 64):  # empty: started
-            asked = [signal.Signals(number) for number in numbers if number in STOP_SIGNALS]
-            if asked:
-                if not self._started.wait(seconds):
-                    leave(asked[0].name)
-                break
+        asked = next(_stop_signals_from(reader), None)
         os.close(reader)
+        if asked is not None and not self._started.wait(seconds):
+            leave(asked.name)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number)

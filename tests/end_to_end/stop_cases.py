@@ -44,6 +44,14 @@ def before(place: str, action: Callable[[], object]) -> None:
     setattr(owner, name, wrapped)
 
 
+def redirect(log: Path) -> None:
+    """Append what this process says to a file."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
+
+
 def start(
     arguments: Sequence[str], log: Path, prepare: Prepare = lambda: None, process: ProcessInfo | None = None
 ) -> int:
@@ -52,10 +60,7 @@ def start(
     if child:
         return child
     try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's
+        redirect(log)
         torch.set_num_threads(1)
         if process is not None:
             processes.detect_process = lambda: process  # type: ignore[assignment, misc]

@@ -131,12 +131,15 @@ class _Preflight:
     began: float = field(default_factory=time.monotonic)
 
     def run(self) -> Verdict:
-        if (
-            (seconds := self._arrive())
-            and (writers := self._measure(seconds)) is not None
-            and (links := self._look(writers))
-        ):
-            self._communicate(links)
+        try:
+            if (
+                (seconds := self._arrive())
+                and (writers := self._measure(seconds)) is not None
+                and (links := self._look(writers))
+            ):
+                self._communicate(links)
+        finally:
+            self._tidy()
         return self._conclude()
 
     @property
@@ -278,10 +281,12 @@ class _Preflight:
 
         self._step("network", asdict(report), links.seconds + _GRACE_SECONDS, judge)
 
-    def _conclude(self) -> Verdict:
+    def _tidy(self) -> None:
         if self.token:
             with suppress(Exception):  # a file system that hangs has been reported
                 within(5, lambda: remove_files(self.checklist.run_dir, self.token, self.process.rank))
+
+    def _conclude(self) -> Verdict:
         if self.process.rank == 0:
             self.conclude(self.findings)
             code = rules.exit_code(self.findings)

@@ -156,7 +156,8 @@ def test_workers_do_not_import_the_training_program(root: Path, tmp_path: Path) 
     assert "samples 24" in result.stdout
 
 
-def test_workers_end_when_the_training_process_is_killed(root: Path) -> None:
+def test_workers_end_when_the_training_process_is_killed(root: Path, tmp_path: Path) -> None:
+    """And the fork server removes the directory of its socket."""
     config = run_config(root, {"a": 1}, workers=2).model_dump_json()
     program = f"""if True:
         import time
@@ -167,10 +168,13 @@ def test_workers_end_when_the_training_process_is_killed(root: Path) -> None:
         time.sleep(60)
     """
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment()
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env={**environment(), "TMPDIR": str(tmp_path)},
     ) as process:
         assert process.stdout is not None
         assert int(process.stdout.readline()) > 0
+        assert len(list(tmp_path.glob("pymp-*"))) == 1
         descendants = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert len(descendants) >= 4  # fork server, resource tracker, two workers
@@ -178,6 +182,7 @@ def test_workers_end_when_the_training_process_is_killed(root: Path) -> None:
     for survivor in alive:
         survivor.kill()
     assert not alive
+    assert list(tmp_path.glob("pymp-*")) == []
 
 
 def test_a_process_that_still_holds_its_loader_ends(root: Path) -> None:

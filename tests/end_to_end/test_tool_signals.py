@@ -1,0 +1,147 @@
+"""A stop signal to a tool: it ends at once with one line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_qwenvl.checkpoint import transition
+from megatron_qwenvl.data.index import index_path
+from megatron_qwenvl.runtime.exit_codes import INTERRUPTED, INTERRUPTED_BY_USER
+from megatron_qwenvl.runtime.helpers import start_resource_tracker
+from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
+from megatron_qwenvl.runtime.leave import leave
+from tests.distributed.harness import run_ranks
+from tests.unit.data.shards import sample, write_shard
+from tools import convert_checkpoint, preflight
+
+from .stop_cases import before, redirect, wait
+from .training_cases import run_config, train, write_data
+
+ROOT = Path(__file__).parents[2]
+CODES = {signal.SIGTERM: INTERRUPTED, signal.SIGUSR1: INTERRUPTED, signal.SIGINT: INTERRUPTED_BY_USER}
+
+
+def start_tool(name: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """A tool in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(ROOT / "tools" / name), *map(str, arguments)],
+        env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_until(condition: object, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("workers", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (2, signal.SIGINT)]
+)
+def test_indexing(tmp_path: Path, workers: int, number: signal.Signals) -> None:
+    """The signal comes to every process, as from Slurm and from a terminal, while a disk hangs: a shard is a pipe that
+    nobody writes to."""
+    good = write_shard(tmp_path / "data/000000.tar", [sample("0", {"task": "text", "text": "a"})])
+    os.mkfifo(tmp_path / "data/000001.tar")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    tool = start_tool("index_shards.py", tmp_path / "data", "--workers", workers, TMPDIR=str(temporary))
+    wait_until(lambda: index_path(good).exists())
+    processes = [psutil.Process(tool.pid), *psutil.Process(tool.pid).children(recursive=True)]
+    os.killpg(tool.pid, number)
+    said, _ = tool.communicate(timeout=60)
+    assert tool.returncode == CODES[number], said
+    assert said.splitlines()[-1] == f"index_shards: interrupted by {number.name}" and "Traceback" not in said
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
+    left = {path.name for path in (tmp_path / "data").iterdir()}
+    assert left == {"000000.tar", "000001.tar", index_path(good).name} and list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_conversion(checkpoint: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """The signal comes to every process while the workers' disk hangs."""
+
+    def hang(*_: object) -> None:
+        os.killpg(0, number)
+        time.sleep(600)
+
+    def convert() -> int:
+        transition.copy_file = hang  # type: ignore[assignment]
+        sys.argv = [
+            "convert_checkpoint.py",
+            "next-stage",
+            "--from",
+            str(checkpoint),
+            "--to",
+            "stage3",
+            "--out",
+        ]
+        sys.argv += [str(tmp_path / "start"), "--force"]
+        return convert_checkpoint.main()
+
+    code, said = in_a_fork(convert, tmp_path / "log")
+    assert code == CODES[number], said
+    assert said.splitlines()[-1] == f"tool: interrupted by {number.name}" and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    write_data(folder, samples=20)
+    run_ranks(1, train, run_config(folder, folder / "run", "--train.stop_after", "1"))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_preflight(tmp_path: Path, number: signal.Signals) -> None:
+    """The signal comes while this rank's file lies in the run directory."""
+
+    def check() -> int:
+        before("runtime.preflight.run:_Preflight._look", lambda: os.kill(os.getpid(), number))
+        return preflight.main(["--directory", str(tmp_path / "run")])
+
+    code, said = in_a_fork(check, tmp_path / "log")
+    assert code == CODES[number], said
+    assert "Traceback" not in said and "tool: interrupted by" in said
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def in_a_fork(main: Callable[[], int], log: Path) -> tuple[int, str]:
+    """Exit code and output of a tool's program in a fork of this process, with the handlers that it has by itself."""
+    child = os.fork()
+    if not child:
+        try:
+            os.setsid()
+            redirect(log)
+            end_at_stop_signals("tool")
+            code = main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        leave(code)
+    return wait(child), log.read_text()
+
+
+def test_the_resource_tracker_outlives_stop_signals() -> None:
+    start_resource_tracker()
+    tracker = resource_tracker._resource_tracker
+    for number in CODES:
+        os.kill(tracker._pid, number)  # type: ignore[attr-defined]
+    time.sleep(0.5)
+    assert psutil.Process(tracker._pid).status() != psutil.STATUS_ZOMBIE  # type: ignore[attr-defined]
