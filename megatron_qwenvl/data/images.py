@@ -130,8 +130,8 @@ def _upper_byte(image: Image.Image) -> NDArray[np.uint8]:
 def _notes(image: Image.Image) -> Iterator[str]:
     if image.has_transparency_data:
         yield ALPHA
-    # Pillow turns TIFF while decoding; of a PNG whose EXIF stands behind the pixels nothing is known yet.
-    if image.format != "TIFF" and "exif" in image.info and _orientation(image) not in (None, 0, 1):
+    # A TIFF has its own tag, which its decoder obeys; EXIF behind the pixels of a PNG is not known yet.
+    if "exif" in image.info and _orientation(image) not in (None, 0, 1):
         yield ORIENTATION
     if _has_frames(image):
         yield FRAMES

@@ -14,7 +14,16 @@ import pytest
 from PIL import Image, ImageCms
 
 from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.images import ALPHA, CMYK, FRAMES, GREY16, ORIENTATION, load_pixels, read_header
+from megatron_qwenvl.data.images import (
+    ALPHA,
+    CMYK,
+    FRAMES,
+    GREY16,
+    ORIENTATION,
+    ImageHeader,
+    load_pixels,
+    read_header,
+)
 
 RED, GREEN = (250, 10, 10), (10, 250, 10)
 RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
@@ -136,7 +145,7 @@ def test_size_and_pixels_of_a_turned_tiff_agree() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(image, "TIFF", exif=exif)
-    assert (read_header(data).width, read_header(data).height) == (20, 40)
+    assert read_header(data) == ImageHeader(20, 40, notes=())
     pixels = load_pixels(data, side=8, max_pixels=1000)
     assert close(pixels[:, 1, 6].tolist(), GREEN) and close(pixels[:, 6, 1].tolist(), RED)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -59,12 +60,14 @@ ATTEMPTS = [
     "<box>(1,2),(3,4),(5,6),(7,8)</box>", "<box>(1,2),(3,4);(5,6),(7,8)</box>", "<box>(1,2)(3,4)</box>",
     "<box>(1 2),(3 4)</box>", "<box>(1 0,2),(3,4)</box>", "<box>(a,2),(3,4)</box>", "<box>(\u0661,2),(3,4)</box>",
     "<box>\uff08\uff11,2\uff09</box>", "<box>(x1,y1),(x2,y2)</box>", "<box></box>", "<box> </box>", "<quad></quad>",
-    "<box>(300,400),(10,20)</box>", "<box>(300,20),(10,400)</box>", "<box>(5,5),(5,5)</box>",
+    "<box>(300,400),(10,20)</box>", "<box>(300,20),(10,400)</box>", "<box>(10,400),(300,20)</box>",
+    "<box>(5,5),(5,5)</box>",
     "<box>(1,2),(3,4)", "<box>(1,2),(3,4)</ref>", "<box>(1,2),(3,4)</quad>", "(1,2),(3,4)</box>", "<box> (1,2)",
     "<quad>(1,2),(3,4)</quad>", "<quad>(1,2),(3,4)</box>", "<quad>(1,8),(9,8),(9,2),(1,2)</quad>",
     "<quad>(1,2),(9,2),(1,8),(9,8)</quad>", "<quad>(1,2),(9,8),(9,2),(1,8)</quad>",
     "<quad>(4,4),(4,4),(4,4),(4,4)</quad>",
-    "<ref>it</ref><box>there</box>", "<ref>it</ref> <box>", "<ref></ref><box>(1,2),(3,4)</box>",
+    "<ref>it</ref><box>there</box>", "<ref></ref><box>there</box>", "<ref>it</ref> <box>",
+    "<ref></ref><box>(1,2),(3,4)</box>",
     "<ref> </ref><box>(1,2),(3,4)</box>", "<ref>a <ref>b</ref></ref><box>(1,2),(3,4)</box>",
     "<ref>a <ref>b</ref><box>(1,2),(3,4)</box>", "<ref>a<box>(1,2),(3,4)</box>", "a</ref><box>(1,2),(3,4)</box>",
     "<ref>a<box>(1,2),(3,4)</box></ref>", "<box>(1,2),(3,4)</box></box>", "<box><box>(1,2),(3,4)</box>",
@@ -82,6 +85,24 @@ def test_an_attempt_at_markup_is_never_taken_for_text_by_accident(value: str) ->
         parse_markup(f"See {value} there")
     kept = parse_markup(f"See {value} there", keep=True)
     assert kept[0].text.startswith("See ") and kept[-1].text.endswith(" there")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("<box>(1,2),(3,1001)</box>", "box '(1,2),(3,1001)' has a coordinate above 1000"),
+        ("<box>(3,2),(1,4)</box>", "box '(3,2),(1,4)' has reversed corners"),
+        ("<box>(3,2),(3,2)</box>", "box '(3,2),(3,2)' is a single point"),
+        (
+            "<quad>(1,8),(9,8),(9,2),(1,2)</quad>",
+            "quad '(1,8),(9,8),(9,2),(1,2)' has corners that are not clockwise",
+        ),
+        ("<box>\n(1,'2)</box>", "markup that does not parse: '<box> (1,`2)</box>'"),
+    ],
+)
+def test_the_reason_says_what_is_wrong_in_one_line(value: str, reason: str) -> None:
+    with pytest.raises(SampleError, match=f"^{re.escape(reason)}$"):
+        parse_markup(value)
 
 
 @pytest.mark.parametrize("value", ATTEMPTS)

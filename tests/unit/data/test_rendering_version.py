@@ -29,7 +29,7 @@ from megatron_qwenvl.data.writer import ImageInfo
 EXPECTED = {
     "version": 3,
     "renderings": "7d009248fe8ea43a",
-    "logic": "405f7470e216f0a0",
+    "logic": "241622f0347f1002",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
