@@ -33,7 +33,7 @@ if __name__ == "__main__":
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.index import load_index
 from megatron_qwenvl.data.indexing import IndexJob, ShardResult, index_directory
-from megatron_qwenvl.data.manifest import list_shards, open_directory
+from megatron_qwenvl.data.manifest import indexed_options, list_shards, open_directory
 from megatron_qwenvl.data.skipped import merge
 from megatron_qwenvl.data.tokenizer import load_tokenizer
 from megatron_qwenvl.runtime.helpers import prepare_worker, start_resource_tracker
@@ -156,6 +156,8 @@ def summarise(directory: Path, results: list[ShardResult]) -> int:
         f"{len(entries)} shards ({sum(r.fresh for r in results)} indexed now), "
         f"{sum(e.skipped for e in entries)} samples skipped, {failed} shards failed"
     )
+    if options := str(indexed_options(directory)):
+        print(f"{directory}: indexed with {options}")
     for kind in merge(itertools.chain.from_iterable(result.skipped for result in results)):
         print(f"{directory}: {kind}")
     for kind in merge(itertools.chain.from_iterable(result.noted for result in results)):

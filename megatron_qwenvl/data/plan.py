@@ -237,13 +237,14 @@ class StepPlan:
         # Rows come by falling cost: every `count`-th one makes micro-batches alike.
         return [[tuple(packs[number::count]) for number in range(count)] for packs in dealt]
 
-    def left_out(self) -> list[str]:
-        """One line for each kind of reason for which the indices of a source leave samples out."""
-        return [
-            f"data {source.config.name}: {kind}"
-            for source in self.sources
-            for kind in source.directory.manifest.skipped
-        ]
+    def source_notes(self) -> list[str]:
+        """One line for each kind of reason for which the indices of a source leave samples out, and one for options."""
+        notes = []
+        for source in self.sources:
+            manifest = source.directory.manifest
+            options = [f"indexed with {manifest.options}"] if str(manifest.options) else []
+            notes += [f"data {source.config.name}: {note}" for note in (*options, *manifest.skipped)]
+        return notes
 
     def key(self, samples: SampleTable, row: int) -> str:
         """Key of a sample."""

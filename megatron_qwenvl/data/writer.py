@@ -33,6 +33,13 @@ class RenderOptions:
     unparsed_markup: Literal["leave_out", "keep"] = "leave_out"
     ref_blank: Literal["outside", "inside"] = "outside"
 
+    def __str__(self) -> str:
+        """The fields that are not the default: `ref_blank inside`."""
+        default = RenderOptions()
+        return ", ".join(
+            f"{name} {value}" for name, value in vars(self).items() if value != getattr(default, name)
+        )
+
 
 DEFAULT_OPTIONS = RenderOptions()
 

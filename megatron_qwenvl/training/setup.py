@@ -180,6 +180,6 @@ def make_loaders(
     )
     if runtime.is_main:
         for loader in filter(None, (training, validation)):
-            for line in loader.plan.left_out():
+            for line in loader.plan.source_notes():
                 logger.info(line)
     return training, validation

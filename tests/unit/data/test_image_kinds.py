@@ -6,6 +6,7 @@ import io
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,15 @@ def test_warnings_neither_print_nor_refuse(tmp_path: Path) -> None:
         command = [sys.executable, *options, "-c", code, str(large), str(odd)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.stdout, done.stderr) == ("10000 (3, 2, 2)\n4 (3, 2, 2)\n", "")
+
+
+@pytest.mark.parametrize("chunk", [b"zTXtk\0\0", b"iTXtk\0\1\0\0\0", b"iCCPk\0\0"])
+def test_a_compressed_chunk_is_not_unpacked_without_end(chunk: bytes) -> None:
+    body = chunk + zlib.compress(bytes(50_000_000))
+    bomb = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    plain = encode(Image.new("RGB", (8, 8), RED), "PNG")
+    with pytest.raises(SampleError, match="not a readable picture: Decompressed data too large"):
+        read_header(plain[:33] + bomb + plain[33:])
 
 
 @pytest.mark.filterwarnings("ignore")  # pytest undoes the package's own filter

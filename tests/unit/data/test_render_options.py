@@ -47,6 +47,21 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main()
 
 
+def test_options_are_told_with_the_index_and_at_a_start(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: str) -> tuple[str, list[str]]:
+        assert run_tool(monkeypatch, shards, *arguments) == 0
+        plan = build_loader(run_config(shards.parent, {shards.name: 1.0})).plan
+        return capsys.readouterr().out, plan.source_notes()
+
+    text, notes = told()
+    assert "indexed with" not in text and "left out: markup" in notes[0] and len(notes) == 1
+    text, notes = told("--ref-blank", "inside", "--unparsed-markup", "keep")
+    assert "indexed with unparsed_markup keep, ref_blank inside" in text
+    assert notes == ["data data: indexed with unparsed_markup keep, ref_blank inside"]
+
+
 def texts(directory: Path, tokenizer: Tokenizer) -> str:
     """What a run over the directory reads."""
     config = run_config(directory.parent, {directory.name: 1.0}, global_batch_size=4, packing="none")

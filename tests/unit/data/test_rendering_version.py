@@ -29,7 +29,7 @@ from megatron_qwenvl.data.writer import ImageInfo
 EXPECTED = {
     "version": 3,
     "renderings": "7d009248fe8ea43a",
-    "logic": "241622f0347f1002",
+    "logic": "da07fca275473d67",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
