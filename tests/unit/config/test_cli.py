@@ -9,7 +9,13 @@ import time
 
 import pytest
 
-from megatron_qwenvl.config.cli import HEAD_START_SECONDS, describe_fields, parse_run_arguments, show_value
+from megatron_qwenvl.config.cli import (
+    HEAD_START_SECONDS,
+    describe_fields,
+    parse_run_arguments,
+    parse_start_arguments,
+    show_value,
+)
 from megatron_qwenvl.config.fields import leaf_paths
 from megatron_qwenvl.config.load import load_config
 
@@ -113,6 +119,10 @@ def test_a_reader_that_leaves_early_is_no_error(argument: str) -> None:
         (["--recipe", "stage2"], "expected a number of processes that is a multiple of 2 x 1 = 2, found 1"),
         (["--recipe", "stage7"], "unknown recipe 'stage7'"),
         (["--train.steps", "5"], "the following arguments are required: --recipe"),
+        (
+            ["--recipe", "stage1", "--from-step", "newest"],
+            "argument --from-step: expected the number of a step, found 'newest'",
+        ),
         (["--rec", "stage1"], "the following arguments are required: --recipe"),
     ],
 )
@@ -121,6 +131,15 @@ def test_bad_input_is_explained_without_a_traceback(arguments: list[str], messag
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_older_step_is_no_field_of_the_configuration() -> None:
+    arguments = parse_start_arguments(
+        ["--recipe", "tiny_stage1", "--from-step", "20", "--seed", "3"], "train", ""
+    )
+    assert (arguments.from_step, arguments.config.seed) == (20, 3)
+    assert arguments.config == parse_run_arguments(["--recipe", "tiny_stage1", "--seed", "3"], "train", "")
+    assert parse_start_arguments(["--recipe", "tiny_stage1"], "train", "").from_step is None
 
 
 def test_only_one_process_needs_to_speak_and_the_others_let_it_finish(capsys) -> None:

@@ -42,6 +42,12 @@ def changed(recipe: str, changes: dict[str, Any]) -> RunConfig:
 
 
 CONTRADICTIONS = [
+    ({"data.skip_steps": [[5, 3]]}, "data.skip_steps: expected [a, b] with 0 <= a <= b, found [5, 3]"),
+    ({"data.skip_steps": [[-1, 3]]}, "data.skip_steps: expected [a, b] with 0 <= a <= b, found [-1, 3]"),
+    (
+        {"data.skip_steps": [[7, 9], [1, 7]]},
+        "data.skip_steps: expected ranges that do not overlap, found [1, 7] and [7, 9]",
+    ),
     (
         {"model.vision.width": 130},
         "model.vision.width: expected a multiple of model.vision.heads (4), found 130",

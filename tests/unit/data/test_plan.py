@@ -1,17 +1,34 @@
 from __future__ import annotations
 
 import cProfile
+import os
 import pickle
+import random
+import shlex
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.changes import begin, go_on
 from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.history import DataHistory
+from megatron_qwenvl.data.indexing import IndexJob, index_directory
 from megatron_qwenvl.data.order import CYCLE, Mixture, permutation
-from megatron_qwenvl.data.plan import GlobalBatch, StepPlan, describe_step, training_plan, validation_plan
+from megatron_qwenvl.data.plan import (
+    GlobalBatch,
+    StepPlan,
+    describe_step,
+    open_training,
+    plan_training,
+    training_data,
+    training_plan,
+    validation_plan,
+)
+from megatron_qwenvl.data.resume import start_data
 from megatron_qwenvl.data.tasks import TASKS
 from megatron_qwenvl.data.tokenizer import Tokenizer
 
@@ -278,3 +295,90 @@ def test_description_of_a_step(root: Path, byte_level: Tokenizer) -> None:
     for pack in packs:  # type: ignore[attr-defined]
         assert pack["tokens"] == sum(s["tokens"] for s in pack["samples"])
         assert pack["images"] == sum(s["images"] for s in pack["samples"])
+
+
+# ---- changes
+
+
+def test_stand_ins_never_take_the_place_of_a_sample_that_is_to_come(
+    tmp_path: Path, byte_level: Tokenizer
+) -> None:
+    """Every usable sample has a place of its own in the epoch, whenever the shards grow in between."""
+    rng = random.Random(5)
+    samples = [
+        sample(f"{i:03d}", {"task": "text", "text": "x" * (500 if rng.random() < 0.4 else 20)})
+        for i in range(80)
+    ]
+    usable = {item["__key__"] for item in samples if len(item["json"]) < 200}
+    write_source(tmp_path / "s", samples[:40], per_shard=5)
+    config = run_config(tmp_path, {"s": 1}, global_batch_size=4, shuffle_window=2)
+    before = plan_of(config, byte_level)
+    first = [before.global_batch(step) for step in range(5)]
+    write_source(tmp_path / "s", samples, per_shard=5)
+    sources = open_training(config, byte_level.fingerprint)
+    history, _ = go_on(before.history, training_data(config, sources), 5)
+    after = plan_training(config, sources, history)
+    epoch = first + [after.global_batch(step) for step in range(5, 20)]
+    shown = [name.rpartition(":")[2] for batch in epoch for name in names(after, batch)]
+    named = [skipped.key.rpartition(":")[2] for batch in epoch for skipped in batch.skipped]
+    assert set(shown) == usable
+    assert sorted(named) == sorted({item["__key__"] for item in samples} - usable)
+    assert pickle.loads(pickle.dumps(after)).global_batch(9).packs == after.global_batch(9).packs
+
+
+def test_a_rest_without_a_usable_sample_is_filled_from_the_next_epoch(
+    tmp_path: Path, byte_level: Tokenizer
+) -> None:
+    good = [sample(f"{i:03d}", {"task": "text", "text": "x" * 20}) for i in range(10)]
+    bad = [sample(f"{i:03d}", {"task": "text", "text": "x" * 500}) for i in range(10, 15)]
+    write_source(tmp_path / "s", good + bad)
+    config = run_config(tmp_path, {"s": 1}, global_batch_size=5)
+    now = training_data(config, open_training(config, byte_level.fingerprint))
+    (whole,) = begin(now).editions["s"]
+    # As if the ten good ones had been all there was, and were taken, before the bad ones came.
+    first = replace(
+        whole.shards, names=whole.shards.names[:1], counts=(10,), digests=whole.shards.digests[:1]
+    )
+    editions = (replace(whole, shards=first), replace(whole, taken=10))
+    segment = begin(now).segments[0]
+    states = (replace(segment.sources[0], edition=1),)
+    history = DataHistory((replace(segment, sources=states),), {"s": editions})
+    plan = training_plan(config, byte_level.fingerprint, history=history)
+    batch = plan.global_batch(0)
+    assert len(batch.skipped) == 5
+    assert {name.rpartition(":")[2] for name in names(plan, batch)} <= {f"{i:03d}" for i in range(10)}
+
+
+def test_shards_that_change_while_a_run_starts_are_noticed(tmp_path: Path, byte_level: Tokenizer) -> None:
+    write_source(tmp_path / "s", mixed_samples(20))
+    config = run_config(tmp_path, {"s": 1})
+    history = plan_of(config, byte_level).history
+    write_source(tmp_path / "s", mixed_samples(40))
+    with pytest.raises(DataError, match=r"expected the 2 shards that .* record names last, found 4"):
+        training_plan(config, byte_level.fingerprint, history=history)
+
+
+def test_shards_modified_since_they_were_indexed_are_named(tmp_path: Path, byte_level: Tokenizer) -> None:
+    directory = write_source(tmp_path / "s", mixed_samples(50))
+    config = run_config(tmp_path, {"s": 1})
+
+    def told() -> tuple[str, ...]:
+        return start_data(config, open_training(config, byte_level.fingerprint)).lines
+
+    assert told() == ()
+    for number in range(4):
+        os.utime(directory / f"{number:06d}.tar", ns=(1, number))
+    (line,) = told()
+    assert "4 of 5 shards have another modification time" in line
+    assert "(000000.tar, 000001.tar, 000002.tar, ...)" in line
+    command = shlex.split(line.rpartition("run ")[2])
+    assert command[:2] == ["python", "tools/index_shards.py"]
+    index_directory(Path(command[2]), IndexJob())  # what the command does
+    assert told() == ()
+
+
+def test_skipped_steps_of_a_recipe(root: Path, byte_level: Tokenizer) -> None:
+    plain = plan_of(run_config(root, {"a": 2, "b": 1}), byte_level)
+    plan = plan_of(run_config(root, {"a": 2, "b": 1}, skip_steps=((1, 2), (5, 5))), byte_level)
+    for step, original in enumerate((0, 3, 4, 6, 7)):
+        assert content(plan, step) == content(plain, original)
