@@ -34,7 +34,16 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK": "zip",
 }
-_KINDS = {b"3": "a device", b"4": "a device", b"5": "a directory", b"6": "a pipe", b"M": "part of a file"}
+_EXTENSIONS = (b"L", b"K", b"x", b"X", b"g")
+_EXTENSION_NAMES = {b"@LongLink": (b"L", b"K"), b"@PaxHeader": (b"x", b"X", b"g")}
+_KINDS = {
+    b"3": "a device",
+    b"4": "a device",
+    b"5": "a directory",
+    b"6": "a pipe",
+    b"V": "a label",
+    b"M": "part of a file",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +103,9 @@ class Tar:
                 start = self._next_archive(start, at)
                 at = start or 0
             else:
-                entries, at = self._read_entry(at)
-                yield from entries
+                entry, at = self._read_entry(at)
+                if entry:
+                    yield entry
 
     def _refuse_compressed(self) -> None:
         first = self._bytes(0, 8)
@@ -116,9 +126,9 @@ class Tar:
         if data is None:
             tail = self._size - at
             ends = {start + _round_up(used, record) for record in (_RECORD, *_OTHER_RECORDS)}
-            if tail <= _RECORD + 2 * BLOCK or self._size in ends:
+            if tail <= 2 * BLOCK or self._size in ends:
                 return None
-            raise self._damaged(f"nothing but zeros from byte {at} to the end at byte {self._size}")
+            raise self._damaged(f"the zeros from byte {at} to the end at byte {self._size} are no end mark")
         if data == start + _round_up(used, _RECORD):
             return data
         raise self._damaged(f"the zeros at byte {at} are no end mark, data follow at byte {data}")
@@ -132,27 +142,28 @@ class Tar:
             at += len(chunk)
         return None
 
-    def _read_entry(self, at: int) -> tuple[list[Entry], int]:
-        """The file at `at` with the extension headers before it, and where the next one begins.
-
-        Two entries when it is stored under two names: neither sample is whole.
-        """
+    def _read_entry(self, at: int) -> tuple[Entry | None, int]:
+        """The file at `at` with the extension headers before it (none: a directory), and where the next one begins."""
         extended: dict[bytes, bytes] = {}
         while True:
             header = self._header(at)
-            if header.kind not in (b"L", b"K", b"x", b"X", b"g"):
+            if header.kind not in _EXTENSIONS:
                 break
             payload = self._payload(at, header)
             if header.kind in (b"L", b"K"):
-                extended[b"path" if header.kind == b"L" else b"linkpath"] = payload.split(b"\0", 1)[0]
-            elif header.kind == b"g":
-                self._globals.update(self._pax(at, payload))
+                name = payload.rstrip(b"\0")
+                if not name or b"\0" in name:
+                    raise self._damaged(f"no name in the header at byte {at}")
+                extended[b"path" if header.kind == b"L" else b"linkpath"] = name
             else:
-                extended.update(self._pax(at, payload))
+                records = self._pax(at, payload)
+                if header.kind == b"g" and records.keys() & {b"path", b"linkpath", b"size"}:
+                    raise self._damaged(f"the header at byte {at} names one file and is meant for all")
+                (self._globals if header.kind == b"g" else extended).update(records)
             at += BLOCK + _round_up(header.size, BLOCK)
         return self._file(at, header, self._globals | extended)
 
-    def _file(self, at: int, header: _Header, extended: dict[bytes, bytes]) -> tuple[list[Entry], int]:
+    def _file(self, at: int, header: _Header, extended: dict[bytes, bytes]) -> tuple[Entry | None, int]:
         path = extended.get(b"GNU.sparse.name") or extended.get(b"path") or header.name
         size, problem = header.size, ""
         if text := extended.get(b"size"):
@@ -166,28 +177,26 @@ class Tar:
             body, problem = self._after_sparse_map(at), "is stored sparse"
         elif any(key.startswith(b"GNU.sparse.") for key in extended):
             problem = "is stored sparse"
-        if b"\0" in path:
-            problem = "has a NUL in its name"
+        elif not _same_name(header.name, path):
+            raise self._damaged(
+                f"the file at byte {at} is stored under two names, {_text(header.name)!r} and {_text(path)!r}"
+            )
         after = self._after_data(body, size, header, _text(path))
-        names = [path]
-        if problem != "is stored sparse" and not _same_name(header.name, path):
-            problem = f"is stored under two names, {_text(header.name)!r} and {_text(path)!r}"
-            names.append(header.name)
-        if header.kind in (b"0", b"\0", b"7"):
+        link = ""
+        if header.kind in (b"1", b"2"):
+            link = _target(header, path, _text(extended.get(b"linkpath") or header.link))
+        elif b"linkpath" in extended:
+            raise self._damaged(f"the file at byte {at} has the target of a link and is none")
+        elif header.kind in (b"0", b"\0", b"7"):
             problem = problem or self._padding_problem(body, size)
             if size > BLOCK and not path.endswith(b".tar"):
                 self._refuse_headers_inside(body, size)
-        elif header.kind in (b"1", b"2"):
-            target = _text(extended.get(b"linkpath") or header.link)
-            return [
-                Entry(_text(name), link=_target(header, path, target), problem=problem) for name in names
-            ], after
-        elif header.kind == b"5" and path.endswith(b"/"):
-            return [], after
-        elif header.kind not in (b"S", b"V"):
+        elif (header.kind == b"V" and not size) or (header.kind == b"5" and path.endswith(b"/")):
+            return None, after
+        elif header.kind != b"S":
             problem = f"is {_KINDS.get(header.kind, f'of the unknown type {header.kind!r}')}, not a file"
-        member = None if problem else Member(body, size)
-        return [Entry(_text(name), member, problem=problem) for name in names], after
+        member = None if problem or header.kind in (b"1", b"2") else Member(body, size)
+        return Entry(_text(path), member, link, problem), after
 
     def _after_data(self, body: int, size: int, header: _Header, name: str) -> int:
         """Where the next header stands."""
@@ -258,6 +267,9 @@ class Tar:
         if size is None:
             raise self._damaged(f"size {block[124:136]!r} in the header at byte {at}")
         kind = block[156:157]
+        for mark, kinds in _EXTENSION_NAMES.items():
+            if (mark in name and kind not in kinds) or (kind in (b"L", b"K") and b"@LongLink" not in name):
+                raise self._damaged(f"header {_text(name)!r} of the wrong type {kind!r} at byte {at}")
         if kind == b"\0" and name.endswith(b"/"):  # before POSIX, a directory was told by its name
             kind = b"5"
         return _Header(name, size, kind, block[157:257].split(b"\0", 1)[0])
@@ -336,6 +348,8 @@ def _same_name(header: bytes, path: bytes) -> bool:
     """
     if header == path:
         return True
+    if b"\0" in path:
+        return False
     ascii_ = _text(path).encode("ascii", "replace")
     forms = (path[:100], path[:99], ascii_[:100], bytes(byte for byte in path if byte < 128)[:100])
     if header in forms:
