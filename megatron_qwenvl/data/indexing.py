@@ -17,7 +17,7 @@ from .errors import DataError, SampleError
 from .formats import render_sample
 from .images import load_pixels, read_header
 from .index import COLUMNS, ShardIndex, file_digest, load_index, save_index
-from .manifest import Manifest, ShardEntry, indexed_options, list_shards, save_manifest
+from .manifest import Manifest, ShardEntry, indexed_options, list_shards, save_manifest, unread_shards
 from .members import image_names, refuse_other_media, text_suffix
 from .shards import ShardSample, checksum, read_member, scan_shard
 from .skipped import SkippedKind, merge, tally
@@ -26,6 +26,16 @@ from .tasks import TASKS, Chat, decode_record
 from .tokenizer import Tokenizer, load_tokenizer
 from .writer import DEFAULT_OPTIONS, ImageInfo, RenderOptions
 
+# A sample must not end the indexing of a million others, whatever a library makes of it.
+_UNFORESEEN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _MAX_REASON = 300
 _MAX_KEY = 1000
 
@@ -88,11 +98,19 @@ def index_directory(
         results.append(result)
         if on_result:
             on_result(result, len(shards))
+    failed = {shard.name: result.error for shard, result in zip(shards, results, strict=True) if result.error}
+    for name, reason in unread_shards(directory).items():
+        failed[name] = reason
+        results.append(ShardResult(error=reason))
+        if on_result:
+            on_result(results[-1], len(results))
     entries = tuple(result.entry for result in results if result.entry)
     skipped = merge(itertools.chain.from_iterable(result.skipped for result in results))
-    failed = {shard.name: result.error for shard, result in zip(shards, results, strict=True) if result.error}
     noted = merge(itertools.chain.from_iterable(result.noted for result in results))
-    save_manifest(Manifest(fingerprint, entries, skipped, failed, options, noted), directory)
+    try:
+        save_manifest(Manifest(fingerprint, entries, skipped, failed, options, noted), directory)
+    except OSError as error:
+        raise DataError(f"{directory}: cannot write the manifest: {error.strerror}") from error
     return results
 
 
@@ -149,6 +167,8 @@ def build_index(
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     columns["image_first"].append(0)
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise DataError(f"{path}: cannot read the shard: not a file")
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             digest = file_digest(file)
@@ -156,9 +176,9 @@ def build_index(
             for sample in scan_shard(file, path):
                 try:
                     _append(columns, sample, read, tokenizer, verify_images, options)
-                except SampleError as error:
+                except (SampleError, *_UNFORESEEN) as error:
                     columns["skipped_keys"].append(sample.key[:_MAX_KEY].encode(errors="replace"))
-                    columns["skipped_reasons"].append(str(error)[:_MAX_REASON].encode(errors="replace"))
+                    columns["skipped_reasons"].append(_reason(error)[:_MAX_REASON].encode(errors="replace"))
             now = os.fstat(file.fileno())
             if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
                 raise DataError(f"{path}: changed while it was indexed; index it when it is complete")
@@ -174,6 +194,12 @@ def build_index(
         options,
         verify_images,
         arrays,
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (
+        str(error) if isinstance(error, SampleError) else f"cannot be used: {type(error).__name__}: {error}"
     )
 
 

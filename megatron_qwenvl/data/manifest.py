@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from .skipped import SkippedKind, commonest
 from .writer import DEFAULT_OPTIONS, RenderOptions
 
 MANIFEST = "manifest.json"
+_COMPRESSED = re.compile(r"(.*)\.(tar\.(?:gz|bz2|xz|zst)|t(?:gz|bz2?|xz|zst))", re.IGNORECASE | re.DOTALL)
+_DECOMPRESSORS = {"gz": "gzip", "bz": "bzip2", "xz": "xz", "zst": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,32 @@ def list_shards(directory: Path) -> list[Path]:
         raise DataError(f"{directory}: no such directory of shards")
     shards = sorted(directory.glob("*.tar"))
     if not shards:
-        raise DataError(f"{directory}: no shards (*.tar)")
+        unread = unread_shards(directory)
+        raise DataError(next(iter(unread.values()), f"{directory}: no shards (*.tar)"))
     return shards
+
+
+def unread_shards(directory: Path) -> dict[str, str]:
+    """Files of a directory that seem to be shards and are not read, by name with the reason and the way out.
+
+    Raises:
+        DataError: the directory cannot be read.
+    """
+    found = {}
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be listed: {error.strerror}") from error
+    for name in names:
+        match = _COMPRESSED.fullmatch(name)
+        if match and f"{match[1]}.tar" not in names:
+            tool = next(tool for letters, tool in _DECOMPRESSORS.items() if letters in match[2].lower())
+            found[name] = (
+                f"{directory / name}: compressed tars are not read; decompress it ({tool} -d) or move it away"
+            )
+        elif name.lower().endswith(".tar") and not name.endswith(".tar"):
+            found[name] = f"{directory / name}: shards are named *.tar; rename it or move it away"
+    return found
 
 
 def save_manifest(manifest: Manifest, directory: Path) -> None:
@@ -218,6 +245,8 @@ def open_directory(
             f"{path / MANIFEST}: indexed with another tokenizer (expected {tokenizer}, found "
             f"{manifest.tokenizer}); {remedy}"
         )
+    for unread in unread_shards(path).values():
+        raise DataError(f"{unread}, then {remedy}")
     unknown = sorted(shards.keys() - {entry.name for entry in manifest.shards})
     if unknown:
         if reason := manifest.failed.get(unknown[0]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from megatron_qwenvl.data.formats import render_sample
 from megatron_qwenvl.data.index import index_path, load_index
 from megatron_qwenvl.data.indexing import IndexJob, build_index, index_directory
 from megatron_qwenvl.data.manifest import open_directory
+from megatron_qwenvl.data.plan import training_plan
 from megatron_qwenvl.data.shards import read_member, split_name
-from megatron_qwenvl.data.tasks import TASKS, parse_sample
-from megatron_qwenvl.data.tokenizer import Tokenizer
+from megatron_qwenvl.data.skipped import reason_kind, tally
+from megatron_qwenvl.data.tasks import TASKS, decode_record, parse_sample
+from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwenvl.data.writer import ImageInfo
+from tools import index_shards
 
 from .conftest import QWEN_VOCABULARY
-from .shards import mixed_samples, picture, sample, write_shard, write_source
+from .shards import mixed_samples, picture, run_config, sample, write_shard, write_source
 from .test_images import absurd_png
 
 VQA = {"task": "vqa", "question": "q?", "answer": "a"}
@@ -332,3 +336,68 @@ def test_a_damaged_index_is_named(tmp_path: Path, byte_level: Tokenizer) -> None
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=r"000001\.index\.npz: damaged index"):
             directory.load_index(1)
+
+
+def test_an_error_that_nobody_foresaw_leaves_one_sample_out(
+    tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(suffix: str, data: bytes) -> object:
+        if b"evil" in data:
+            raise OverflowError("too much")
+        return decode_record(suffix, data)
+
+    monkeypatch.setattr(indexing, "decode_record", fail)
+    texts = [sample(key, {"task": "text", "text": key}) for key in ("good", "evil", "last")]
+    index = build_index(write_shard(tmp_path / "s.tar", texts), byte_level)
+    assert [index.key(row) for row in range(len(index))] == ["good", "last"]
+    assert index.arrays["skipped_reasons"].tolist() == [b"cannot be used: OverflowError: too much"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "dangling link", "vanished"])
+def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    root = write_source(tmp_path / "s", mixed_samples(9))
+    path = root / "x.tar"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+    else:
+        monkeypatch.setattr(indexing, "list_shards", lambda directory: [root / "000000.tar", path])
+    results = index_directory(root, IndexJob())
+    assert "x.tar: cannot read the shard: " in results[1].error and not results[0].error
+
+
+def test_left_out_samples_are_counted_by_kind_of_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boxes = [{"task": "referring", "phrase": "x", "boxes": [[n, 1, n, 2]]} for n in (3, 4, 5)]
+    bad = [sample(f"box{n}", record, png=picture()) for n, record in enumerate(boxes)]
+    root = write_source(tmp_path / "s", [*bad, sample("json", b"{"), *mixed_samples(2)], per_shard=2)
+    kinds = open_directory(root, load_tokenizer().fingerprint).manifest.skipped
+    assert [(kind.count, kind.example) for kind in kinds] == [(3, "000000.tar:box0"), (1, "000001.tar:json")]
+    plan = training_plan(run_config(tmp_path, {"s": 1}), load_tokenizer().fingerprint)
+    assert [line.split(":")[:2] for line in plan.source_notes()][:1] == [["data s", " 3 left out"]]
+    monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), "--workers", "1"])
+    assert index_shards.main() == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"{root}: 3 left out: box (3.0, 1.0, 3.0, 2.0)" in printed
+        and "for example 000000.tar:box0" in printed
+    )
+    monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), "--list-skipped"])
+    assert index_shards.main() == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in listed] == [
+        *(f"{root}/00000{n // 2}.tar:box{n}" for n in range(3)), f"{root}/000001.tar:json",
+    ]  # fmt: skip
+
+
+def test_many_kinds_of_reasons_become_a_hundred_and_one() -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    reasons = [(first + second).encode() for first in letters for second in letters]
+    kinds = tally("s.tar", [b"k"] * len(reasons), reasons)
+    assert len(kinds) == 101 and sum(kind.count for kind in kinds) == len(reasons)
+    assert kinds[0].kind == "other reasons"
+    assert reason_kind("box (3.5, 1) of 'x y' at 0x7f1a") == reason_kind("box (4, 22.25) of 'z' at 0x1b")

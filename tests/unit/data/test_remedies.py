@@ -102,6 +102,19 @@ def other_shard(root: Path) -> None:
     write_shard(root / "000001.tar", mixed_samples(90))
 
 
+def compressed_shard(root: Path) -> None:
+    subprocess.run(["gzip", "000001.tar"], cwd=root, check=True)
+
+
+def named_shard_in_capitals(root: Path) -> None:
+    (root / "000001.tar").rename(root / "000001.TAR")
+
+
+def truncated_shard(root: Path) -> None:
+    shutil.copy(root / "000001.tar", root / "whole")
+    os.truncate(root / "000001.tar", 5000)
+
+
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (older_index, "manifest.json: expected index format 2, found 1"),
     (older_rendering, "manifest.json: expected the text lengths of rendering version [0-9]+, found 1"),
@@ -182,3 +195,60 @@ def test_a_task_keeps_its_name_when_others_come_before_it(
     tasks = load_index(tmp_path / "s" / "000000.tar").arrays["tasks"]
     expected = [json.loads(item["json"])["task"] for item in samples]
     assert [("video", *TASKS)[task] for task in tasks] == expected
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason", "mend"),
+    [
+        (
+            compressed_shard,
+            r"000001.tar.gz: compressed tars are not read; decompress it \(gzip -d\)",
+            "gzip -d *.gz",
+        ),
+        (compressed_shard, "or move it away", "rm *.gz"),
+        (named_shard_in_capitals, "000001.TAR: shards are named .*; rename it", "mv 000001.TAR 000001.tar"),
+        (
+            truncated_shard,
+            "000001.tar: damaged or truncated tar: .*; replace the shard",
+            "mv whole 000001.tar",
+        ),
+        (truncated_shard, "or move it away", "rm 000001.tar"),
+    ],
+)
+def test_what_a_message_asks_for_before_its_command_helps(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None], reason: str, mend: str,
+) -> None:  # fmt: skip
+    root = Path(run.data.root, "my data")
+    damage(root)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    arguments = ["index_shards.py", str(root), "--tokenizer", str(run.data.tokenizer)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert index_shards.main() == 1
+    assert re.search(
+        reason.split("; replace")[0] if "replace" in reason else "error: .*000001", capsys.readouterr().err
+    )
+    with pytest.raises(DataError, match=reason) as caught:
+        open_all(run)
+    subprocess.run(mend, shell=True, cwd=root, check=True)
+    monkeypatch.setattr(sys, "argv", named_command(str(caught.value))[1:])
+    assert index_shards.main() == 0
+    assert open_all(run) >= 10
+
+
+def test_a_shard_that_changed_without_a_trace_is_indexed_again_with_the_command(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(run.data.root, "my data", "000001.tar")
+    stat = path.stat()
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    fingerprint = load_tokenizer(run.data.tokenizer).fingerprint
+    with pytest.raises(DataError, match="expected digest") as caught:
+        training_plan(run, fingerprint, verify_digests=True)
+    monkeypatch.setattr(sys, "argv", named_command(str(caught.value))[1:])
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert index_shards.main() == 0
+    training_plan(run, fingerprint, verify_digests=True)
