@@ -124,7 +124,7 @@ def _refuse_attempts(pieces: list[Piece]) -> None:
     located = any(piece.kind in ("box", "quad") for piece in pieces)
     before = None
     for piece in pieces:
-        if piece.kind == "text":
+        if piece.kind == "text" and "<" in piece.text:
             attempt = _ATTEMPTS.search(piece.text)
             attempt = attempt or (_LEFT_OVER.search(piece.text) if located else None)
             attempt = attempt or (_AFTER[before].match(piece.text) if before in _AFTER else None)

@@ -29,7 +29,7 @@ from megatron_qwenvl.data.writer import ImageInfo
 EXPECTED = {
     "version": 3,
     "renderings": "7d009248fe8ea43a",
-    "logic": "da07fca275473d67",
+    "logic": "febd3bd47b717c3b",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
