@@ -26,7 +26,7 @@ from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 if __name__ == "__main__":
     end_at_stop_signals("convert_checkpoint")  # before what takes time to import
 
-from megatron_qwenvl.checkpoint.examine import compare, describe, open_weights, verify
+from megatron_qwenvl.checkpoint.examine import compare, describe, open_weights, table_notes, verify
 from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
 from megatron_qwenvl.checkpoint.files import CheckpointError, OnBytes, check_places
 from megatron_qwenvl.checkpoint.imports import Import, carry_out_import, plan_parts, plan_qwenvl
@@ -88,7 +88,7 @@ def compare_checkpoints(arguments: argparse.Namespace) -> int:
     progress = Progress("compare", sum(spec.nbytes for spec in a.specs.values()))
     differences = compare(a, b, arguments.tolerance, progress.add)
     progress.finish()
-    _tell(differences)
+    _tell([*table_notes(arguments.a), *table_notes(arguments.b), *differences])
     print(f"{len(differences)} of {len(a.specs.keys() | b.specs.keys())} tensors differ")
     return 1 if differences else 0
 

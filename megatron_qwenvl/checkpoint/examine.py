@@ -14,7 +14,7 @@ from .files import CheckpointError, FileRecord, OnBytes, file_problem, untold
 from .finite import NonFinite, merged
 from .imports import plan_qwenvl
 from .manifest import MANIFEST_NAME, MODEL_FOLDER, OPTIMIZER_FOLDER, Manifest, find_checkpoint, read_manifest
-from .names import Rule
+from .names import TABLE_NAME, Rule
 from .pickles import check_data_only
 from .repeat import RECORD_NAME
 from .source import tensor_problems
@@ -118,14 +118,23 @@ def _model_problems(checkpoint: Path, manifest: Manifest) -> list[str]:
 
 
 def open_weights(path: Path) -> TensorSource:
-    """The weights at `path` under our names: a checkpoint, a run, or a published Qwen-VL directory.
+    """The weights at `path` under our names: a checkpoint, a run, or a published Qwen-VL directory (its position table
+    is not among them).
 
     Raises:
         CheckpointError: neither.
     """
     if (path / "config.json").is_file():
-        return PublishedAsOurs(plan_qwenvl(path).parts[0])
+        return PublishedAsOurs(plan_qwenvl(path, accept_drift=True).parts[0])
     return DistributedFolder(find_checkpoint(path) / MODEL_FOLDER)
+
+
+def table_notes(path: Path) -> list[str]:
+    """In what the position table of a published directory is not the constant one, which a comparison does not show:
+    the table is not among our tensors. Empty for a checkpoint."""
+    if not (path / "config.json").is_file():
+        return []
+    return [f"{path}: {note}" for note in plan_qwenvl(path, accept_drift=True).notes if TABLE_NAME in note]
 
 
 class PublishedAsOurs:

@@ -18,7 +18,14 @@ from .finite import NonFinite, describe_non_finite
 from .manifest import MODEL_FOLDER, Manifest
 from .names import TABLE_NAME, Rule, qwenvl_rules
 from .position_table import published_table
-from .published_config import CODE_FILES, generation_config, published_config, published_limits
+from .published_config import (
+    CODE_FILES,
+    TOKENIZER_FILE,
+    generation_config,
+    published_config,
+    published_limits,
+    tokenizer_digest,
+)
 from .repeat import Conversion, write_record
 from .safetensors_files import write_safetensors
 from .source import WeightsSource, open_source
@@ -102,6 +109,15 @@ def _notes(manifest: Manifest, beside: tuple[Path, ...]) -> tuple[str, ...]:
             f"note: {TABLE_NAME} is the constant table; the imported one differed by {origin.table_drift:.2g} at most"
         )
     notes += [f"note: the published code differs: {limit}" for limit in published_limits(manifest.model)]
+    vocabulary = next((file for file in beside if file.name == TOKENIZER_FILE), None)
+    if vocabulary is None:
+        notes.append(
+            f"note: without {TOKENIZER_FILE}; --tokenizer takes it and its companions from a directory"
+        )
+    elif origin is not None and origin.tokenizer not in (None, tokenizer_digest(vocabulary.parent)):
+        notes.append(
+            f"note: {vocabulary} is not the vocabulary of the imported directory; ids may mean other text"
+        )
     if missing := sorted(set(CODE_FILES) - {file.name for file in beside}):
         notes.append(
             f"note: config.json names {' and '.join(missing)}, which --tokenizer did not give; copy the published "

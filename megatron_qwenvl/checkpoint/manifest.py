@@ -41,6 +41,8 @@ class Published(BaseModel):
     """Other keys of its `config.json` that change neither tensors nor results; JSON values."""
     generation: dict[str, Any] | None = None
     """Its `generation_config.json`, JSON values; none: it had none."""
+    tokenizer: str | None = None
+    """SHA-256 of its `qwen.tiktoken`, lower-case hexadecimal; none: it had none."""
     table_drift: float | None = None
     """Largest difference of its adapter's position table from the constant one; none: rounding at most."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -168,10 +169,20 @@ def read_published(directory: Path) -> Published:
             key: value for key, value in generated.items() if not key.startswith(("_", "transformers"))
         }
     try:
-        return Published.model_validate({**context, "config": kept, "generation": generated}, strict=True)
+        known = {"config": kept, "generation": generated, "tokenizer": tokenizer_digest(directory)}
+        return Published.model_validate({**context, **known}, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
         raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+TOKENIZER_FILE = "qwen.tiktoken"
+
+
+def tokenizer_digest(directory: Path) -> str | None:
+    """SHA-256 of a directory's vocabulary; None: it has none."""
+    path = directory / TOKENIZER_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _check_plain(path: Path, content: object) -> None:

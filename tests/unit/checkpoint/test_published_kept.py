@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_qwenvl.checkpoint.examine import compare, open_weights, table_notes
 from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
 from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
@@ -127,6 +128,9 @@ def test_a_trained_table_is_taken_on_request_alone(tmp_path: Path, dtype: torch.
     assert any("the imported model has the constant table" in note for note in plan.notes)
     carry_out_import(plan, tmp_path / "ours")
     assert read_manifest(tmp_path / "ours").published.table_drift == pytest.approx(0.25, abs=1e-2)
+    assert compare(open_weights(published), open_weights(tmp_path / "ours")) == []
+    (note,) = table_notes(published)
+    assert "has drifted from the constant sin-cos table" in note
     export = plan_export(tmp_path / "ours")
     assert any("is the constant table; the imported one differed by 0.25" in note for note in export.notes)
     carry_out_export(export, tmp_path / "again")
@@ -141,3 +145,15 @@ def test_a_trained_table_is_taken_on_request_alone(tmp_path: Path, dtype: torch.
 def test_another_table_is_no_drift(tmp_path: Path, drift: float, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         plan_qwenvl(with_drift(tmp_path, drift), accept_drift=True)
+
+
+def test_another_vocabulary_than_the_imported_one_is_said(tmp_path: Path) -> None:
+    published = publish(tmp_path / "published", TINY, random_weights(TINY))
+    (published / "qwen.tiktoken").write_text("words")
+    carry_out_import(plan_qwenvl(published), tmp_path / "ours")
+    assert any("without qwen.tiktoken" in note for note in plan_export(tmp_path / "ours").notes)
+    assert not any("qwen.tiktoken" in note for note in plan_export(tmp_path / "ours", published).notes)
+    (published / "qwen.tiktoken").write_text("other words")
+    assert any(
+        "not the vocabulary of the imported" in n for n in plan_export(tmp_path / "ours", published).notes
+    )
