@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from megatron_qwenvl.runtime.retry import reads
+
 from .asides import MAKER_NAME, make_aside, remove_leftovers
 
 BLOCK_BYTES = 1 << 20
@@ -44,7 +46,8 @@ class FileSlice(io.RawIOBase):
     """
 
     def __init__(self, path: Path, start: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)
+        self._path = path
+        self._file = _opened(path)
         self._start = start
         self._length = length
         self._position = 0
@@ -70,17 +73,43 @@ class FileSlice(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the range and the file go."""
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
-        self._file.seek(self._start + self._position)
-        done = 0
-        while done < len(view) and (count := self._file.readinto(view[done:])):
-            done += count
+        done = reads(self._path, lambda: self._fill(view))
         self._position += done
         return done
+
+    def _fill(self, view: memoryview) -> int:
+        try:
+            self._file.seek(self._start + self._position)
+            done = 0
+            while done < len(view) and (count := self._file.readinto(view[done:])):
+                done += count
+            return done
+        except OSError:  # the open file may be stale for good
+            self._file.close()
+            self._file = _open_raw(self._path)
+            raise
 
     def close(self) -> None:
         """Close the file; idempotent."""
         self._file.close()
         super().close()
+
+
+def open_whole(path: Path) -> FileSlice:
+    """A file, to be read with patience.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return FileSlice(path, 0, reads(path, lambda: os.stat(path)).st_size)
+
+
+def _opened(path: Path) -> io.FileIO:
+    return reads(path, lambda: _open_raw(path))
+
+
+def _open_raw(path: Path) -> io.FileIO:
+    return open(path, "rb", buffering=0)
 
 
 class FileRecord(BaseModel):
@@ -203,16 +232,20 @@ def sync_directory(path: Path) -> None:
 def read_blocks(path: Path) -> Iterator[memoryview]:
     """Yield the file's content in blocks; a block is valid until the next one is asked for."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
+    with open_whole(path) as file:
         while count := file.readinto(buffer):
             yield buffer[:count]
 
 
 def size_problem(path: Path, record: FileRecord) -> str | None:
     """What is wrong with the file as far as its size tells, or None."""
-    if not path.is_file():
+    try:
+        is_file, found = reads(path, lambda: (path.is_file(), path.stat().st_size if path.is_file() else 0))
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    if not is_file:
         return f"{path}: missing (expected {record.bytes} bytes)"
-    if (found := path.stat().st_size) != record.bytes:
+    if found != record.bytes:
         return f"{path}: expected {record.bytes} bytes, found {found}"
     return None
 

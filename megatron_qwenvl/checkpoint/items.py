@@ -7,6 +7,7 @@ lies. Both the writer of training ranks and the streaming converter go through h
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+
+from megatron_qwenvl.runtime.retry import reads
 
 from .files import CheckpointError, DigestWriter, FileRecord, FileSlice, write_bytes
 from .pickles import INDEX_NAME, load_data
@@ -70,7 +73,7 @@ def read_item(folder: Path, where: _StorageInfo) -> Tensor:
     path = folder / where.relative_path
     end = where.offset + where.length
     try:
-        if path.stat().st_size < end:
+        if reads(path, lambda: os.stat(path)).st_size < end:
             raise CheckpointError(f"{path}: truncated: expected {end} bytes or more")
         with FileSlice(path, where.offset, where.length) as content:
             tensor = load_data(path, content)

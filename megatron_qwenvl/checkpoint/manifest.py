@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_qwenvl.config.schema import ModelConfig, Stage
+from megatron_qwenvl.runtime.retry import reads
 
 from .files import CheckpointError, FileRecord, replace_bytes
 
@@ -114,7 +115,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(reads(path, path.read_text))
         digest = content.pop("digest")
     except FileNotFoundError:
         raise CheckpointError(f"{directory}: not a checkpoint (no {MANIFEST_NAME})") from None
@@ -147,9 +148,8 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints_of_run(directory: Path) -> list[Path]:
     """The checkpoints below a run's checkpoints folder, from new to old. A directory gets such a name when it is
     complete."""
-    return sorted(
-        (path for path in directory.glob("step_*") if step_of(path) >= 0), key=step_of, reverse=True
-    )
+    found = reads(directory, lambda: list(directory.glob("step_*")))
+    return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -172,7 +172,7 @@ def find_checkpoint(path: Path) -> Path:
 def _newest(directory: Path) -> Path | None:
     """What the pointer names, or what is newer: a crash may leave a complete checkpoint that it does not name yet."""
     pointer = directory / POINTER_NAME
-    named = directory / pointer.read_text().strip() if pointer.is_file() else None
+    named = directory / reads(pointer, pointer.read_text).strip() if pointer.is_file() else None
     for checkpoint in checkpoints_of_run(directory):
         if named is not None and step_of(checkpoint) <= step_of(named):
             break

@@ -16,7 +16,9 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from .files import CheckpointError, FileSlice
+from megatron_qwenvl.runtime.retry import reads
+
+from .files import CheckpointError, FileSlice, open_whole
 
 INDEX_NAME = ".metadata"
 COMMON_NAME = "common.pt"
@@ -61,7 +63,7 @@ def read_index(folder: Path) -> Metadata:
     """
     path = folder / INDEX_NAME
     try:
-        index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+        index = _IndexUnpickler(io.BytesIO(reads(path, path.read_bytes))).load()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged pickle can raise almost anything
@@ -82,8 +84,10 @@ def load_data(path: Path, content: IO[bytes] | io.RawIOBase | None = None) -> An
         CheckpointError: unreadable, or it holds more than data.
     """
     try:
-        source: Any = path if content is None else content
-        return torch.load(source, map_location="cpu", weights_only=True)
+        if content is not None:
+            return torch.load(content, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        with open_whole(path) as whole:
+            return torch.load(whole, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:

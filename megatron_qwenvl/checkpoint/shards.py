@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .collective import Peers
+from .engine_reads import patient_engine_reads
 from .files import CheckpointError, FileRecord, sync_directory, write_bytes, writing
 from .items import StoredItem, with_own_storage, write_index, write_item
 from .pickles import check_data_only
@@ -189,7 +190,7 @@ def load_folder(state: ShardedState, folder: Path, peers: Peers) -> ShardedState
     """
     peers.main(lambda: check_data_only(folder), "refused")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), patient_engine_reads():
             return dist_checkpointing.load(
                 without_extra_state(state),
                 str(folder),

@@ -230,11 +230,21 @@ class RuntimeConfig(Section):
     timeout_minutes: float = Field(20, gt=0)
     """Time after which a collective that does not finish ends the run; longer than `hang_minutes`, so that the stacks
     are written first."""
+    retry_minutes: float | None = Field(None, ge=0)
+    """Time for which a read of data or of a checkpoint is repeated where a file system gives an error that may go away;
+    less than `hang_minutes`. none: 10, or two thirds of `hang_minutes` if that is less; 0: the first error counts."""
     takeover_minutes: float = Field(2, gt=0)
     """A run directory has one owner. Time without a sign of life after which a start takes over from an owner of which
     it can find out nothing else: one on another machine, outside of Slurm. By the clock of the start."""
     threads: int = Field(0, ge=0)
     """CPU threads per process; 0: OMP_NUM_THREADS or torch's default."""
+
+    @property
+    def patience_seconds(self) -> float:
+        """`retry_minutes` in seconds, with what stands for none."""
+        if self.retry_minutes is not None:
+            return 60 * self.retry_minutes
+        return 60 * min(10.0, (self.hang_minutes or self.timeout_minutes) * 2 / 3)
 
 
 class CheckpointConfig(Section):

@@ -71,6 +71,9 @@ def _parallel_problems(config: RunConfig) -> Iterator[str]:
     hang, timeout = config.runtime.hang_minutes, config.runtime.timeout_minutes
     if hang >= timeout:
         yield f"runtime.hang_minutes: expected less than runtime.timeout_minutes ({timeout:g}), found {hang:g}"
+    limit = "hang_minutes" if hang else "timeout_minutes"
+    if (retry := config.runtime.retry_minutes) is not None and retry >= (hang or timeout):
+        yield f"runtime.retry_minutes: expected less than runtime.{limit} ({hang or timeout:g}), found {retry:g}"
     if config.runtime.device == "cpu" and config.runtime.kernels in ("te", "apex"):
         yield f"runtime.kernels: expected auto or torch with runtime.device cpu, found {config.runtime.kernels}"
 

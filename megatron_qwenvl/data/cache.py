@@ -17,6 +17,13 @@ class LruCache(Generic[T]):
         self._drop = drop
         self._values: OrderedDict[Hashable, T] = OrderedDict()
 
+    def forget(self, key: Hashable) -> None:
+        """Drop the value of `key`, if it is there."""
+        if key in self._values:
+            value = self._values.pop(key)
+            if self._drop:
+                self._drop(value)
+
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of `key`, made if it is not there."""
         if key not in self._values:

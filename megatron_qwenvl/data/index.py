@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_qwenvl.runtime.retry import reads
+
 from .errors import DataError, index_command
 from .formats import RENDERING_VERSION
 from .tar import Member
@@ -150,7 +152,8 @@ def load_index(shard: Path, vocabulary: str | None = None) -> ShardIndex:
     path = index_path(shard)
     remedy = f"run {index_command(shard.parent, vocabulary)}"
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        content = reads(path, path.read_bytes)
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             meta = json.loads(bytes(stored["meta"]))
             check_versions(path, meta.pop("format"), meta.pop("rendering", None), remedy)
             names = meta.pop("task_names")

@@ -19,7 +19,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.helpers import start_resource_tracker
 from megatron_qwenvl.runtime.interrupt import blocked_stop_signals, ignore_stop_signals
+from megatron_qwenvl.runtime.retry import reads
 
 from .batch import Batch, DataNeeds
 from .cache import LruCache
@@ -191,14 +192,17 @@ class _MicroBatches(Dataset[Any]):
         self._needs = needs
         self._rank = rank
         self._ranks = ranks
+        self._patience = reads.seconds
         self._dealt: LruCache[list[MicroBatch]] = LruCache(2)
 
     def __getitem__(self, key: Key) -> Batch | DataError:
         """A micro-batch, or what keeps it from being read: an exception would lose its type on the way here."""
         step, number = key
+        reads.seconds = self._patience  # a worker is another process
         try:
             samples = self._plan.global_batch(step).samples
-            return collate(self._part(step)[number], samples, self._reader, self._needs)
+            batch = collate(self._part(step)[number], samples, self._reader, self._needs)
+            return replace(batch, read_again=reads.take())
         except DataError as error:
             return error
 

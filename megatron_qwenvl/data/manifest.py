@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_qwenvl.runtime.retry import reads
+
 from .errors import DataError, index_command
 from .formats import RENDERING_VERSION
 from .index import FORMAT_VERSION, ShardIndex, check_versions, file_digest, load_index, write_atomically
@@ -120,7 +122,7 @@ class ShardDirectory:
         """
         path, entry = self.shard_path(shard), self.manifest.shards[shard]
         try:
-            found = os.stat(path)
+            found = reads(path, lambda: os.stat(path))
         except OSError as error:
             raise DataError(
                 f"{path}: shard of the manifest cannot be read: {error.strerror}; restore it, or go on without it: "
@@ -150,8 +152,7 @@ class ShardDirectory:
         """
         path, expected = self.shard_path(shard), self.manifest.shards[shard].digest
         try:
-            with path.open("rb") as file:
-                digest = file_digest(file)
+            digest = reads(path, lambda: _digest_of(path))
         except OSError as error:
             raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
         if digest != expected:
@@ -165,15 +166,23 @@ class ShardDirectory:
         return index_command(self.path, self.vocabulary, *options)
 
 
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file)
+
+
 def list_shards(directory: Path) -> list[Path]:
     """The tars of a directory, sorted by name.
 
     Raises:
         DataError: no such directory, or no tar in it.
     """
-    if not directory.is_dir():
+    try:
+        is_directory, shards = reads(directory, lambda: (directory.is_dir(), sorted(directory.glob("*.tar"))))
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be listed: {error.strerror}") from error
+    if not is_directory:
         raise DataError(f"{directory}: no such directory of shards")
-    shards = sorted(directory.glob("*.tar"))
     if not shards:
         unread = unread_shards(directory)
         raise DataError(next(iter(unread.values()), f"{directory}: no shards (*.tar)"))
@@ -268,7 +277,7 @@ def open_directory(
 def _load_manifest(directory: Path, remedy: str) -> Manifest:
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(reads(path, path.read_bytes))
         check_versions(path, content["format"], content.get("rendering"), remedy)
         shards = tuple(ShardEntry(**entry) for entry in content["shards"])
         skipped = tuple(SkippedKind(**kind) for kind in content["skipped"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_qwenvl.runtime.retry import reads
 
 from .cache import LruCache
 from .errors import DataError, SampleError
@@ -84,9 +87,17 @@ class SampleReader:
 
     def _read(self, source: int, shard: int, member: Member) -> bytes:
         path = self.plan.sources[source].directory.shard_path(shard)
+
+        def read() -> bytes:
+            try:
+                return read_member(self._files.get((source, shard), lambda: _open(path)), member)
+            except OSError:  # the open file may be stale for good where another `open` finds the shard
+                with contextlib.suppress(OSError):
+                    self._files.forget((source, shard))
+                raise
+
         try:
-            descriptor = self._files.get((source, shard), lambda: _open(path))
-            return read_member(descriptor, member)
+            return reads(path, read, folder=path.parent)
         except OSError as error:
             raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_qwenvl.runtime.retry import read_at
+
 from .tar import Entry, Member, Tar, normalise_name
 
 MAX_MEMBER = 1 << 29
@@ -139,4 +141,4 @@ def read_member(descriptor: int, member: Member) -> bytes:
     Raises:
         OSError: it cannot be read.
     """
-    return os.pread(descriptor, member.size, member.offset)
+    return read_at(descriptor, member.size, member.offset)

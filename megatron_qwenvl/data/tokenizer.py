@@ -15,6 +15,8 @@ from pathlib import Path
 
 import tiktoken
 
+from megatron_qwenvl.runtime.retry import reads
+
 from .errors import DataError, SampleError
 
 PATTERN = (
@@ -89,7 +91,7 @@ def load_tokenizer(path: str | None = None) -> Tokenizer:
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Parse lines of `base64-token rank`."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = reads(path, path.read_bytes).splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot read the vocabulary: {error.strerror}") from error
     ranks: dict[bytes, int] = {}

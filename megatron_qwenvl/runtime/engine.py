@@ -23,6 +23,7 @@ from .devices import choose_device
 from .engine_on_cpu import adapt_engine
 from .kernels import Kernels, choose_kernels
 from .processes import ProcessInfo, detect_process
+from .retry import reads
 from .temporary import choose_temporary_directory
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,10 @@ class Runtime:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
+    def sum_ranks(self, value: int) -> int:
+        """Sum over all ranks of a whole number."""
+        return int(self.all_sum(torch.tensor([value], dtype=torch.float64, device=self.device)))
+
     def any_rank(self, here: bool) -> bool:
         """True on every rank if it is true on any."""
         return self.all_max([float(here)])[0] > 0
@@ -123,6 +128,7 @@ def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
     process = process or detect_process()
     if (change := choose_temporary_directory()) and process.rank == 0:
         logger.warning(change)
+    reads.seconds = config.runtime.patience_seconds
     device = choose_device(config.runtime.device, process.local_rank, process.launcher)
     kernels = choose_kernels(config.runtime.kernels, on_gpu=device.type == "cuda")
     _prepare_device(device, config)

@@ -63,10 +63,13 @@ class Watchdog:
         while (left := self._alive_at + self._limit_now - time.monotonic()) > 0:
             if self._stopped.wait(min(left, 1.0)):
                 return
-        self._folder.mkdir(parents=True, exist_ok=True)
         stacks = self._folder / f"rank_{self._rank:05d}_{time.strftime('%Y%m%dT%H%M%S')}.txt"
-        with stacks.open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with stacks.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:  # a full disk, or the file system is what hangs; the end must not depend on it
+            faulthandler.dump_traceback(all_threads=True)
         what = f"no sign of life for {self._limit_now:.0f} s in {self._doing}"
         logger.error("FAILED (hang) %s; stacks of all threads: %s", what, stacks)
         sys.stderr.flush()

@@ -32,6 +32,7 @@ from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.runtime.engine import Runtime
 from megatron_qwenvl.runtime.interrupt import StopRequest
+from megatron_qwenvl.runtime.retry import reads
 from megatron_qwenvl.runtime.watchdog import Watchdog
 
 from .errors import TrainingError
@@ -70,6 +71,8 @@ class Trainer:
     interrupted: bool = False
     """The run was asked to stop before its end, and did."""
     _saved_step: int = field(default=-1)
+    _repeated_reads: int = 0
+    """On this rank, since the last record."""
 
     @classmethod
     def build(
@@ -224,6 +227,7 @@ class Trainer:
         for step in self.loader:
             batches = list(step)
             self._name_skipped(step, batches)
+            self._tell_repeated_reads(batches)
             yield batches, time.monotonic() - began, began
             if self.progress.step >= self._last_step:
                 return
@@ -256,7 +260,9 @@ class Trainer:
         """Log a step with what it took on the rank that took most."""
         longest, peak = self.runtime.all_max([waited, self.runtime.peak_memory_bytes()])
         self.runtime.reset_peak_memory()
-        cost = StepCost(time.monotonic() - began, longest, int(peak))
+        repeated = self.runtime.sum_ranks(self._repeated_reads)
+        self._repeated_reads = 0
+        cost = StepCost(time.monotonic() - began, longest, int(peak), repeated)
         world, reference = self.runtime.process.world_size, mfu_reference(self.config, self.runtime)
         self.metrics.train(step_metrics(self.config, report, cost, step, lr, world, reference))
 
@@ -368,6 +374,16 @@ class Trainer:
                 saved.total_seconds,
                 saved.stall_seconds,
             )
+
+    def _tell_repeated_reads(self, batches: list[Batch]) -> None:
+        """One line for all reads of a step's data that worked only when they were repeated, here or in a worker."""
+        told = [line for batch in batches for line in batch.read_again] + list(reads.take())
+        if told:
+            more = f" and {len(told) - 1} more" if len(told) > 1 else ""
+            logger.warning(
+                "step %d: the file system refused reads: %s%s", self.progress.step + 1, told[0], more
+            )
+        self._repeated_reads += len(told)
 
     def _name_skipped(self, step: Step, batches: list[Batch]) -> None:
         if self.runtime.is_main:

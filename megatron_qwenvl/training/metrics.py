@@ -37,6 +37,8 @@ class StepCost:
     """Seconds in which the rank that waited longest for its data did so; the others wait for that rank."""
     peak_memory_bytes: int
     """Largest memory of a rank since the record before (see `Runtime.peak_memory_bytes`)."""
+    repeated_reads: int = 0
+    """Reads of all ranks since the record before that a file system refused at first."""
 
 
 def mfu_reference(config: RunConfig, runtime: Runtime) -> float | None:
@@ -112,6 +114,7 @@ def step_metrics(
         "padding": 1 - report.tokens / max(1, report.padded_tokens),
         "data_wait": cost.data_wait / seconds,
         "unreadable_samples": report.skipped_samples,
+        "repeated_reads": cost.repeated_reads,
     }
 
 
