@@ -24,7 +24,18 @@ RECENT_RECORDS = 20
 def total_steps(run: Path) -> int | None:
     """Steps of the run's schedule by its resolved configuration; None before it has started, or where that is lost."""
     try:
-        text = (run / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        steps = json.loads((run / "config.json").read_text(encoding="utf-8"))["train"]["steps"]
+        return steps if isinstance(steps, int) else None
+    except FileNotFoundError:
+        return _steps_of_yaml(run / "config.yaml")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _steps_of_yaml(path: Path) -> int | None:
+    """The same of a run by a version that wrote no config.json."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     train = re.search(r"^train:\n((?: .*\n)+)", text, re.MULTILINE)

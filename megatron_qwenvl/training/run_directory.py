@@ -1,4 +1,4 @@
-"""What a start leaves in its run directory, apart from checkpoints and metrics: `config.yaml` and `environment/`."""
+"""What a start leaves in its run directory beside checkpoints and metrics: its configuration and `environment/`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_qwenvl.checkpoint.files import CheckpointError, replace_bytes
+from megatron_qwenvl.config.fields import plain
 from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.environment import describe_environment
@@ -56,6 +57,9 @@ def record_start(config: RunConfig, process: ProcessInfo) -> None:
     environment.mkdir(parents=True, exist_ok=True)
     _tell_changes(folder, config)
     replace_bytes(folder / "config.yaml", dump_yaml(config).encode())
+    replace_bytes(
+        folder / "config.json", json.dumps(plain(config), indent=1).encode()
+    )  # for tools without YAML
     described = json.dumps(describe_environment(process).to_json(), indent=1) + "\n"
     replace_bytes(environment / f"{time.strftime('%Y%m%dT%H%M%S')}.json", described.encode())  # one per start
 

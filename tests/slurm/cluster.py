@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -92,6 +93,7 @@ class Cluster:
         self._daemon(munge + [f"--{option}={self.folder}/munge.{end}" for option, end in places.items()])
         wait_until(lambda: (self.folder / "munge.socket").exists(), "munge does not start")
         self._daemon(["slurmctld", "-D"])
+        self._controller = self._daemons[-1]
         for number in range(1, NODES + 1):
             self._daemon(["slurmd", "-D", "-N", f"node{number}"])
         idle = f"{NODES} idle"
@@ -99,6 +101,14 @@ class Cluster:
             lambda: self.try_run("sinfo", "--noheader", "--partition=main", "--format=%D %t").strip() == idle,
             "the nodes do not get idle",
         )  # fmt: skip
+
+    def pause_controller(self, seconds: float) -> None:
+        """Let Slurm's controller answer nobody for a while."""
+        self._controller.send_signal(signal.SIGSTOP)
+        try:
+            time.sleep(seconds)
+        finally:
+            self._controller.send_signal(signal.SIGCONT)
 
     def cancel_all(self) -> None:
         """End what a test left behind, so that the next one finds every node idle."""

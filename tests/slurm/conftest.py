@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_qwenvl.config.load import load_config
 from tests.end_to_end.training_cases import write_data
+from tests.unit.checkpoint.published_cases import publish, random_weights
 
 from .cluster import Cluster, missing_programs
+from .jobs import STEPS, finish_chain, pipeline, site_of_chain, write_recipe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +39,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_data(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("published") / "qwen_vl"
+    recipe = write_recipe(tmp_path_factory.mktemp("recipe"), data, "stage1")
+    model = load_config(str(recipe)).model
+    publish(folder, model, random_weights(model))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    cluster: Cluster, data: Path, published: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A chain that ran without disturbance."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    site, run = site_of_chain(folder, data, published), folder / "run"
+    planned = pipeline(cluster, site, run, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert [line.split(":")[0] for line in planned.stdout.splitlines()] == STEPS
+    assert not run.exists()
+    done = pipeline(cluster, site, run)
+    assert done.returncode == 0, done.stderr
+    finish_chain(cluster, run)
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from tests.end_to_end.training_cases import run_config
 
 from .cluster import Cluster
 
+STEPS = ["import", "stage1", "next_stage2", "stage2", "next_stage3", "stage3", "export"]
 ROOT = Path(__file__).parents[2]
 SMALL = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
 """In place of the eight GPU tasks per node of the scripts."""
@@ -120,3 +121,28 @@ def ranks_of(run_dir: Path) -> dict[str, int]:
 def resolved(run_dir: Path) -> dict[str, Any]:
     """The configuration that was saved with a run."""
     return yaml.safe_load((run_dir / "config.yaml").read_text())
+
+
+def site_of_chain(folder: Path, data: Path, published: Path) -> Path:
+    """What each step is given; the recipes' run directories are the chain's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"import_arguments=(import-qwenvl --from {published})"]
+    for stage in ("stage1", "stage2", "stage3"):
+        lines.append(f"{stage}_arguments=(--recipe {write_recipe(folder, data, stage)})")
+    return write_site(folder, "\n".join(lines))
+
+
+def finish_chain(cluster: Cluster, run: Path, *steps: str) -> None:
+    """Wait until the jobs of the steps, by default of all, have finished well."""
+    jobs = chain_jobs(run)
+    assert list(jobs) == list(steps or STEPS)
+    for step, job in jobs.items():
+        state = cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED")
+        log = run / "logs" / f"{step}-{job}.log"
+        assert state == "COMPLETED", log.read_text() if log.exists() else state
+        assert first_line(log).startswith(f"{step}: finished")
+
+
+def restarts_of(cluster: Cluster, job: str) -> int:
+    shown = cluster.run("scontrol", "--oneliner", "show", "job", job)
+    return int(shown.split("Restarts=")[1].split()[0])

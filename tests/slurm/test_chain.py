@@ -10,70 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.config.load import load_config
-from tests.unit.checkpoint.published_cases import publish, random_weights
-
 from .cluster import Cluster
 from .jobs import (
+    STEPS,
     chain_jobs,
-    first_line,
+    finish_chain,
     pipeline,
     ranks_of,
+    restarts_of,
+    site_of_chain,
     status,
     train_records,
     wait_for_step,
-    write_recipe,
-    write_site,
 )
 
 pytestmark = pytest.mark.slurm
-
-STEPS = ["import", "stage1", "next_stage2", "stage2", "next_stage3", "stage3", "export"]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    folder = tmp_path_factory.mktemp("published") / "qwen_vl"
-    recipe = write_recipe(tmp_path_factory.mktemp("recipe"), data, "stage1")
-    model = load_config(str(recipe)).model
-    publish(folder, model, random_weights(model))
-    return folder
-
-
-def site_of_chain(folder: Path, data: Path, published: Path) -> Path:
-    """What each step is given; the recipes' run directories are the chain's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"import_arguments=(import-qwenvl --from {published})"]
-    for stage in ("stage1", "stage2", "stage3"):
-        lines.append(f"{stage}_arguments=(--recipe {write_recipe(folder, data, stage)})")
-    return write_site(folder, "\n".join(lines))
-
-
-def finish_chain(cluster: Cluster, run: Path) -> None:
-    jobs = chain_jobs(run)
-    assert list(jobs) == STEPS
-    for step, job in jobs.items():
-        state = cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED")
-        log = run / "logs" / f"{step}-{job}.log"
-        assert state == "COMPLETED", log.read_text() if log.exists() else state
-        assert first_line(log).startswith(f"{step}: finished")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    cluster: Cluster, data: Path, published: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A chain that ran without disturbance."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    site, run = site_of_chain(folder, data, published), folder / "run"
-    planned = pipeline(cluster, site, run, "--dry-run")
-    assert planned.returncode == 0, planned.stderr
-    assert [line.split(":")[0] for line in planned.stdout.splitlines()] == STEPS
-    assert not run.exists()
-    done = pipeline(cluster, site, run)
-    assert done.returncode == 0, done.stderr
-    finish_chain(cluster, run)
-    return run
 
 
 def same_files(a: Path, b: Path) -> bool:
@@ -131,11 +82,6 @@ def test_disturbances_change_nothing(
     assert same_files(run / "export", undisturbed / "export")
     for stage in ("stage1", "stage2", "stage3"):
         check_steps(run / stage, undisturbed / stage)
-
-
-def restarts_of(cluster: Cluster, job: str) -> int:
-    shown = cluster.run("scontrol", "--oneliner", "show", "job", job)
-    return int(shown.split("Restarts=")[1].split()[0])
 
 
 def check_steps(disturbed: Path, undisturbed: Path) -> None:

@@ -198,6 +198,22 @@ def test_cancelling_a_job_does_not_start_it_again(cluster: Cluster, data: Path, 
     assert saved == train_records(tmp_path / "stage1")[-1]["step"] + 1
 
 
+@pytest.mark.parametrize("options", [("--batch",), ("--full",), ()])
+def test_the_notice_of_a_time_limit_saves_wherever_it_is_sent(
+    cluster: Cluster, data: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """To the batch shell, as the scripts ask for; to all of the job; to its steps alone."""
+    recipe, site, log = write_recipe(tmp_path, data, "stage1"), write_site(tmp_path), tmp_path / "log"
+    job = submit(
+        cluster, site, log, "stage1_pretrain.sbatch", "--recipe", str(recipe), "--train.steps", "100000", options=SMALL
+    )  # fmt: skip
+    wait_for_step(cluster, job, tmp_path / "stage1", 3)
+    cluster.run("scancel", "--signal=USR1", *options, job)
+    cluster.wait_while_alive(job, lambda: "=== to be started again" in log.read_text(), "not started again")
+    assert "=== to be started again: interrupted, saved as step_" in log.read_text()
+    cluster.run("scancel", job)
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
