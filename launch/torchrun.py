@@ -33,11 +33,10 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = (
-        "SIGHUP,SIGQUIT"  # those at which torchrun ends its processes
-    )
     try:
-        torchrun()
+        torchrun(
+            ["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]]
+        )  # it ends its processes at these two
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode != INTERRUPTED:

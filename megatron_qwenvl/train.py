@@ -56,6 +56,8 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     )
     config = arguments.config
     stop.limit_start(START_SECONDS, lambda name: leave(_stopped_early(name)))
+    if stop.received:
+        return _stopped_early(stop.name)
 
     # Everything below needs torch; configuration errors are said before it is loaded.
     warnings.filterwarnings(
@@ -70,9 +72,9 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     from megatron_qwenvl.training.loop import Trainer
 
     engine.configure_logging(process.rank)
-    if stop.received:
-        return _stopped_early(stop.name)
     try:
+        if stop.received:
+            return _stopped_early(stop.name)
         runtime = engine.start(config, process)
         trainer = Trainer.build(config, runtime, stop, arguments.from_step)
         progress = trainer.run()

@@ -160,8 +160,7 @@ was_interrupted() { # EXIT CODE
   local first
   case "$1" in
     0) return 1 ;;
-    "$INTERRUPTED") return 0 ;;
-    138 | "$BY_SIGNAL") [[ -z "$told" ]] || return 0 ;;
+    "$INTERRUPTED" | 138 | "$BY_SIGNAL") [[ -z "$told" ]] || return 0 ;;
   esac
   first="$(this_work | awk '
     { sub(/^ *[0-9]+: /, "") }
@@ -176,7 +175,7 @@ was_interrupted() { # EXIT CODE
     asked) return 0 ;;
     failed) return 1 ;;
   esac
-  (($1 == 138 || $1 == BY_SIGNAL))
+  (($1 == INTERRUPTED || $1 == 138 || $1 == BY_SIGNAL))
 }
 
 # Whether srun never came to the work, because Slurm could not be reached.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +140,57 @@ def test_a_start_that_waits_for_a_rank_that_does_not_come(
     child = start(arguments, log, lambda: before("runtime.engine:_join_processes", signal_later), alone)
     assert wait(child, 60) == INTERRUPTED, log.read_text()
     assert "Traceback" not in log.read_text() and "before the first step" in log.read_text()
+
+
+MOMENTS = {
+    "handler, SIGTERM": ("", signal.SIGTERM),
+    "handler, Ctrl-C": ("", signal.SIGINT),
+    "print-config": ("", signal.SIGUSR1),
+    "torch is imported": ("libtorch", signal.SIGUSR1),
+    "engine": ("kernels:", signal.SIGTERM),
+    "weights": ("weights: fresh", signal.SIGINT),
+    "some time": ("", signal.SIGTERM),
+}
+"""What a real process is seen to do when the signal is sent: it has the handler, maps a library, or says something."""
+
+
+def test_real_processes(data: Path, tmp_path: Path) -> None:
+    """All at the same time; the last one is signalled at a random moment of its start."""
+    processes = {}
+    for moment in MOMENTS:
+        more = ("--print-config",) if moment == "print-config" else ()
+        arguments = run_of(data, tmp_path / moment, *more, "--train.steps", "500")
+        with (tmp_path / f"{moment}.log").open("w") as log:
+            command = [sys.executable, "-W", "ignore", "-m", "megatron_qwenvl.train", *arguments]
+            processes[moment] = subprocess.Popen(command, stdout=log, stderr=log)
+    random_time = time.monotonic() + random.uniform(0, 8)
+    waiting = dict(processes)
+    while waiting:
+        for moment, process in list(waiting.items()):
+            sign, number = MOMENTS[moment]
+            late = moment != "some time" or time.monotonic() > random_time
+            if process.poll() is not None or (
+                late and has_come(process.pid, sign, tmp_path / f"{moment}.log")
+            ):
+                process.send_signal(number)
+                del waiting[moment]
+        time.sleep(0.005)
+    for moment, process in processes.items():
+        said = (tmp_path / f"{moment}.log").read_text()
+        assert process.wait(120) == INTERRUPTED, f"{moment}: {said}"
+        assert "Traceback" not in said and "FAILED" not in said, f"{moment}: {said}"
+
+
+def has_come(process: int, sign: str, log: Path) -> bool:
+    """Whether a trainer has its handlers and shows the sign."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+        mapped = Path(f"/proc/{process}/maps").read_text() if sign == "libtorch" else log.read_text()
+    except OSError:  # it has ended
+        return True
+    caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+    handled = all(caught >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGUSR1))
+    return handled and sign in mapped
 
 
 def test_a_finished_run_stays_finished(data: Path, tmp_path: Path) -> None:

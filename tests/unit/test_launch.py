@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,37 @@ def test_another_program_and_its_exit_code(script: str, tree: Path) -> None:
     assert run(tree, script, "--fail", **settings).returncode == 7
     report = json.loads((tree / "rank-1.json").read_text())
     assert (report["program"], report["arguments"]) == (str(tree / "tools/report.py"), ["--fail"])
+
+
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+from megatron_qwenvl.processes import detect_process
+rank = detect_process().rank
+def save(number, frame):
+    time.sleep(1)
+    sys.exit(75)
+for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, save)
+Path(__file__).with_name(f"ready-{rank}").touch()
+time.sleep(60)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_alone_lets_the_ranks_save(tree: Path, number: signal.Signals) -> None:
+    (tree / "tools/saves.py").write_text(SAVES)
+    env = {**os.environ, "PYTHON": sys.executable, "NPROC": "2", "PROGRAM": "tools/saves.py"}
+    with subprocess.Popen([tree / "launch/local.sh"], env=env, stderr=subprocess.PIPE, text=True) as launcher:
+        end = time.monotonic() + 120
+        while len(list((tree / "tools").glob("ready-*"))) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        launcher.send_signal(number)
+        _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75, said
+    assert "Traceback" not in said
 
 
 def test_srun(tree: Path, stand_ins: Path) -> None:

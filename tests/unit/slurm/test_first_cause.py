@@ -50,3 +50,34 @@ def test_the_first_cause_of_the_last_attempt_is_found(lines: list[str], cause: s
     env = {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NAME": "stage1", "SITE": "/dev/null"}
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout.strip()) == (0, cause), done.stderr
+
+
+EXITED = "srun: error: node1: task {}: Exited with exit code {}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "interrupted"),
+    [
+        pytest.param([EXITED.format(0, 75), EXITED.format(1, 75)], 75, True, id="all were asked and saved"),
+        pytest.param([LOST, EXITED.format(1, 70), EXITED.format(0, 75)], 75, True, id="one was faster"),
+        pytest.param(
+            ["1: [rank 1] FAILED (error) DataError: a.tar: gone", EXITED.format(1, 1), EXITED.format(0, 75)],
+            75,
+            False,
+            id="one failed while the others started, and srun asked them to stop",
+        ),
+        pytest.param(
+            [EXITED.format(1, 1), SRUN_ENDS_OTHERS], 143, False, id="one failed, and srun ended the others"
+        ),
+        pytest.param([SRUN_ENDS_OTHERS, EXITED.format(1, 75)], 143, True, id="one was not ready to save"),
+    ],
+)
+def test_what_the_first_rank_died_of_decides_what_an_exit_code_means(
+    lines: list[str], code: int, interrupted: bool, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("\n".join(["=== attempt 1 of job 7", *lines]) + "\n")
+    script = f'source "{ROOT}/slurm/prologue.sh"; log="{log}"; was_interrupted {code} && echo yes || echo no'
+    env = {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NAME": "stage1", "SITE": "/dev/null"}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=30)
+    assert done.stdout.strip() == ("yes" if interrupted else "no"), done.stderr
