@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if argv is None else argv, stop)
     except SystemExit as end:  # after --help and --print-config, or for arguments that cannot be used
-        if not end.code and stop.received:
+        if not end.code and stop.received():
             return _stopped_early(stop.name)
         return int(end.code or 0)
 
@@ -56,7 +56,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     )
     config = arguments.config
     stop.limit_start(START_SECONDS, lambda name: leave(_stopped_early(name)))
-    if stop.received:
+    if stop.received():
         return _stopped_early(stop.name)
 
     # Everything below needs torch; configuration errors are said before it is loaded.
@@ -73,7 +73,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
 
     engine.configure_logging(process.rank)
     try:
-        if stop.received:
+        if stop.received():
             return _stopped_early(stop.name)
         runtime = engine.start(config, process)
         trainer = Trainer.build(config, runtime, stop, arguments.from_step)

@@ -126,7 +126,6 @@ class StopRequest:
             signal.signal(number, request._receive)
         return request
 
-    @property
     def received(self) -> bool:
         """True once a signal has come."""
         return self._signal is not None
@@ -139,7 +138,7 @@ class StopRequest:
     @property
     def came_early(self) -> bool:
         """True once a signal has come, until `started`: there is nothing to lose yet."""
-        return self.received and not self._started.is_set()
+        return self.received() and not self._started.is_set()
 
     def limit_start(self, seconds: float, leave: Callable[[str], object]) -> None:
         """Call `leave` with the signal's name if the run is still starting `seconds` after a request.
@@ -154,7 +153,7 @@ class StopRequest:
         threading.Thread(target=self._watch_start, args=arguments, name="start", daemon=True).start()
 
     def started(self) -> None:
-        """From now on the run itself looks at `received`, after every step."""
+        """From now on the run itself looks whether a signal was `received`, after every step."""
         self._started.set()
         if self._wake is not None:
             signal.set_wakeup_fd(-1)

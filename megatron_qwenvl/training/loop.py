@@ -189,7 +189,7 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank was asked to stop before the last step; every rank answers alike. Collective."""
-        if self.progress.step >= self._last_step or not self.runtime.any_rank(self.stop.received):
+        if self.progress.step >= self._last_step or not self.runtime.any_rank(self.stop.received()):
             return False
         self.interrupted = True
         if self.runtime.is_main:
