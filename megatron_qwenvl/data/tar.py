@@ -113,7 +113,9 @@ class Tar:
             raise self._damaged("the file is empty")
         for magic, kind in _COMPRESSED.items():
             if first.startswith(magic) and not self._is_header(0):
-                raise DataError(f"{self._path}: expected a plain tar, found {kind}: decompress it")
+                raise DataError(
+                    f"{self._path}: expected a plain tar, found {kind}, which is to be decompressed"
+                )
 
     def _next_archive(self, start: int, at: int) -> int | None:
         """Where another tar begins behind the zeros at `at`; none: the file ends with them.

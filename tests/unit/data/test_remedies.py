@@ -115,6 +115,10 @@ def truncated_shard(root: Path) -> None:
     os.truncate(root / "000001.tar", 5000)
 
 
+def compressed_content(root: Path) -> None:
+    subprocess.run("gzip 000001.tar && mv 000001.tar.gz 000001.tar", shell=True, cwd=root, check=True)
+
+
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (older_index, "manifest.json: expected index format 2, found 1"),
     (older_rendering, "manifest.json: expected the text lengths of rendering version [0-9]+, found 1"),
@@ -213,6 +217,11 @@ def test_a_task_keeps_its_name_when_others_come_before_it(
             "mv whole 000001.tar",
         ),
         (truncated_shard, "or move it away", "rm 000001.tar"),
+        (
+            compressed_content,
+            "found gzip, which is to be decompressed",
+            "mv 000001.tar x.gz; gzip -d x; mv x 000001.tar",
+        ),
     ],
 )
 def test_what_a_message_asks_for_before_its_command_helps(

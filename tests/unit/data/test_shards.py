@@ -317,7 +317,7 @@ BAD_SHARDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no tar behind the end": (lambda data: data + b"x" * 700, "no tar header at byte"),
     "malformed pax": (lambda data: tar_bytes(*caption("é"), format_=tarfile.PAX_FORMAT).replace(b"15 path", b"99 path"),
                       "malformed PAX header"),
-    "gzip": (gzip.compress, "expected a plain tar, found gzip: decompress it"),
+    "gzip": (gzip.compress, "expected a plain tar, found gzip, which is to be decompressed"),
 }  # fmt: skip
 
 
