@@ -11,8 +11,10 @@ be judged: its text is not found, its module does not import, its tests fail wit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -120,21 +122,35 @@ def run(copy: Path, tests: Sequence[str]) -> tuple[str, str]:
     child = os.fork()
     if not child:
         os._exit(run_here(copy, tests, log))
-    deadline = time.monotonic() + TIME_LIMIT
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > deadline:
-            os.killpg(child, 9)
+    code = None
+    try:
+        code = wait(child)
+    finally:
+        if code is None:  # no end in time, or this program is interrupted
+            os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return "killed", f"no end within {TIME_LIMIT} s"
-        time.sleep(0.05)
-    code = os.waitstatus_to_exitcode(ended[1])
     output = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+    if code is None:
+        return "killed", f"{output}\nE  no end within {TIME_LIMIT} s"
     return VERDICTS.get(code, f"ERROR {code}"), output  # type: ignore[call-overload]
+
+
+def wait(child: int) -> int | None:
+    """Exit status of a process; None if it runs longer than the limit."""
+    with contextlib.suppress(PermissionError):  # it has done so itself
+        os.setpgid(child, child)
+    deadline = time.monotonic() + TIME_LIMIT
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    return None
 
 
 def run_here(copy: Path, tests: Sequence[str], log: Path) -> int:
     """Run tests of the copy in this process; returns pytest's exit status."""
-    os.setpgid(0, 0)
+    os.setpgid(0, 0)  # the tests' own processes end with it
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
