@@ -29,7 +29,7 @@ from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 if __name__ == "__main__":
     end_at_stop_signals("preflight")  # before what takes time to import
 
-from megatron_qwenvl.checkpoint.files import CheckpointError
+from megatron_qwenvl.checkpoint.files import CheckpointError, replace_bytes
 from megatron_qwenvl.checkpoint.manifest import checkpoints_of_run
 from megatron_qwenvl.checkpoint.space import checkpoint_bytes, checkpoints_to_come
 from megatron_qwenvl.checkpoint.start import Start, find_start
@@ -138,7 +138,7 @@ def write_bad_nodes(path: Path, names: Sequence[str]) -> None:
     try:
         if names:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{name}\n" for name in names))
+            replace_bytes(path, "".join(f"{name}\n" for name in names).encode())
         else:
             path.unlink(missing_ok=True)
     except OSError as error:  # often the very reason for which the checks will fail

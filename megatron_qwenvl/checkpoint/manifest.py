@@ -159,14 +159,20 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    if found := reads(path, lambda: _find(path)):
+        return found
+    raise CheckpointError(
+        f"{path}: not a checkpoint (no {MANIFEST_NAME}, no {POINTER_NAME}, no checkpoints/)"
+    )
+
+
+def _find(path: Path) -> Path | None:
     for candidate in (path, path / "checkpoints"):
         if (candidate / MANIFEST_NAME).is_file():
             return candidate
         if newest := _newest(candidate):
             return newest
-    raise CheckpointError(
-        f"{path}: not a checkpoint (no {MANIFEST_NAME}, no {POINTER_NAME}, no checkpoints/)"
-    )
+    return None
 
 
 def _newest(directory: Path) -> Path | None:

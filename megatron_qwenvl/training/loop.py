@@ -101,7 +101,7 @@ class Trainer:
         checkpoints = CheckpointManager(folder / "checkpoints", config)
         checkpoints.peers.main(lambda: check_run_directory(folder), "refused")
         owner = RunOwner(folder, 60 * config.runtime.takeover_minutes)
-        checkpoints.peers.main(owner.wait_until_free, "refused")
+        checkpoints.peers.main(lambda: reads(folder, owner.wait_until_free), "refused")
         with refused_if_owned(owner, checkpoints.peers):
             stage = build_stage(config, runtime, partition)
             older = None if from_step is None else checkpoints.rewind_to(from_step)
@@ -119,7 +119,7 @@ class Trainer:
         # Whatever can refuse to start has done so: from here on the run directory is written to, by its one owner.
         hold = take_together(owner, checkpoints.peers)
         with released_on_error(owner):
-            checkpoints.prepare(hold.check)
+            checkpoints.prepare(lambda: reads(folder, hold.check))
             checkpoints.peers.main(
                 lambda: record_start(config, runtime.process), f"{folder}: the start cannot be recorded"
             )

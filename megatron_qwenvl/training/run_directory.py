@@ -17,6 +17,7 @@ from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.environment import describe_environment
 from megatron_qwenvl.runtime.processes import ProcessInfo
+from megatron_qwenvl.runtime.retry import reads
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _configuration_before(folder: Path) -> dict[Any, Any] | None:
     """The configuration of the start before; None if there was none, or if its file is lost, which is told."""
     path = folder / "config.yaml"
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(reads(path, lambda: path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         if any(folder.glob("checkpoints/step_*")):
             logger.warning("%s is missing: changes since the last start are not known", path)

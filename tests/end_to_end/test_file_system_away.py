@@ -67,6 +67,15 @@ def test_a_checkpoint_is_read_again_on_the_rank_that_could_not(tmp_path: Path) -
     assert [record["step"] for record in records(run)] == [0, 1, 2, 3]
 
 
+def test_weights_to_start_from_are_read_again(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    run_ranks(1, train, run_config(tmp_path, tmp_path / "one", "--train.steps", "3", recipe="tiny_stage1"))
+    overrides = ("--train.steps", "3", "--checkpoint.init_from", str(tmp_path / "one"))
+    config = run_config(tmp_path, tmp_path / "two", *overrides)
+    (refused,) = run_ranks(1, train_on_faulty_files, config, tmp_path / "one", errno.ETIMEDOUT, 1)
+    assert refused["manifest.json"] and refused[".metadata"] and refused["latest"], refused
+
+
 def test_the_vocabulary_is_read_again(tmp_path: Path) -> None:
     write_data(tmp_path)
     config = run_config(tmp_path, tmp_path / "run", "--data.tokenizer", QWEN_VOCABULARY)
