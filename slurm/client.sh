@@ -34,10 +34,10 @@ ask() { # TRIES, COMMAND...
   done
 }
 
-# Sets `state` to Slurm's word for a job (RUNNING, PENDING, FAILED, ...), to GONE where Slurm has forgotten it, or to
-# nothing and `answer` to the reason where Slurm does not answer; then it returns 2.
+# Sets `state` to Slurm's word for a job (RUNNING, PENDING, FAILED, ...), by squeue or else by scontrol, to GONE where
+# Slurm has forgotten it, or to nothing and `answer` to the reason where Slurm does not answer; then it returns 2.
 ask_state() { # TRIES, JOB
-  local code=0 try
+  local code=0 try why=""
   state=""
   for ((try = 1; try <= $1; try++)); do
     code=0
@@ -49,9 +49,14 @@ ask_state() { # TRIES, JOB
       state=GONE
       return 0
     fi
+    why="$answer"
+    if ask_once scontrol --oneliner show job "$2" && [[ " $answer " =~ \ JobState=([A-Z_]+)\  ]]; then
+      state="${BASH_REMATCH[1]}"
+      return 0
+    fi
     ((try == $1)) || sleep $((2 ** (try < 6 ? try - 1 : 5)))
   done
-  answer="${answer:-squeue said nothing}"
+  answer="${why:-squeue said nothing}"
   return 2
 }
 

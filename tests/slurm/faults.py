@@ -13,8 +13,9 @@ from .cluster import ENDED, PATIENCE, Cluster
 from .jobs import chain_jobs, pipeline
 
 
-def processes_of(job: str, *words: bytes) -> list[int]:
-    """Processes of a job whose command line holds one of the words."""
+def processes_of(cluster: Cluster, job: str, *words: bytes) -> list[int]:
+    """Processes of a job of this cluster whose command line holds one of the words."""
+    marks = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={cluster.folder}/slurm.conf".encode()}
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -22,7 +23,7 @@ def processes_of(job: str, *words: bytes) -> list[int]:
             variables = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if f"SLURM_JOB_ID={job}".encode() in variables and any(word in command for word in words):
+        if marks <= set(variables) and any(word in command for word in words):
             found.append(int(folder.name))
     return sorted(found)
 
@@ -65,7 +66,7 @@ class Faults:
         time.sleep(self._random.uniform(1.0, 12.0))
 
     def _kill(self, job: str, number: signal.Signals, *words: bytes, only_first: bool = False) -> bool:
-        found = processes_of(job, *words)
+        found = processes_of(self._cluster, job, *words)
         if not found:
             return False
         process = found[0] if only_first else self._random.choice(found)

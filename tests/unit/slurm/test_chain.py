@@ -124,6 +124,14 @@ def test_the_next_call_of_the_chain_says_it_too(site: Site) -> None:
     assert "stage1: job 9 ended without a word" in done.stdout and "submitted as job 101" in done.stdout
 
 
+def test_scontrol_answers_where_squeue_does_not(site: Site) -> None:
+    chain_of_one(site, GONE_WITHOUT_A_WORD)
+    site.does("squeue", "exit 0")
+    site.does("scontrol", 'echo "JobId=9 JobState=NODE_FAIL Reason=x ExitCode=0:0 y=z"')
+    shown = site.tool("status.sh", str(site.run_dir)).stdout
+    assert "ENDED without a word; Slurm says NODE_FAIL, exit code 0:0" in shown
+
+
 @pytest.mark.parametrize("squeue", [AWAY, "exit 1"])
 def test_status_does_not_guess(site: Site, squeue: str) -> None:
     chain_of_one(site, GONE_WITHOUT_A_WORD)
