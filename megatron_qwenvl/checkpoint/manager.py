@@ -260,6 +260,10 @@ class CheckpointManager:
         )
         checkpoint: Path | None = self.peers.broadcast(found)
         if checkpoint is None:
+            if self.peers.is_main:
+                logger.info(
+                    "this job has gone back to step %d already: going on from the newest checkpoint", step
+                )
             return None
         if problems := find_problems(checkpoint, self.peers):
             raise CheckpointError(f"damaged checkpoint: {'; '.join(problems[:4])}")

@@ -44,7 +44,7 @@ def start_data(
         DataError: the checkpoint's record cannot be read.
     """
     now = training_data(config, sources)
-    modified = list(_modified(sources))
+    modified = list(modified_lines(sources))
     if checkpoint is None:
         return DataStart(begin(now), tuple(modified))
     recorded = read_history(checkpoint)
@@ -61,7 +61,8 @@ def start_data(
     return DataStart(history, (*modified, *lines), refused if config.data.on_change == "stop" else None)
 
 
-def _modified(sources: Sequence[Source]) -> Iterator[str]:
+def modified_lines(sources: Sequence[Source]) -> Iterator[str]:
+    """A line for each source with shards that were modified since they were indexed."""
     for source in sources:
         if line := source.directory.modified_line():
             yield line

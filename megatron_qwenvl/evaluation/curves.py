@@ -24,6 +24,11 @@ def loss_chart(run: Path, title: str) -> Chart:
     training: dict[int, float] = {}
     validation: dict[int, float] = {}
     for record in _records(run / "metrics.jsonl"):
+        if (
+            record.get("kind") == "rewind"
+        ):  # what came after the step that the run went back to is not of this run
+            training = {step: loss for step, loss in training.items() if step <= record["step"]}
+            validation = {step: loss for step, loss in validation.items() if step <= record["step"]}
         loss = record.get("loss")
         value = float(loss) if isinstance(loss, int | float) else math.nan
         if record.get("kind") == "train":

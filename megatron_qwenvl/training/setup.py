@@ -19,7 +19,7 @@ from megatron_qwenvl.data.batch import DataNeeds
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loader import StepLoader, build_loader
 from megatron_qwenvl.data.plan import StepPlan, open_training, plan_training
-from megatron_qwenvl.data.resume import DataStart, start_data
+from megatron_qwenvl.data.resume import DataStart, modified_lines, start_data
 from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwenvl.model.build import initialize_weights
 from megatron_qwenvl.model.shapes import describe_parameters
@@ -182,4 +182,6 @@ def make_loaders(
         for loader in filter(None, (training, validation)):
             for line in loader.plan.source_notes():
                 logger.info(line)
+        for line in modified_lines(validation.plan.sources if validation else ()):
+            logger.warning(line)
     return training, validation

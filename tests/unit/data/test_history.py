@@ -68,6 +68,17 @@ def steps_of(history: DataHistory, first: int, last: int) -> list[Sample]:
     return [sample for step in range(first, last) for sample in samples_of(timeline, step)]
 
 
+def sources_of(history: DataHistory, first: int, last: int) -> list[int]:
+    """The source of every sample of some steps, as the mixture mixes them."""
+    timeline = Timeline(history)
+    return [
+        int(source)
+        for step in range(first, last)
+        for draw in timeline.draws(step)
+        for source in draw.of_source
+    ]
+
+
 def everything(counts: dict[str, int]) -> set[Sample]:
     return {("s", shard, row) for shard, count in counts.items() for row in range(count)}
 
@@ -130,6 +141,11 @@ def test_another_batch_size_cuts_the_same_samples_otherwise() -> None:
     ]
     assert Counter(steps_of(history, 0, 13)) == Counter(steps_of(before, 0, 25))
     assert Timeline(history).consumed(13) == Timeline(before).consumed(25) == {"a": 75, "b": 25}
+    # Also where the change falls into the middle of the mixture's pattern.
+    uneven = replace(now, sources=(replace(two[0], weight=2.3), two[1]))
+    before = begin(uneven)
+    history, _ = go_on(before, replace(uneven, samples_per_step=7), 5)
+    assert sources_of(history, 0, 25)[: 20 + 7 * 10] == sources_of(before, 0, 25)[: 20 + 7 * 10]
     assert len(samples_of(Timeline(history), 4)) == 4
 
 
@@ -272,6 +288,15 @@ def test_left_out_steps_with_another_batch_size_and_new_shards() -> None:
     history, _ = go_on(pending, added, 4)
     came = steps_of(history, 0, 15)
     assert len(set(came)) == len(came) == 16 + 66
+
+
+def test_left_out_steps_wait_where_the_mixture_changes() -> None:
+    sources = (SourceNow("a", 1.0, shards(numbered(0, 30))), SourceNow("b", 1.0, shards(numbered(0, 30))))
+    now = DataNow(4, sources, 7, 2, ((6, 7),))
+    changed = replace(now, sources=(replace(sources[0], weight=3.0), sources[1]))
+    history, _ = go_on(begin(now), changed, 4)
+    given = [sum(Timeline(history).consumed(step).values()) for step in range(4, 10)]
+    assert given == [16, 20, 24, 36, 40, 44]
 
 
 # ---- many changes

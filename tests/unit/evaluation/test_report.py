@@ -165,6 +165,19 @@ def test_curves_come_from_the_metrics_of_a_run(tmp_path: Path) -> None:
     assert list(validation.points) == [(3, 1.5)]
 
 
+def test_curves_leave_out_what_a_run_went_back_over(tmp_path: Path) -> None:
+    records = [{"kind": "train", "step": step, "loss": 9.0} for step in range(6)]
+    records += [
+        {"kind": "validation", "step": 2, "loss": 1.5},
+        {"kind": "validation", "step": 4, "loss": 1.5},
+    ]
+    records += [{"kind": "rewind", "step": 2}, {"kind": "train", "step": 2, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    training, validation = loss_chart(tmp_path, "stage1").lines
+    assert list(training.points) == [(1, 9.0), (2, 9.0), (3, 1.0)]
+    assert list(validation.points) == [(2, 1.5)]
+
+
 def test_a_run_without_metrics_gives_an_empty_chart(tmp_path: Path) -> None:
     assert not loss_chart(tmp_path, "stage1").lines
 
