@@ -124,15 +124,20 @@ def open_weights(path: Path) -> TensorSource:
     Raises:
         CheckpointError: neither.
     """
-    if (path / "config.json").is_file():
+    if _is_published(path):
         return PublishedAsOurs(plan_qwenvl(path, accept_drift=True).parts[0])
     return DistributedFolder(find_checkpoint(path) / MODEL_FOLDER)
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a directory holds a published model; a run has a `config.json` of its own."""
+    return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
 
 
 def table_notes(path: Path) -> list[str]:
     """In what the position table of a published directory is not the constant one, which a comparison does not show:
     the table is not among our tensors. Empty for a checkpoint."""
-    if not (path / "config.json").is_file():
+    if not _is_published(path):
         return []
     return [f"{path}: {note}" for note in plan_qwenvl(path, accept_drift=True).notes if TABLE_NAME in note]
 
