@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_qwenvl.runtime.retry import reads
 from megatron_qwenvl.runtime.slurm import own_job
 
 from .files import CheckpointError, replace_bytes
@@ -54,7 +55,11 @@ def of_step(checkpoints: Sequence[Path], step: int) -> Path:
 
 
 def is_rewound(directory: Path, step: int) -> bool:
-    """Whether the Slurm job of this process was started again after it had gone back to the step."""
+    """Whether the Slurm job of this process was started again after it had gone back to the step.
+
+    Raises:
+        CheckpointError: it cannot be told, because a record cannot be read.
+    """
     job = own_job()
     if job is None or not job.restarts:
         return False
@@ -92,7 +97,11 @@ def _new_folder(directory: Path) -> Path:
 
 def _read(path: Path) -> dict[str, object] | None:
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
+        record = json.loads(reads(path, path.read_bytes))
+    except FileNotFoundError:
+        return None
+    except OSError as error:  # to go back once more would undo the steps since
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_qwenvl.runtime.retry import reads
+
 from .epochs import Edition, ShardList
 from .errors import DataError
 from .history import DataHistory, LeftOut, Segment, SourceState, Timeline
@@ -66,7 +68,7 @@ def read_history(checkpoint: Path) -> DataHistory | None:
     """
     path = checkpoint / RECORD_NAME
     try:
-        content = path.read_bytes()
+        content = reads(path, path.read_bytes)
     except FileNotFoundError:
         return None
     except OSError as error:
