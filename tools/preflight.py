@@ -91,7 +91,7 @@ def check_inputs(run: RunArguments) -> list[Finding]:
     """There is something to start from that fits the run, and data that it can begin or go on with."""
     try:
         start = find_start(run.config, run.from_step)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return [*check_data(run.config, Start(None, None)), run_failure("weights", str(error))]
     damaged = [warning("weights", f"passed over: {problem}") for problem in start.damaged]
     weights = ok("weights", describe_start(start, run.config))
@@ -124,6 +124,14 @@ def describe_plan(plan: StepPlan) -> str:
         plan.index(number, 0)
     counts = {source.config.name: int(source.directory.counts.sum()) for source in plan.sources}
     return ", ".join(f"{name} {count} samples" for name, count in counts.items())
+
+
+def count_checkpoints(run_dir: Path) -> int:
+    """How many checkpoints a run has; 0 where its directory cannot be read, which the ranks find and report."""
+    try:
+        return len(checkpoints_of_run(run_dir / "checkpoints"))
+    except OSError:
+        return 0
 
 
 def describe_start(start: Start, config: RunConfig) -> str:
@@ -186,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_qwenvl.runtime.preflight.exchange import RendezvousError
     from megatron_qwenvl.runtime.preflight.run import Checklist, run_preflight
 
-    kept = len(checkpoints_of_run(Path(config.run_dir) / "checkpoints"))
+    kept = count_checkpoints(Path(config.run_dir))
     checklist = Checklist(
         run_dir=Path(config.run_dir),
         runtime=config.runtime,

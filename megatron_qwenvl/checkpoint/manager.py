@@ -409,7 +409,9 @@ class CheckpointManager:
                 replaced.rename(replaced.with_suffix(""))
         pointer = self._directory / POINTER_NAME
         newest = checkpoints_of_run(self._directory)[:1]
-        if newest and not (pointer.is_file() and pointer.read_text().strip() == newest[0].name):
+        if newest and not (
+            pointer.is_file() and pointer.read_text(errors="replace").strip() == newest[0].name
+        ):
             self._point_to(newest[0])
 
     def _discard(self, aside: Path) -> None:

@@ -178,7 +178,11 @@ def _find(path: Path) -> Path | None:
 def _newest(directory: Path) -> Path | None:
     """What the pointer names, or what is newer: a crash may leave a complete checkpoint that it does not name yet."""
     pointer = directory / POINTER_NAME
-    named = directory / reads(pointer, pointer.read_text).strip() if pointer.is_file() else None
+    named = (
+        directory / reads(pointer, lambda: pointer.read_text(errors="replace")).strip()
+        if pointer.is_file()
+        else None
+    )
     for checkpoint in checkpoints_of_run(directory):
         if named is not None and step_of(checkpoint) <= step_of(named):
             break

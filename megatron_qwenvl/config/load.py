@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -117,7 +118,7 @@ def _read_recipe(recipe: str) -> tuple[RunConfig, list[_Change]]:
     if recipe in RECIPES:
         return RECIPES[recipe](), []
     path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+    if path.suffix not in (".yaml", ".yml") and not os.path.isfile(path):
         raise ConfigError(_unknown_recipe(recipe, or_file=" or a .yaml file"))
     tree = _read_yaml_file(path)
     base = tree.pop("base", None)

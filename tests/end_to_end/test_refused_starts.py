@@ -150,3 +150,27 @@ def test_a_damaged_configuration_file_is_told_and_written_anew(
     assert told in log
     assert load_config(str(copy / "config.yaml")) == config
     assert progress_line(copy).startswith("step 3/3")
+
+
+def test_paths_that_cannot_be_are_refused_in_one_line(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    data, _ = finished
+    long = str(tmp_path / ("x" * 300))
+    for overrides in (
+        ("--data.root", long),
+        ("--data.tokenizer", long),
+        ("--checkpoint.init_from", long),
+    ):
+        (found,) = run_ranks(1, refused, run_config(data, tmp_path / "run", *overrides))
+        assert "File name too long" in found and "\n" not in found
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"\0\0\0\0", b"step_99999999", b"../../x"])
+def test_a_damaged_pointer_is_written_anew(
+    content: bytes, finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, run = finished
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "checkpoints/latest").write_bytes(content)
+    run_ranks(1, logged, run_config(data, copy, "--train.steps", "3"))
+    assert (copy / "checkpoints/latest").read_text() == "step_00000003\n"

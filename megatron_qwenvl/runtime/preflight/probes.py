@@ -183,7 +183,7 @@ def probe_folder(run_dir: Path, token: str) -> Path:
 
 def write_own_file(run_dir: Path, token: str, rank: int, paths: Sequence[Path]) -> WriteReport:
     """Write this rank's file durably and look for what should be there."""
-    missing = tuple(str(path) for path in paths if not path.exists())
+    missing = tuple(str(path) for path in paths if not os.path.exists(path))
     folder = probe_folder(run_dir, token)
     try:
         folder.mkdir(parents=True, exist_ok=True)

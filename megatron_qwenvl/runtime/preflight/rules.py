@@ -205,7 +205,7 @@ def not_shared(seen: Mapping[int, Sequence[int]], nodes: Mapping[int, str], dire
         directory: for the messages.
     """
     groups = Counter(tuple(sorted(found)) for found in seen.values())
-    if set(groups) == {tuple(sorted(seen))}:
+    if not groups or set(groups) == {tuple(sorted(seen))}:
         return []
     check = "run directory"
     if len(set(nodes.values())) > 1 and all(

@@ -203,3 +203,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
     assert problems("stgae1").endswith("or a .yaml file; did you mean stage1?")
+
+
+def test_a_recipe_whose_name_no_file_can_have_is_unknown() -> None:
+    assert "unknown recipe" in problems("x" * 300)
+    assert "cannot be read" in problems("x" * 300 + ".yaml")

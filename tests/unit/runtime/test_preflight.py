@@ -236,6 +236,7 @@ def test_a_node_that_does_not_see_the_others_or_is_not_seen() -> None:
     unseen = {rank: everything if SIX[rank] == "b" else [0, 1, 4, 5] for rank in SIX}
     assert failed(rules.not_shared(unseen, SIX, "run")) == ["b"]
     assert rules.not_shared(dict.fromkeys(SIX, everything), SIX, "run") == []
+    assert rules.not_shared({}, SIX, "run") == [], "no rank could write, which is told elsewhere"
 
 
 def test_a_directory_that_no_node_shares_is_the_runs_fault() -> None:
