@@ -25,15 +25,15 @@ def total_steps(run: Path) -> int | None:
     """Steps of the run's schedule by its resolved configuration; None before it has started, or where that is lost."""
     try:
         steps = json.loads((run / "config.json").read_text(encoding="utf-8"))["train"]["steps"]
-        return steps if isinstance(steps, int) else None
-    except FileNotFoundError:
-        return _steps_of_yaml(run / "config.yaml")
+        if isinstance(steps, int):
+            return steps
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        pass
+    return _steps_of_yaml(run / "config.yaml")
 
 
 def _steps_of_yaml(path: Path) -> int | None:
-    """The same of a run by a version that wrote no config.json."""
+    """The same by the other file: a version before wrote no config.json."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -91,7 +91,7 @@ def describe(run: Path) -> str:
         parts.append(f"{last['samples_per_second']:.1f} samples/s")
     parts.append("nothing saved" if saved is None else f"saved step {saved}")
     if steps is None:
-        parts.append("config.yaml is missing or damaged; the next start writes it")
+        parts.append("config.json and config.yaml are missing or damaged; the next start writes them")
     elif (seconds := seconds_left(records, steps)) is not None and saved != steps:
         parts.append(f"{format_time(seconds)} left")
     return " | ".join(parts)
