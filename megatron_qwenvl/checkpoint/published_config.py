@@ -252,7 +252,7 @@ def published_config(
         "use_logn_attn": published.use_logn_attn,
         "visual": visual,
         "vocab_size": decoder.vocab_size,
-        **published.config,
+        **{key: published.config[key] for key in _KEPT if key in published.config},
         **_published_decoder(decoder),
     }
 

@@ -157,3 +157,12 @@ def test_another_vocabulary_than_the_imported_one_is_said(tmp_path: Path) -> Non
     assert any(
         "not the vocabulary of the imported" in n for n in plan_export(tmp_path / "ours", published).notes
     )
+
+
+def test_a_manifest_cannot_make_an_export_name_code(tmp_path: Path) -> None:
+    checkpoint = imported(tmp_path, CHAT)
+    kept = {"config": {"auto_map": {"AutoConfig": "someone/else--code.Config"}, "use_cache": False}}
+    became(checkpoint, published={**read_manifest(checkpoint).published.model_dump(), **kept})
+    carry_out_export(plan_export(checkpoint), tmp_path / "again")
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert config["use_cache"] is False and "someone" not in json.dumps(config)
