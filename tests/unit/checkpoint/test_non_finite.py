@@ -15,9 +15,13 @@ from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
 from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.checkpoint.finite import NonFinite, find_non_finite, merged
 from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.transition import carry_out, plan_transition
 from megatron_qwenvl.config.recipes import RECIPES
+from megatron_qwenvl.runtime.processes import ProcessInfo
+from tests.distributed.harness import run_ranks
 
+from .cases import join, saving, state
 from .published_cases import TINY, open_clip_weights, publish, publish_parts, random_weights
 
 TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -126,3 +130,16 @@ def test_many_damaged_tensors_are_counted(tmp_path: Path) -> None:
                for name, value in random_weights(TINY).items()}  # fmt: skip
     with pytest.raises(CheckpointError, match=r"and \d+ more tensors"):
         carry_out_import(plan_qwenvl(publish(tmp_path / "p", TINY, weights)), tmp_path / "ours")
+
+
+def save_damaged_optimizer(process: ProcessInfo, folder: Path) -> None:
+    join(process)
+    optimizer = state(1)
+    optimizer["matrix"].data[0, 1] = math.nan
+    CheckpointManager(folder, saving()).save(1, state(1), optimizer, {})
+
+
+def test_verify_looks_at_the_optimizer_too(tmp_path: Path) -> None:
+    run_ranks(1, save_damaged_optimizer, tmp_path)
+    (problem,) = [text for text in verify(tmp_path / "step_00000001") if "not finite" in text]
+    assert "1 not finite (NaN or infinity), the first at [0, 1]" in problem
