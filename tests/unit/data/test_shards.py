@@ -16,6 +16,7 @@ import pytest
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.index import ShardIndex
 from megatron_qwenvl.data.indexing import build_index
+from megatron_qwenvl.data.manifest import unread_shards
 from megatron_qwenvl.data.shards import checksum, read_member, scan_shard
 from megatron_qwenvl.data.tar import BLOCK, normalise_name
 from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
@@ -188,6 +189,10 @@ BAD_SAMPLES: dict[str, tuple[list[File], dict[str, str]]] = {
         {"k": ".1.png is a link to 'gone.png', which is no file of the shard"},
     ),
     "absolute link": ([special("k.png", tarfile.SYMTYPE, "/etc/passwd"), ("k.txt", b"x")], {"k": ".png is a link"}),
+    "link to a name that occurs twice": (
+        [special("k.png", tarfile.SYMTYPE, "l.png"), ("k.txt", b"x"), ("l.png", RED), ("l.png", BLUE)],
+        {"k": ".png is a link to 'l.png'", "l": "two files named .png"},
+    ),
     "circle of links": (
         [special("k.png", tarfile.SYMTYPE, "l.png"), special("l.png", tarfile.SYMTYPE, "k.png"), ("k.txt", b"x")],
         {"k": ".png is a link to 'l.png'", "l": ".png is a link to 'k.png'"},
@@ -362,3 +367,33 @@ def test_names_are_those_that_extracting_gives() -> None:
     assert [normalise_name(name) for name in ("./a/b", "/a/b", "a//b", "a/./b", "a/../b", "..b", "a.b/c")] == [
         "a/b", "a/b", "a/b", "a/b", "b", "..b", "a.b/c",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b"x" * 120 + b".png", bytes(124), "no name in the header"),
+        (b"x" * 120 + b".png", b"x" * 20 + bytes(2) + b"x" * 98 + b".png", "no name in the header"),
+    ],
+)
+def test_a_long_name_that_is_damaged_is_refused(
+    tmp_path: Path, byte_level: Tokenizer, old: bytes, new: bytes, reason: str
+) -> None:
+    content = tar_bytes(*caption("x" * 120), *caption("z"), format_=tarfile.GNU_FORMAT)
+    (tmp_path / "s.tar").write_bytes(content.replace(old, new, 1))
+    with pytest.raises(DataError, match=rf"s\.tar: .*{reason}"):
+        build_index(tmp_path / "s.tar", byte_level)
+
+
+def test_the_target_of_a_link_before_a_file_is_refused(tmp_path: Path, byte_level: Tokenizer) -> None:
+    info = tarfile.TarInfo("k.png")
+    info.pax_headers = {"linkpath": "l.png"}
+    (tmp_path / "s.tar").write_bytes(tar_bytes((info, RED), ("k.txt", b"x"), format_=tarfile.PAX_FORMAT))
+    with pytest.raises(DataError, match="has the target of a link and is none"):
+        build_index(tmp_path / "s.tar", byte_level)
+
+
+def test_a_compressed_copy_beside_its_shard_does_not_matter(tmp_path: Path) -> None:
+    for name in ("a.tar", "a.tar.gz", "b.TGZ", "c.Tar", "d.tar.zst"):
+        (tmp_path / name).write_bytes(b"")
+    assert sorted(unread_shards(tmp_path)) == ["b.TGZ", "c.Tar", "d.tar.zst"]
