@@ -70,6 +70,18 @@ def test_indexing(tmp_path: Path, workers: int, number: signal.Signals) -> None:
     assert left == {"000000.tar", "000001.tar", index_path(good).name} and list(temporary.iterdir()) == []
 
 
+def test_workers_of_a_killed_indexer_end(tmp_path: Path) -> None:
+    good = write_shard(tmp_path / "data/000000.tar", [sample("0", {"task": "text", "text": "a"})])
+    os.mkfifo(tmp_path / "data/000001.tar")
+    tool = start_tool("index_shards.py", tmp_path / "data", "--workers", 2)
+    wait_until(lambda: index_path(good).exists())
+    workers = psutil.Process(tool.pid).children(recursive=True)
+    tool.kill()
+    tool.communicate(timeout=60)
+    assert len(workers) >= 3  # resource tracker, two workers
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+
+
 @pytest.mark.parametrize("number", CODES)
 def test_conversion(checkpoint: Path, tmp_path: Path, number: signal.Signals) -> None:
     """The signal comes to every process while the workers' disk hangs."""
