@@ -102,10 +102,11 @@ class Cluster:
             "the nodes do not get idle",
         )  # fmt: skip
 
-    def pause_controller(self, seconds: float) -> None:
-        """Let Slurm's controller answer nobody for a while."""
+    def pause_controller(self, seconds: float, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Let Slurm's controller answer nobody for a while, in which something happens."""
         self._controller.send_signal(signal.SIGSTOP)
         try:
+            meanwhile()
             time.sleep(seconds)
         finally:
             self._controller.send_signal(signal.SIGCONT)

@@ -47,6 +47,7 @@ class Faults:
             "time limit": lambda job: self._scancel(job, "USR1", "--batch"),
             "requeue": self._requeue,
             "controller away": self._pause_controller,
+            "shell USR1, controller away": self._stop_without_controller,
             "shell KILL": lambda job: self._kill(job, signal.SIGKILL, b"slurm_script", only_first=True),
         }
 
@@ -87,6 +88,13 @@ class Faults:
     def _pause_controller(self, job: str) -> bool:
         self._cluster.pause_controller(self._random.uniform(2.0, 20.0))
         return True
+
+    def _stop_without_controller(self, job: str) -> bool:
+        """The job saves and cannot ask to be started again."""
+        found = processes_of(self._cluster, job, b"slurm_script")
+        if found:
+            self._cluster.pause_controller(20.0, lambda: os.kill(found[0], signal.SIGUSR1))
+        return bool(found)
 
 
 def disturb_chain(cluster: Cluster, site: Path, run: Path, faults: Faults, count: int, *options: str) -> None:

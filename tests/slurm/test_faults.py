@@ -61,11 +61,11 @@ def test_signals_and_an_absent_controller_end_no_stage(
 
     wait_for_attempt()
     disturb("shell USR1", "time limit")  # while it asks for the configuration or looks at the machines
-    disturb("shell TERM")
+    disturb("shell TERM", "steps USR1")
     disturb("rank TERM", "rank USR1")
     seen = records()
     cluster.wait_while_alive(job, lambda: records() > seen + 1, "no steps")
-    disturb("time limit", "controller away")
+    disturb("shell USR1, controller away")
     assert not (run / "stage1" / "failures.tsv").exists()
     seen = records()
     cluster.wait_while_alive(job, lambda: records() > seen + 1, "no steps")
