@@ -42,7 +42,8 @@ class _Record(Conversion):
 
 def digest_weights(manifest: Manifest) -> str:
     """Digest of a checkpoint's weights and of what its manifest says of them, by the manifest alone."""
-    said = manifest.model_dump(mode="json", exclude={"files", "layout", "progress"})
+    # Without defaults: a field that a later version adds changes nothing.
+    said = manifest.model_dump(mode="json", exclude={"files", "layout", "progress"}, exclude_defaults=True)
     files = {name: record.sha256 for name, record in manifest.part(MODEL_FOLDER).items()}
     return hashlib.sha256(json.dumps([said, files], sort_keys=True).encode()).hexdigest()
 
