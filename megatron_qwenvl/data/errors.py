@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -12,6 +14,23 @@ class DataError(Exception):
 
 class SampleError(Exception):
     """Skips one sample: the message is the reason; whoever catches it knows the sample's key."""
+
+
+@contextmanager
+def only_this_sample() -> Iterator[None]:
+    """Turn what no one foresaw into a SampleError: whatever a library makes of the bytes of one sample, it must end
+    neither a run nor the indexing of a million others."""
+    try:
+        yield
+    except (DataError, SampleError):
+        raise
+    except Exception as error:
+        raise SampleError(f"cannot be used: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The type and the message of a library's exception, whose message may be empty or long."""
+    return " ".join(f"{type(error).__name__}: {str(error)[:200]}".split()).removesuffix(":")
 
 
 def index_command(directory: Path, vocabulary: str | None = None, *options: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin
 
-from .errors import SampleError
+from .errors import SampleError, one_line
 
 FORMATS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "GIF": ("gif",),
@@ -54,10 +54,9 @@ def read_header(data: bytes) -> ImageHeader:
     """Size and notes from the header, without decoding.
 
     Raises:
-        SampleError: not an image of `FORMATS`, or of values whose range is unknown.
+        SampleError: not an image of `FORMATS`, damaged, or of values whose colours are unknown.
     """
     with _opened(data) as image:
-        _refuse_unknown_range(image)
         return ImageHeader(*image.size, notes=tuple(_notes(image)))
 
 
@@ -80,27 +79,35 @@ def load_pixels(data: bytes, side: int, max_pixels: int) -> NDArray[np.uint8]:
         width, height = image.size
         if width * height > max_pixels:
             raise SampleError(f"picture of {width}x{height} has more than {max_pixels} pixels")
-        _refuse_unknown_range(image)
-        try:
+        with _errors("cannot decode the picture"):
             square = _to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
-        except Exception as error:  # the decoders' exceptions have no common type
-            raise SampleError(f"cannot decode the picture: {error}") from error
     return np.asarray(square).transpose(2, 0, 1)
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    try:
-        image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
-    except Image.UnidentifiedImageError:  # its own message holds an address
-        raise SampleError(f"not a readable picture: no valid header of {', '.join(FORMATS)}") from None
-    except Exception as error:  # Pillow's own size guard, broken headers
-        raise SampleError(f"not a readable picture: {error}") from error
-    with image:
+    """An image whose header has been read; whatever Pillow makes of the header costs this image only."""
+    with _errors("not a readable picture"), Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+        _refuse_unknown_colours(image)
         yield image
 
 
-def _refuse_unknown_range(image: Image.Image) -> None:
+@contextmanager
+def _errors(problem: str) -> Iterator[None]:
+    """Turn every exception into a SampleError: those of the decoders have no common type."""
+    try:
+        yield
+    except SampleError:
+        raise
+    except Image.UnidentifiedImageError:  # its own message holds an address
+        raise SampleError(f"{problem}: no valid header of {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow's own size guard, broken headers, a decoder's assertion
+        raise SampleError(f"{problem}: {str(error)[:200] or one_line(error)}") from error
+
+
+def _refuse_unknown_colours(image: Image.Image) -> None:
+    if image.mode in ("P", "PA") and image.palette is None:  # Pillow would show black, or end in an assertion
+        raise SampleError("palette picture without a palette: its colours are unknown")
     if image.mode in _UNKNOWN_RANGE:
         raise SampleError(
             f"{_UNKNOWN_RANGE[image.mode]} picture: which values are black and white is unknown"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError, SampleError
+from .errors import DataError, SampleError, only_this_sample
 from .formats import render_sample
 from .images import load_pixels, read_header
 from .index import COLUMNS, ShardIndex, file_digest, load_index, save_index
@@ -26,16 +26,6 @@ from .tasks import TASKS, Chat, decode_record
 from .tokenizer import Tokenizer, load_tokenizer
 from .writer import DEFAULT_OPTIONS, ImageInfo, RenderOptions
 
-# A sample must not end the indexing of a million others, whatever a library makes of it.
-_UNFORESEEN = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 _MAX_REASON = 300
 _MAX_KEY = 1000
 
@@ -172,13 +162,14 @@ def build_index(
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             digest = file_digest(file)
-            read = _reader(file.fileno())
+            read = _reader(file.fileno(), path)
             for sample in scan_shard(file, path):
                 try:
-                    _append(columns, sample, read, tokenizer, verify_images, options)
-                except (SampleError, *_UNFORESEEN) as error:
+                    with only_this_sample():
+                        _append(columns, sample, read, tokenizer, verify_images, options)
+                except SampleError as error:
                     columns["skipped_keys"].append(sample.key[:_MAX_KEY].encode(errors="replace"))
-                    columns["skipped_reasons"].append(_reason(error)[:_MAX_REASON].encode(errors="replace"))
+                    columns["skipped_reasons"].append(str(error)[:_MAX_REASON].encode(errors="replace"))
             now = os.fstat(file.fileno())
             if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
                 raise DataError(f"{path}: changed while it was indexed; index it when it is complete")
@@ -194,12 +185,6 @@ def build_index(
         options,
         verify_images,
         arrays,
-    )
-
-
-def _reason(error: Exception) -> str:
-    return (
-        str(error) if isinstance(error, SampleError) else f"cannot be used: {type(error).__name__}: {error}"
     )
 
 
@@ -259,5 +244,11 @@ def _describe(name: str, data: bytes, verify: bool) -> tuple[ImageInfo, tuple[st
     return ImageInfo(name, header.width, header.height), header.notes
 
 
-def _reader(descriptor: int) -> Callable[[Member], bytes]:
-    return lambda member: read_member(descriptor, member)
+def _reader(descriptor: int, path: Path) -> Callable[[Member], bytes]:
+    def read(member: Member) -> bytes:
+        try:
+            return read_member(descriptor, member)
+        except OSError as error:  # of the shard: an OSError of a library is one of a sample
+            raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
+
+    return read

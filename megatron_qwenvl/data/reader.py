@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_qwenvl.runtime.retry import reads
 
 from .cache import LruCache
-from .errors import DataError, SampleError
+from .errors import DataError, SampleError, only_this_sample
 from .formats import render_sample
 from .images import load_pixels
 from .index import ShardIndex
@@ -49,11 +49,12 @@ class SampleReader:
         name, member = index.text_member(at)
         encoded = self._read(source, shard, member)
         self._check(index, source, shard, "text", at, [encoded])
-        record = decode_record(name.rpartition(".")[2].lower(), encoded)
         images = [info for info, _ in index.images(at)]
         origin = self.plan.sources[source]
         language, options = origin.config.language, origin.directory.manifest.options
-        rendered = render_sample(record, images, self.tokenizer, self.image_tokens, language, options)
+        with only_this_sample():
+            record = decode_record(name.rpartition(".")[2].lower(), encoded)
+            rendered = render_sample(record, images, self.tokenizer, self.image_tokens, language, options)
         if len(rendered.tokens) != samples.length[row]:
             raise DataError(
                 f"{self.plan.name(samples, row)}: expected {samples.length[row]} tokens as indexed, found "
@@ -77,7 +78,8 @@ class SampleReader:
         pictures = []
         for (info, _), content in zip(images, encoded, strict=True):
             try:
-                pictures.append(load_pixels(content, data.image_size, data.max_image_pixels))
+                with only_this_sample():
+                    pictures.append(load_pixels(content, data.image_size, data.max_image_pixels))
             except SampleError as error:
                 raise SampleError(f"{info.name}: {error}") from error
         return np.stack(pictures)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data import formats
+from megatron_qwenvl.data import reader as reader_module
 from megatron_qwenvl.data.batch import IGNORED_TASK, Batch, DataNeeds
 from megatron_qwenvl.data.collate import collate
 from megatron_qwenvl.data.errors import DataError
@@ -180,6 +181,22 @@ def test_a_stage_reads_what_it_needs(root: Path, byte_level: Tokenizer) -> None:
 
 
 # ---- samples that turn out bad while training
+
+
+@pytest.mark.parametrize("part", ["render_sample", "decode_record", "load_pixels"])
+@pytest.mark.parametrize("kind", [AssertionError, SyntaxError, OSError, EOFError, ValueError])
+def test_no_exception_of_a_library_on_the_bytes_of_a_sample_ends_a_run(
+    root: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch, part: str, kind: type[Exception]
+) -> None:
+    def fail(*_: object) -> object:
+        raise kind("broken")
+
+    monkeypatch.setattr(reader_module, part, fail)
+    for keys, batch in batches_of(reader_of(run_config(root, {"a": 1}), byte_level)):
+        images = [sum(name.endswith("png") for name in by_key(key)) for key in keys]
+        bad = [i for i in range(len(keys)) if part != "load_pixels" or images[i]]
+        assert list(batch.bad_samples) == bad
+        assert all(f"cannot be used: {kind.__name__}: broken" in reason for reason in batch.bad_reasons)
 
 
 def spoil(path: Path, old: bytes, new: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.images import (
@@ -25,6 +26,10 @@ from megatron_qwenvl.data.images import (
     load_pixels,
     read_header,
 )
+from megatron_qwenvl.data.indexing import build_index
+from megatron_qwenvl.data.tokenizer import Tokenizer
+
+from .shards import picture, sample, write_shard
 
 RED, GREEN = (250, 10, 10), (10, 250, 10)
 RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
@@ -227,6 +232,88 @@ def test_a_compressed_chunk_is_not_unpacked_without_end(chunk: bytes) -> None:
     plain = encode(Image.new("RGB", (8, 8), RED), "PNG")
     with pytest.raises(SampleError, match="not a readable picture: Decompressed data too large"):
         read_header(plain[:33] + bomb + plain[33:])
+
+
+def png_of_chunks(*chunks: tuple[bytes, bytes]) -> bytes:
+    encoded = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(encoded)
+
+
+WITHOUT_PALETTE = png_of_chunks(
+    (b"IHDR", struct.pack(">IIBBBBB", 4, 2, 4, 3, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0\x1b\x22" * 2)), (b"IEND", b"")
+)  # fmt: skip
+
+
+def test_a_palette_image_without_its_palette_costs_its_sample_alone(
+    tmp_path: Path, byte_level: Tokenizer
+) -> None:
+    """Pillow asserts that there is one where it looks for transparency."""
+    for look in (read_header, centre):
+        with pytest.raises(SampleError, match="^palette picture without a palette"):
+            look(WITHOUT_PALETTE)
+    record = {"task": "caption", "caption": "x"}
+    samples = [sample("bad", record, png=WITHOUT_PALETTE), sample("good", record, png=picture())]
+    index = build_index(write_shard(tmp_path / "s.tar", samples), byte_level)
+    assert [index.key(row) for row in range(len(index))] == ["good"]
+    assert index.arrays["skipped_reasons"].tolist() == [
+        b"png: palette picture without a palette: its colours are unknown"
+    ]
+
+
+@pytest.mark.parametrize("where", ["has_transparency_data", "mode", "convert", "resize", "size"])
+@pytest.mark.parametrize(
+    "kind", [AssertionError, OSError, SyntaxError, struct.error, zlib.error, MemoryError]
+)
+def test_no_exception_of_the_image_library_gets_out(
+    monkeypatch: pytest.MonkeyPatch, where: str, kind: type[Exception]
+) -> None:
+    """Wherever it is raised: while the header is read, described or the pixels are decoded."""
+
+    def fail(*_: object) -> None:
+        raise kind("broken")
+
+    data = encode(Image.new("RGB", (8, 8), RED), "PNG")
+    method = where in ("convert", "resize")
+    monkeypatch.setattr(Image.Image, where, fail if method else property(fail, lambda image, value: None))
+    with pytest.raises(SampleError, match="^(not a readable|cannot decode the) picture: "):
+        centre(data) if method or where == "mode" else read_header(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hundreds_of_damaged_images_are_decoded_or_refused() -> None:
+    """Whatever the damage is, nothing but SampleError comes out of the image library."""
+    rng = random.Random(7)
+    rgb = Image.effect_noise((24, 16), 90).convert("RGB")
+    palette, exif = rgb.quantize(16), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    originals = [
+        encode(rgb, "JPEG", exif=exif), encode(rgb.convert("CMYK"), "JPEG"), encode(rgb, "PNG"),
+        encode(palette, "PNG", transparency=3), encode(palette, "PNG"), encode(rgb, "WEBP", exif=exif),
+        encode(palette, "GIF", save_all=True, append_images=[palette], transparency=1), encode(palette, "BMP"),
+        encode(rgb, "TIFF", compression="tiff_lzw"), encode(Image.fromarray(RAMP), "TIFF"), WITHOUT_PALETTE,
+    ]  # fmt: skip
+    refused = 0
+    for number in range(440):
+        data = bytearray(originals[number % len(originals)])
+        for _ in range(rng.choice((0, 1, 1, 4))):
+            at = rng.randrange(min(len(data), rng.choice((64, 200, len(data)))))
+            if rng.random() < 0.6:
+                data[at] = rng.choice((0, 1, 128, 255, rng.randrange(256)))
+            elif rng.random() < 0.5:
+                data[at : at + 4] = rng.choice((b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff"))
+            else:
+                del data[at : at + rng.randrange(1, 20)]
+                data = data or bytearray(b"x")
+        try:
+            read_header(bytes(data))
+            load_pixels(bytes(data), side=2, max_pixels=10**6)
+        except SampleError as error:
+            assert len(str(error)) < 300
+            refused += 1
+    assert 40 < refused < 400
 
 
 @pytest.mark.filterwarnings("ignore")  # pytest undoes the package's own filter

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import struct
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -338,19 +341,44 @@ def test_a_damaged_index_is_named(tmp_path: Path, byte_level: Tokenizer) -> None
             directory.load_index(1)
 
 
+UNFORESEEN = [
+    OverflowError,
+    AssertionError,
+    OSError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    MemoryError,
+]
+
+
+@pytest.mark.parametrize("kind", UNFORESEEN)
 def test_an_error_that_nobody_foresaw_leaves_one_sample_out(
-    tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     def fail(suffix: str, data: bytes) -> object:
         if b"evil" in data:
-            raise OverflowError("too much")
+            raise kind("too much")
         return decode_record(suffix, data)
 
     monkeypatch.setattr(indexing, "decode_record", fail)
     texts = [sample(key, {"task": "text", "text": key}) for key in ("good", "evil", "last")]
     index = build_index(write_shard(tmp_path / "s.tar", texts), byte_level)
     assert [index.key(row) for row in range(len(index))] == ["good", "last"]
-    assert index.arrays["skipped_reasons"].tolist() == [b"cannot be used: OverflowError: too much"]
+    assert index.arrays["skipped_reasons"].tolist() == [f"cannot be used: {kind.__name__}: too much".encode()]
+
+
+def test_a_disk_that_cannot_be_read_is_not_taken_for_a_bad_sample(
+    tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int, member: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = write_shard(tmp_path / "s.tar", [sample("a", {"task": "text", "text": "x"})])
+    monkeypatch.setattr(indexing, "read_member", fail)
+    with pytest.raises(DataError, match=r"s\.tar: cannot read the shard: Input/output error"):
+        build_index(path, byte_level)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "dangling link", "vanished"])
