@@ -154,17 +154,17 @@ class StopRequest:
 
     def started(self) -> None:
         """From now on the run itself looks whether a signal was `received`, after every step."""
-        self._started.set()
         if self._wake is not None:
             signal.set_wakeup_fd(-1)
             os.close(self._wake)
             self._wake = None
+        self._started.set()
 
     def _watch_start(self, reader: int, seconds: float, leave: Callable[[str], object]) -> None:
         asked = next(_stop_signals_from(reader), None)
-        os.close(reader)
         if asked is not None and not self._started.wait(seconds):
             leave(asked.name)
+        os.close(reader)  # not before the other end: Python would complain of every further signal
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number)

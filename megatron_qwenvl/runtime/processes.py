@@ -165,6 +165,7 @@ def _slurm(env: Mapping[str, str]) -> _Place:
     tasks = "SLURM_STEP_NUM_TASKS" if step else "SLURM_NTASKS"
     per_node = "SLURM_STEP_TASKS_PER_NODE" if step else "SLURM_TASKS_PER_NODE"
     _all_or_error(env, ("SLURM_STEP_ID", per_node))
+    _refuse_component(env)
     rank, world, local_rank, node = _numbers(env, ("SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_NODEID"))
     counts = _tasks_per_node(env, per_node)
     if not 0 <= node < len(counts):
@@ -176,6 +177,22 @@ def _slurm(env: Mapping[str, str]) -> _Place:
     process = ProcessInfo(rank, world, local_rank, counts[node], "", "slurm", node)
     names = ("SLURM_PROCID", tasks, "SLURM_LOCALID", f"{per_node}[{node}]")
     return _Place(process, names, tuple(complaints))
+
+
+def _refuse_component(env: Mapping[str, str]) -> None:
+    """Refuse a task of a heterogeneous job: where a step's numbers are those of one component, the tasks of each would
+    take themselves for the whole run, and meet at one rendezvous.
+
+    Raises:
+        LaunchError: the job has more than one component.
+    """
+    components = _number(env, "SLURM_HET_SIZE") if env.get("SLURM_HET_SIZE") else 1
+    if components > 1:
+        raise LaunchError(
+            f"SLURM_HET_SIZE={components}: expected a job of one component, found a heterogeneous one, whose "
+            "tasks may be counted by component; submit it with one component or, where this step is the whole run, "
+            "unset SLURM_HET_SIZE in its tasks"
+        )
 
 
 def _tasks_per_node(env: Mapping[str, str], name: str) -> list[int]:

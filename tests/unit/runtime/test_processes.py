@@ -210,6 +210,20 @@ def test_half_a_launcher_is_refused(env: dict[str, str], missing: str) -> None:
     assert "mpi4py" not in str(refused.value)
 
 
+@pytest.mark.parametrize("tasks", ["4", "1"])
+def test_a_component_of_a_heterogeneous_job_is_no_run(tasks: str) -> None:
+    """The tasks of every component count from 0, so that each would be a run of its own at the same address."""
+    counted = {"SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_TASKS_PER_NODE": tasks}
+    own = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    env = {**SLURM, **counted, **own, **RENDEZVOUS, "SLURM_HET_SIZE": "2"}
+    with pytest.raises(LaunchError) as refused:
+        detect_process(env)
+    assert "expected a job of one component" in str(refused.value) and "\n" not in str(refused.value)
+    assert "unset SLURM_HET_SIZE" in str(refused.value)
+    assert detect_process({**env, "SLURM_HET_SIZE": ""}).world_size == int(tasks)
+    assert detect_process({**env, "SLURM_HET_SIZE": "1"}).world_size == int(tasks)
+
+
 def test_an_mpi_library_that_does_not_know_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rank would train alone."""
     monkeypatch.setitem(sys.modules, "mpi4py", mpi_world(0, 1))  # type: ignore[arg-type]

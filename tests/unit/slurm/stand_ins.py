@@ -11,8 +11,15 @@ ROOT = Path(__file__).parents[3]
 
 SRUN = """
 while [[ "$1" == --* ]]; do shift; done
-code=0
-"$@" || code=$?
+told=0
+trap 'told=$((told + 1)); kill -USR1 "$task" 2>/dev/null' USR1 # srun passes signals on to its tasks
+"$@" &
+task=$!
+while
+  before=$told code=0
+  wait "$task" || code=$?
+  ((told != before))
+do :; done
 # A program may say itself how srun ends.
 [[ ! -s "$HERE/srun_says" ]] || { cat "$HERE/srun_says" >&2; rm "$HERE/srun_says"; exit "$code"; }
 case "$code" in

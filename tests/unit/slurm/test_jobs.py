@@ -137,7 +137,8 @@ def test_a_signal_to_the_shell_reaches_the_work_or_keeps_it_from_starting(
     """Slurm sends the notice of a time limit to the shell, at whatever moment."""
     site.does(
         place,
-        'touch "$HERE/there"; trap "exit 75" USR1; for ((i = 0; i < 40; i++)); do /bin/sleep 0.05; done',
+        "trap 'touch \"$HERE/told\"; exit 75' USR1; touch \"$HERE/there\"\n"
+        "for ((i = 0; i < 40; i++)); do /bin/sleep 0.05; done",
     )
     job = site.start()
     while not (site.folder / "there").exists():
@@ -145,6 +146,8 @@ def test_a_signal_to_the_shell_reaches_the_work_or_keeps_it_from_starting(
     job.send_signal(number)
     job.send_signal(number)
     assert job.wait(60) == 75
+    # The shell asks for the configuration in a subshell, waits for the answer, and starts nothing else.
+    assert (site.folder / "told").exists() == (place != "configure")
     assert "to be started again: interrupted" in site.stands and site.requeued and site.failures == []
     assert [call[0] for call in site.calls][-1] == place
 
