@@ -202,7 +202,12 @@ def with_a_slow_node(process: ProcessInfo, run_dir: Path) -> tuple[int, list[Fin
     measure = probes._measure_link
 
     def measure_on_an_idle_machine(
-        rank: int, speakers: dict[str, int], node: str, other: str, message: torch.Tensor, report: NetworkReport
+        rank: int,
+        speakers: dict[str, int],
+        node: str,
+        other: str,
+        message: torch.Tensor,
+        report: NetworkReport,
     ) -> None:
         measure(rank, speakers, node, other, message, report)
         if rank == speakers[node]:

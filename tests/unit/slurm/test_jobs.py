@@ -137,7 +137,7 @@ def test_a_signal_to_the_shell_reaches_the_work_or_keeps_it_from_starting(
     """Slurm sends the notice of a time limit to the shell, at whatever moment."""
     site.does(
         place,
-        "trap 'touch \"$HERE/told\"; exit 75' USR1; touch \"$HERE/there\"\n"
+        'trap \'touch "$HERE/told"; exit 75\' USR1; touch "$HERE/there"\n'
         "for ((i = 0; i < 40; i++)); do /bin/sleep 0.05; done",
     )
     job = site.start()
