@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import unicodedata
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 class Record(BaseModel):
     """Base of every record and of its parts."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 def is_blank(text: str) -> bool:
@@ -37,7 +38,8 @@ def _clean(value: Any) -> Any:
         value.encode()
     except UnicodeEncodeError:
         raise ValueError("a lone surrogate: half of a character") from None
-    return value.lstrip(_BYTE_ORDER_MARK)
+    start = len(value) - len(value.lstrip(_BYTE_ORDER_MARK + string.whitespace))
+    return value[:start].replace(_BYTE_ORDER_MARK, "") + value[start:]
 
 
 def _visible(value: str) -> str:

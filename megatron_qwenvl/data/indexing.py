@@ -18,7 +18,7 @@ from .formats import render_sample
 from .images import load_pixels, read_header
 from .index import COLUMNS, ShardIndex, file_digest, load_index, save_index
 from .manifest import Manifest, ShardEntry, indexed_options, list_shards, save_manifest, unread_shards
-from .members import image_names, refuse_other_media, text_suffix
+from .members import GAP, image_names, images_behind_gaps, refuse_other_media, text_suffix
 from .shards import ShardSample, checksum, read_member, scan_shard
 from .skipped import SkippedKind, merge, tally
 from .tar import Member
@@ -226,7 +226,8 @@ def _append(
         columns["image_sizes"].append(sample.members[image.name].size)
         columns["widths"].append(image.width)
         columns["heights"].append(image.height)
-    for note in itertools.chain.from_iterable(notes for _, notes in described):
+    behind_gaps = [] if isinstance(record, Chat) else images_behind_gaps(names)  # a dialogue names its images
+    for note in (*itertools.chain.from_iterable(notes for _, notes in described), *[GAP] * len(behind_gaps)):
         columns["noted_keys"].append(sample.key.encode())
         columns["notes"].append(note.encode())
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Sequence
 
 from .errors import SampleError
 from .images import IMAGE_SUFFIXES
+from .media import STARTS_WITHIN, begins_like_media, has_media_suffix, without_compression
 from .shards import ShardSample
 from .tar import Member
 
 _TEXT_SUFFIXES = ("json", "txt")
-_OTHER_MEDIA = tuple(
-    "apng avif heic heif jp2 j2k jpx jxl svg ico icns ppm pgm pbm pnm tga psd eps ps pdf raw dng cr2 nef arw hdr exr "
-    "dds pcx xcf mp4 m4v webm avi mov mkv mpg mpeg mp3 wav flac ogg".split()
-)
-"""Suffixes of what a sample may show and this package does not read."""
-_IMAGE_STARTS = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp|....jP  |\xff\x0a", re.DOTALL
-)
+GAP = "a number is missing before this image: another may be lost"
 
 
 def text_suffix(sample: ShardSample, read: Callable[[Member], bytes]) -> str:
@@ -31,10 +26,15 @@ def text_suffix(sample: ShardSample, read: Callable[[Member], bytes]) -> str:
     if "txt" not in found:
         return found["json"]
     try:
-        record = json.loads(read(sample.members[found["json"]])) if "json" in found else None
+        record = json.loads(read(sample.members[found["json"]])) if "json" in found else {}
     except (ValueError, RecursionError) as error:
         raise SampleError(f"malformed json: {error}") from error
-    return found["json"] if isinstance(record, dict) and "task" in record else found["txt"]
+    has_task = isinstance(record, dict) and record.get("task") is not None
+    return found["json"] if has_task else found["txt"]
+
+
+def _is_text(name: str) -> bool:
+    return name.lower().rpartition(".")[2] in _TEXT_SUFFIXES
 
 
 def _is_image(name: str) -> bool:
@@ -42,16 +42,20 @@ def _is_image(name: str) -> bool:
 
 
 def refuse_other_media(sample: ShardSample, read: Callable[[Member], bytes]) -> None:
-    """Leave out a sample with an image that would not be seen; other files (`cls`, `npy`, `xml`) do not matter.
+    """Leave out a sample with an image or a text that would not be seen; other files (`cls`, `npy`, `xml`) do not
+    matter.
 
     Raises:
-        SampleError: a file with the suffix or the first bytes of an image or a film.
+        SampleError: a file with the suffix or the first bytes of an image, a film or sound, or a compressed one.
     """
     for name, member in sample.members.items():
         if _is_image(name) or name.lower() in _TEXT_SUFFIXES:
             continue
-        start = read(Member(member.offset, min(member.size, 16)))
-        if name.lower().rpartition(".")[2] in _OTHER_MEDIA or _IMAGE_STARTS.match(start):
+        plain = without_compression(name)
+        if plain != name and (_is_image(plain) or _is_text(plain) or has_media_suffix(plain)):
+            raise SampleError(f"a compressed image or text: .{name}")
+        start = read(Member(member.offset, min(member.size, STARTS_WITHIN)))
+        if has_media_suffix(name) or begins_like_media(start):
             raise SampleError(f"unknown kind of image: .{name}")
 
 
@@ -68,7 +72,29 @@ def image_names(sample: ShardSample, ordered: bool) -> list[str]:
     return names
 
 
+def images_behind_gaps(names: Sequence[str]) -> list[str]:
+    """The images before whose number another is missing, as a lost file leaves it: `2.jpg` behind `0.jpg`.
+
+    Args:
+        names: images in their order.
+    """
+    found, last = [], {"#": 0}  # numbers alone begin with 0 or 1, those in words (`page9`) anywhere
+    for name in names:
+        stem = name.rpartition(".")[0]
+        match = re.fullmatch(r"([^0-9]*)([0-9]{1,18})([^0-9]*)", stem)
+        if match:
+            series, number = f"{match[1]}#{match[3]}", int(match[2])
+            if number > last.get(series, number) + 1:
+                found.append(name)
+            last[series] = number
+        elif not stem:  # `jpg`, then `1.jpg` or `2.jpg`
+            last["#"] = 1
+    return found
+
+
 def _place(name: str) -> list[tuple[int, int, str]]:
     """Sorts `jpg`, `2.png`, `10.jpg`, and `a.jpg`, `b.jpg`, `aa.jpg`: numbers by value, words by length first."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name.rpartition(".")[0])
-    return [(0, int(part[:18]), part[18:]) if part[0].isdigit() else (1, len(part), part) for part in parts]
+    return [
+        (0, int(part[:18]), part[18:]) if part[0] in string.digits else (1, len(part), part) for part in parts
+    ]

@@ -137,6 +137,9 @@ def parse_sample(record: Any) -> Sample:
     Raises:
         SampleError: not a record of one of the tasks; the message names the first offending key.
     """
+    if isinstance(record, dict) and record.get("task") not in TASKS:
+        found = "no task" if record.get("task") is None else excerpt(repr(record["task"]))
+        raise SampleError(f"malformed record: expected a task of {', '.join(TASKS)}, found {found}")
     try:
         return _SAMPLE.validate_python(record)
     except ValidationError as error:
@@ -144,6 +147,16 @@ def parse_sample(record: Any) -> Sample:
         where = ".".join(str(part) for part in first["loc"])
         reason = excerpt(first["msg"].removeprefix("Value error, "), 200)
         raise SampleError(f"malformed record: {where + ': ' if where else ''}{reason}") from error
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a record; Python would take the last of two values without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {excerpt(twice)!r} occurs twice")
+    return found
 
 
 def decode_record(suffix: str, data: bytes) -> Sample:
@@ -154,7 +167,9 @@ def decode_record(suffix: str, data: bytes) -> Sample:
     """
     try:
         text = data.decode("utf-8-sig")
-        return parse_sample({"task": "caption", "caption": text} if suffix == "txt" else json.loads(text))
+        if suffix == "txt":
+            return parse_sample({"task": "caption", "caption": text})
+        return parse_sample(json.loads(text, object_pairs_hook=_each_key_once))
     except UnicodeDecodeError as error:
         raise SampleError(f"malformed {suffix}: not UTF-8 at byte {error.start}") from error
     except (ValueError, RecursionError) as error:

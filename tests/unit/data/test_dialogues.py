@@ -152,6 +152,10 @@ def test_dialogues_that_are_accepted(byte_level: Tokenizer, record: dict[str, An
             {"task": "chat", "conversations": [{"role": "user", "content": "q"}]},
             "conversations.0.from: Field required",
         ),
+        (
+            {"task": "chat", "conversations": [{"speaker": "user", "value": "q"}]},
+            "conversations.0.from: Field required",
+        ),
     ],
 )
 def test_dialogues_that_are_left_out(byte_level: Tokenizer, record: dict[str, Any], reason: str) -> None:

@@ -27,9 +27,9 @@ from megatron_qwenvl.data.tokenizer import Tokenizer
 from megatron_qwenvl.data.writer import ImageInfo
 
 EXPECTED = {
-    "version": 4,
+    "version": 5,
     "renderings": "7d009248fe8ea43a",
-    "logic": "7cbef2a63d39f2dc",
+    "logic": "21e93a8dd87af522",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise

@@ -17,6 +17,7 @@ from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.index import ShardIndex
 from megatron_qwenvl.data.indexing import build_index
 from megatron_qwenvl.data.manifest import unread_shards
+from megatron_qwenvl.data.members import GAP
 from megatron_qwenvl.data.shards import checksum, read_member, scan_shard
 from megatron_qwenvl.data.tar import BLOCK, normalise_name
 from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
@@ -82,6 +83,7 @@ def caption(key: str, suffix: str = "png") -> list[File]:
         (("1.png", "png"), ["png", "1.png"]),
         (("b.png", "aa.jpg", "a.jpeg"), ["a.jpeg", "b.png", "aa.jpg"]),
         (("page10.png", "page9.jpg"), ["page9.jpg", "page10.png"]),
+        (("\u00b2.png", "\u0661.jpg"), ["\u00b2.png", "\u0661.jpg"]),  # a power and an Arabic digit are words
     ],
 )
 def test_images_come_in_the_order_of_their_numbers(
@@ -89,6 +91,22 @@ def test_images_come_in_the_order_of_their_numbers(
 ) -> None:
     files: list[File] = [("k.json", VQA), *((f"k.{name}", RED) for name in names)]
     assert index_of(tmp_path / "s.tar", tar_bytes(*files)) == ({"k": expected}, {})
+
+
+def test_a_missing_number_is_noted_unless_a_dialogue_names_its_images(
+    tmp_path: Path, byte_level: Tokenizer
+) -> None:
+    turns = [
+        {"from": "user", "value": "<img>0.png</img><img>2.png</img>"},
+        {"from": "assistant", "value": "a"},
+    ]
+    dialogue = json.dumps({"task": "chat", "conversations": turns}).encode()
+    files = [("k.0.png", RED), ("k.2.png", BLUE), ("k.json", VQA)]
+    files += [("d.0.png", RED), ("d.2.png", BLUE), ("d.json", dialogue)]
+    (tmp_path / "s.tar").write_bytes(tar_bytes(*files))
+    index = build_index(tmp_path / "s.tar", byte_level)
+    assert [index.key(row) for row in range(len(index))] == ["k", "d"]
+    assert (index.arrays["noted_keys"].tolist(), index.arrays["notes"].tolist()) == ([b"k"], [GAP.encode()])
 
 
 def test_files_of_a_sample_may_stand_anywhere(tmp_path: Path) -> None:
@@ -200,6 +218,18 @@ BAD_SAMPLES: dict[str, tuple[list[File], dict[str, str]]] = {
     "pipe": ([("k.0.png", RED), special("k.1.png", tarfile.FIFOTYPE), ("k.json", VQA)], {"k": ".1.png is a pipe"}),
     "unknown image": ([("k.0.png", RED), ("k.1.heic", b"x"), ("k.json", VQA)], {"k": "unknown kind of image: .1.heic"}),
     "image of unknown suffix": ([("k.0.png", RED), ("k.1.pic", BLUE), ("k.json", VQA)], {"k": "unknown kind of image"}),
+    "compressed image": ([("k.0.png", RED), ("k.1.jpg.gz", b"x"), ("k.json", VQA)], {"k": "a compressed image or"}),
+    "compressed film": ([("k.png", RED), ("k.mp4.zst.gz", b"x"), ("k.txt", b"x")], {"k": "a compressed image or text"}),
+    "compressed record": ([*caption("k"), ("k.json.xz", b"x")], {"k": "a compressed image or text: .json.xz"}),
+    "an image named as a text": ([*caption("k"), ("k.1.txt", BLUE)], {"k": "unknown kind of image: .1.txt"}),
+    "a record with a key twice": (
+        [("k.png", RED), ("k.json", b'{"task": "caption", "caption": "one", "caption": "two"}')],
+        {"k": "malformed json: the key 'caption' occurs twice"},
+    ),
+    "no such task": (
+        [("k.png", RED), ("k.json", b'{"task": "ask"}'), ("l.png", RED), ("l.json", b'{"task": null}')],
+        {"k": "malformed record: expected a task of caption, vqa", "l": "malformed record: expected a task of caption"},
+    ),
     "no text": ([("k.png", RED)], {"k": "neither .json nor .txt, only png"}),
     "no image": ([("k.txt", b"x")], {"k": "caption: expected 1 or more pictures, found 0"}),
     "same number": ([("k.0.png", RED), ("k.00.jpg", RED), ("k.json", VQA)], {"k": "which image comes first"}),
@@ -360,6 +390,18 @@ def test_ends_that_are_proper(tmp_path: Path, blocks: int) -> None:
 
 def test_files_that_are_not_shown_do_not_matter(tmp_path: Path) -> None:
     files = [*caption("k"), ("k.cls", b"7"), ("k.npy", b"x" * 600), ("k.tar", tar_bytes(*caption("inner")))]
+    files += [("k.class", b"BMW 3"), ("k.xml", b"<?xml version='1.0'?><annotation><size/></annotation>")]
+    files += [
+        ("k.npy.gz", b"\x1f\x8b"),
+        ("k.bin", bytes(range(99))),
+        ("k.meta.json", b"{}"),
+        ("k.h5", b"\x89HDF"),
+    ]
+    files += [
+        ("k.url", b"https://example.org/a.jpg"),
+        ("k.md5", b"a" * 32),
+        ("k.json", b'{"task": null, "url": ""}'),
+    ]
     assert index_of(tmp_path / "s.tar", tar_bytes(*files)) == ({"k": ["png"]}, {})
 
 
