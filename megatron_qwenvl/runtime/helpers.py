@@ -10,7 +10,7 @@ from multiprocessing import resource_tracker
 from types import FrameType
 
 from .exit_codes import INTERRUPTED
-from .interrupt import STOP_SIGNALS, blocked_stop_signals, ignore_stop_signals
+from .interrupt import STOP_SIGNALS, blocked_stop_signals, disregard_stop_signals
 
 
 def start_resource_tracker() -> None:
@@ -31,7 +31,11 @@ def prepare_worker() -> None:
     """
 
     def end(number: int, _: FrameType | None) -> None:
-        ignore_stop_signals()  # the parent passes on what comes to every process of a job anyway
+        disregard_stop_signals()  # the parent passes on what comes to every process of a job anyway
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(
+            silence, 2
+        )  # the parent tells it; the pool would complain of what a stopped worker has half read
         raise SystemExit(INTERRUPTED)
 
     for stop in STOP_SIGNALS:

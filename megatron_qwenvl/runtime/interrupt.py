@@ -39,6 +39,17 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def disregard_stop_signals() -> None:
+    """Let further stop signals change nothing; to be called by the handler of the first one. Of those that came with it
+    Python would complain if they were ignored from now on."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _disregard)
+
+
+def _disregard(_: int, __: FrameType | None) -> None:
+    return
+
+
 @contextmanager
 def blocked_stop_signals() -> Iterator[None]:
     """Start helper processes here: a program inherits what is blocked, so that they are safe before they run a line of
@@ -63,7 +74,7 @@ def end_at_stop_signals(program: str, seconds: float = STUCK_SECONDS) -> None:
     """
 
     def end(number: int, _: FrameType | None) -> None:
-        ignore_stop_signals()
+        disregard_stop_signals()
         print(f"{program}: interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         for worker in _workers():
             worker.terminate()

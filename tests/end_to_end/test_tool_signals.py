@@ -48,14 +48,22 @@ def wait_until(condition: object, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+def write_shards(folder: Path) -> Path:
+    """Two shards, of which the second takes longer to read than any test: it ends with a terabyte of holes. Gives the
+    first."""
+    good, endless = (
+        write_shard(folder / f"00000{i}.tar", [sample("0", {"task": "text", "text": "a"})]) for i in range(2)
+    )
+    os.truncate(endless, 1 << 40)
+    return good
+
+
 @pytest.mark.parametrize(
     ("workers", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (2, signal.SIGINT)]
 )
 def test_indexing(tmp_path: Path, workers: int, number: signal.Signals) -> None:
-    """The signal comes to every process, as from Slurm and from a terminal, while a disk hangs: a shard is a pipe that
-    nobody writes to."""
-    good = write_shard(tmp_path / "data/000000.tar", [sample("0", {"task": "text", "text": "a"})])
-    os.mkfifo(tmp_path / "data/000001.tar")
+    """The signal comes to every process, as from Slurm and from a terminal."""
+    good = write_shards(tmp_path / "data")
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     tool = start_tool("index_shards.py", tmp_path / "data", "--workers", workers, TMPDIR=str(temporary))
@@ -71,8 +79,7 @@ def test_indexing(tmp_path: Path, workers: int, number: signal.Signals) -> None:
 
 
 def test_workers_of_a_killed_indexer_end(tmp_path: Path) -> None:
-    good = write_shard(tmp_path / "data/000000.tar", [sample("0", {"task": "text", "text": "a"})])
-    os.mkfifo(tmp_path / "data/000001.tar")
+    good = write_shards(tmp_path / "data")
     tool = start_tool("index_shards.py", tmp_path / "data", "--workers", 2)
     wait_until(lambda: index_path(good).exists())
     workers = psutil.Process(tool.pid).children(recursive=True)

@@ -55,6 +55,23 @@ def test_a_start_that_does_not_end_is_left_whatever_else_comes() -> None:
     assert (ended.returncode, ended.stderr) == (75, "")
 
 
+def test_signals_to_a_tool_at_the_same_moment_are_one() -> None:
+    """As from a terminal or a cluster's daemon, and passed on by a parent."""
+    ended = run("""
+        end_at_stop_signals("tool", 60)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.raise_signal(number)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        finally:
+            time.sleep(0.05)  # it cleans up
+            # Python complains, but not always, of a signal that is on its way when it begins to be ignored.
+            assert signal.SIG_IGN not in map(signal.getsignal, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    """)
+    assert ended.stderr.startswith("tool: interrupted by SIG") and len(ended.stderr.splitlines()) == 1
+
+
 def test_more_signals_to_a_tool_change_nothing() -> None:
     ended = run("""
         end_at_stop_signals("tool", 60)
