@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from .errors import SampleError
-from .fields import AnyText, Record, VerbatimText, excerpt
+from .fields import AnyText, Record, VerbatimText, excerpt, visible
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
@@ -84,9 +84,10 @@ class Chat(Record):
 def picture_of(name: str, number: int | None, names: Sequence[str], shown: Sequence[int]) -> int:
     """Find the picture that `Picture NUMBER: <img>NAME</img>` shows.
 
-    A picture is named by its member's suffix and shown once; numbers, where there are any, count over the whole
-    dialogue. The published code shows a picture that is named twice twice and does not look at numbers; here either is
-    taken for a mistake of whoever made the dialogue, as the answers rely on the right numbers.
+    A picture is named by its member's suffix, perhaps with blanks around it, and shown once; numbers, where there are
+    any, count over the whole dialogue. The published code shows a picture that is named twice twice and does not look
+    at numbers; here either is taken for a mistake of whoever made the dialogue, as the answers rely on the right
+    numbers.
 
     Args:
         name: the name.
@@ -100,8 +101,8 @@ def picture_of(name: str, number: int | None, names: Sequence[str], shown: Seque
     Raises:
         SampleError: no such picture, shown already, or wrongly numbered.
     """
+    found, name = excerpt(name), visible(name).strip()
     if name not in names:
-        found = excerpt(name)
         raise SampleError(f"the text shows a picture '{found}', the sample has {', '.join(names) or 'none'}")
     count = len(shown) + 1
     if number is not None and number != count:

@@ -23,6 +23,13 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(character) in _INVISIBLE for character in text)
 
 
+def visible(text: str) -> str:
+    """A text without its invisible characters; blanks and line ends stay."""
+    if text.isascii():
+        return text
+    return "".join(character for character in text if unicodedata.category(character) != "Cf")
+
+
 def excerpt(text: str, length: int = 40) -> str:
     """The beginning of a text in one line, for a message that may quote it."""
     return " ".join(text[:length].split())

@@ -29,7 +29,7 @@ from .tasks import OCR, VQA, Caption, GroundedCaption, Phrase, PureText, Referri
 from .tokenizer import Tokenizer
 from .writer import DEFAULT_OPTIONS, ImageInfo, Rendered, RenderOptions, Writer
 
-RENDERING_VERSION = 5
+RENDERING_VERSION = 6
 """Raised whenever a record may render to other tokens, or is accepted or refused where it was not before: an index
 made by another version is refused, as its lengths would be wrong. `tests/unit/data/test_rendering_version.py` watches.
 """

@@ -3,7 +3,7 @@
 Markup are `<img>NAME</img>`, `<ref>text</ref>`, `<box>(x1,y1),(x2,y2)</box>` and
 `<quad>(x,y),(x,y),(x,y),(x,y)</quad>` with integers in [0, 1000). Where the meaning is plain it is normalised: blanks
 between numbers are dropped, 1000 becomes 999. What only looks like it, an *attempt*, is never taken for text by
-accident (see `_ATTEMPTS`). Everything else is text, HTML and single tags in prose included.
+accident (`attempts.py`). Everything else is text, HTML and single tags in prose included.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from .attempts import find_attempt
 from .coordinates import Corner, box_problem, quad_problem, write_corners
 from .errors import SampleError
-from .fields import excerpt, is_blank
+from .fields import excerpt, is_blank, visible
 
 _TAG = r"</?(?:img|ref|box|quad)>"
 _INSIDE = rf"(?:(?!{_TAG}).)"
 _MARKUP = re.compile(
-    r"(?:Picture (?P<number>[0-9]+): ?)?<img>(?P<img>[^<>]*)</img>"
+    r"(?:(?i:picture|image|图片?)[^\w<]{0,3}(?P<number>\d+)[^\w<]{0,3}[:：][^\w<]{0,3})?<img>(?P<img>[^<>]*)</img>"
     rf"|<ref>(?P<ref>{_INSIDE}+)</ref>"
     rf"|<box>(?P<box>{_INSIDE}*)</box>"
     rf"|<quad>(?P<quad>{_INSIDE}*)</quad>",
@@ -33,22 +34,6 @@ _POINTS = {
     "box": re.compile(",".join([_POINT] * 2)),
     "quad": re.compile(",".join([_POINT] * 4)),
 }
-
-_LOCATION = r"<\s*(?:box|quad)\s*>"
-_LOCATION_END = r"<\s*/\s*(?:box|quad)\s*>"
-_ATTEMPTS = re.compile(
-    rf"{_LOCATION}\s*[-+.]?[\d(\[{{（［]"  # a tag before a number or bracket
-    rf"|[\d)\]}}）］]\s*{_LOCATION_END}"  # or behind one
-    rf"|{_LOCATION}\s*{_LOCATION_END}"  # an empty pair
-    rf"|<\s*/\s*ref\s*>\s*{_LOCATION}"  # what names something stands before what locates it
-    r"|Picture [0-9]+: ?<img>"
-    r"|<\|(?:box|quad|object_ref)_(?:start|end)\|>",  # Qwen2-VL's tokens
-    re.IGNORECASE,
-)
-_LEFT_OVER = re.compile(r"</?(?:ref|box|quad)>")
-"""An attempt in a text that has boxes or quads."""
-_AFTER = {"ref": re.compile(rf"\s*{_LOCATION}", re.IGNORECASE), "img": re.compile(r"\s*</img>")}
-"""Attempts directly behind markup."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +89,7 @@ def _parse(match: re.Match[str], keep: bool) -> Piece | None:
         return None if is_blank(match["ref"]) else Piece("ref", match["ref"])
     kind: Literal["box", "quad"] = "box" if match["box"] is not None else "quad"
     inside = match[kind]
-    points = _POINTS[kind].fullmatch(inside)
+    points = _POINTS[kind].fullmatch(visible(inside))
     if not points:
         return None
     numbers = [int(number) for number in points.groups()]
@@ -121,14 +106,11 @@ def _parse(match: re.Match[str], keep: bool) -> Piece | None:
 
 def _refuse_attempts(pieces: list[Piece]) -> None:
     """Raise SampleError for text that looks like markup."""
-    located = any(piece.kind in ("box", "quad") for piece in pieces)
+    grounded = any(piece.kind in ("ref", "box", "quad") for piece in pieces)
     before = None
     for piece in pieces:
-        if piece.kind == "text" and "<" in piece.text:
-            attempt = _ATTEMPTS.search(piece.text)
-            attempt = attempt or (_LEFT_OVER.search(piece.text) if located else None)
-            attempt = attempt or (_AFTER[before].match(piece.text) if before in _AFTER else None)
-            if attempt:
-                found = excerpt(piece.text[attempt.start() :]).replace("'", "`")
-                raise SampleError(f"markup that does not parse: '{found}'")
+        attempt = find_attempt(piece.text, before, grounded) if piece.kind == "text" else None
+        if attempt is not None:
+            found = excerpt(attempt).replace("'", "`")
+            raise SampleError(f"markup that does not parse: '{found}'")
         before = piece.kind

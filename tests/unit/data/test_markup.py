@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 
@@ -45,7 +46,10 @@ def spell(value: str, keep: bool = False) -> list[str]:
         ),
         ("<quad>(1,2), (9,2), (9,8), (1,8)</quad>", [QUAD]),
         ("<quad>(1,2),(9,2),(9,2),(1,2)</quad>", ["<quad>(1,2),(9,2),(9,2),(1,2)</quad>"]),
+        ("<box>\u200b(1,2),(3,4)\ufeff</box>", [BOX]),
         ("Picture 1: <img>jpg</img>\nq", ["Picture 1: ¦", "<img>jpg</img>", "\nq¦"]),
+        ("Picture  1:\n<img>jpg</img>", ["Picture  1:\n¦", "<img>jpg</img>"]),
+        ("图1\uff1a<img>jpg</img>", ["图1\uff1a¦", "<img>jpg</img>"]),
     ],
 )
 def test_markup_whose_meaning_is_plain(value: str, pieces: list[str]) -> None:
@@ -74,6 +78,22 @@ ATTEMPTS = [
     "<Box>(1,2),(3,4)</Box>", "<BOX>(1,2),(3,4)</BOX>", "< box >(1,2),(3,4)< /box >", "<box >(1,2),(3,4)</box>",
     "<|object_ref_start|>it<|object_ref_end|>", "<|box_start|>(1,2),(3,4)<|box_end|>",
     "Picture 1: <img>jpg", "<img>jpg</img></img>",
+    # whatever stands between a tag and the digits
+    "<box>'(1,2),(3,4)'</box>", '<box>"1,2,3,4"</box>', "<box>**(1,2),(3,4)**</box>", "<box>`(1,2),(3,4)`</box>",
+    "<box><1><2><3><4></box>", "<box>top left (1,2) to (3,4) ok</box>", "<box>x(1,2),(3,4)px</box>",
+    "<box>≈12,3≈</box>",
+    "<box>p1=(1,2),p2=(3,4);</box>", "<quad>A(1,1) B(5,1) C(5,5) D(1,5) clockwise</quad>", "<box>\\(1,2),(3,4\\)</box>",
+    "<quad>\U0001d7cf</quad>", "<box>from (1,2),(3,4)", "at (1,2),(3,4) px</box>", "<box>x 10 20",
+    # other spellings of tags
+    "<bbox>(1,2),(3,4)</bbox>", "<boxes>(1,2),(3,4)</boxes>", "&lt;box&gt;(1,2),(3,4)&lt;/box&gt;", "<box/>(1,2),(3,4)",
+    "&lt;ref&gt;it&lt;/ref&gt;&lt;box&gt;", "\uff1cbox\uff1e(1,2),(3,4)\uff1c/box\uff1e", "<box>(1,2),(3,4)<box>",
+    "<b\u200box>(1,2),(3,4)</b\u200box>", "<box>(1,2),(3,4)<\\/box>", "<REF>it</REF>", "<ref >it</ref >",
+    "<IMG>jpg</IMG>",
+    "<img>jpg</img >", "< img >jpg</ img >",
+    # empty or separated names
+    "<ref></ref>", "<ref> </ref>", "<ref>\u200b</ref>", "<ref>it</ref>: <box>N/A", "<ref>it</ref>\u200b<box>N/A</box>",
+    "<ref>it</ref> - <BOX>N/A</BOX>", "<ref>it</ref>(1,2),(3,4)", "<ref>it</ref> [1, 2, 3, 4]",
+    "<ref>it</ref><ref>", "a<ref>b</ref>c<box>", "<ref>a <ref>b</ref></ref>",
 ]  # fmt: skip
 
 
@@ -119,11 +139,16 @@ def test_an_attempt_is_kept_as_it_is(value: str) -> None:
         "a < b and b > c, so (1,2) < (3,4)",
         "<box>content</box> is XML",
         "<box width='3'>(1,2)</box",
-        "an empty <ref></ref> pair",
+        "an empty <ref> </box> pair, and <IMG> or < BOX > alone",
+        "use `&lt;ref&gt;` and <bbox> in 2024",
+        "between <box> and </box> stand the corners, between <bbox> and </bbox> too",
+        "`</ref>`, `<box>`",
+        "5 < 6 & 7 > 3 &amp; 9",
         "<|im_end|><|im_start|><|endoftext|><imgpad></img><|extra_0|>",
         "<img>jpg",
         "the inbox (3), a box (1,2) and <textbox>(1,2)</textbox>",
-        "&lt;box&gt;(1,2),(3,4)&lt;/box&gt;",
+        "&lt;box&gt;content&lt;/box&gt;",
+        "Picture 3: none; picture 4 <img",
     ],
 )
 def test_text_that_speaks_of_tags_is_text(value: str) -> None:
@@ -148,5 +173,19 @@ def test_no_text_is_lost_whatever_it_is() -> None:
 
 def test_parsing_is_quick_on_hostile_text() -> None:
     """Work grows with the length: twice the text costs no more than a few times as much."""
-    for tag in ("<ref>", "<box>", "<img>", "<box>(1,2)", "Picture 1: ", "</ref>"):
+    for tag in (
+        "<ref>",
+        "<box>",
+        "<img>",
+        "<box>(1,2)",
+        "Picture 1: ",
+        "</ref>",
+        "<",
+        "&lt;",
+        "< ",
+        "</ref> ,",
+        "图1",
+    ):
         parse_markup(tag * 20_000, keep=True)
+        with contextlib.suppress(SampleError):
+            parse_markup(tag * 20_000)

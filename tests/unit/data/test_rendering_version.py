@@ -27,9 +27,9 @@ from megatron_qwenvl.data.tokenizer import Tokenizer
 from megatron_qwenvl.data.writer import ImageInfo
 
 EXPECTED = {
-    "version": 5,
+    "version": 6,
     "renderings": "7d009248fe8ea43a",
-    "logic": "21e93a8dd87af522",
+    "logic": "aecf4b65b6d5a0c1",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
