@@ -1,4 +1,4 @@
-"""A file system that refuses: makes calls that open, read or look at files below a folder fail for a while."""
+"""A file system that refuses: makes calls that open, read, list or look at files below a folder fail for a while."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+OS_OPEN = os.open
 
 
 class FaultyFiles:
@@ -38,7 +40,14 @@ class FaultyFiles:
         """Calls refused, by file name."""
         self._folder, self._error, self._times, self._suffix = str(folder), error, times, suffix
         self._seen: Counter[tuple[str, str]] = Counter()
-        for owner, name in ((os, "open"), (os, "stat"), (builtins, "open"), (io, "open")):
+        for owner, name in (
+            (os, "open"),
+            (os, "stat"),
+            (os, "listdir"),
+            (os, "scandir"),
+            (builtins, "open"),
+            (io, "open"),
+        ):
             patch.setattr(owner, name, self._with_path(name, getattr(owner, name)))
         patch.setattr(pathlib.Path, "stat", self._with_path("Path.stat", pathlib.Path.stat))
         patch.setattr(os, "pread", self._with_descriptor("pread", os.pread))
@@ -47,7 +56,9 @@ class FaultyFiles:
         def checked(path: Any, *more: Any, **options: Any) -> Any:
             if isinstance(path, str | os.PathLike):
                 mode = more[0] if more and isinstance(more[0], str) else options.get("mode", "r")
-                if "w" not in mode and "a" not in mode:
+                flags = more[0] if more and isinstance(more[0], int) else 0
+                writes = call is OS_OPEN and flags & (os.O_WRONLY | os.O_RDWR)
+                if "w" not in mode and "a" not in mode and not writes:
                     self._refuse(kind, os.fspath(path))
             return call(path, *more, **options)
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime.retry import reads
 
 from .collective import Peers, attempt, find_problems
 from .files import CheckpointError, FileRecord, replace_bytes, sync_directory, write_bytes
@@ -125,7 +126,7 @@ class CheckpointManager:
             CheckpointError: on every rank, if that fails.
         """
         self._guard = guard
-        self.peers.main(self._tidy, f"{self._directory}: cannot be prepared")
+        self.peers.main(lambda: reads(self._directory, self._tidy), f"{self._directory}: cannot be prepared")
 
     def save(
         self,
@@ -231,7 +232,9 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints but all are damaged, or their folder cannot be read.
         """
-        found = self.peers.main(self._candidates, f"{self._directory}: cannot be read")
+        found = self.peers.main(
+            lambda: reads(self._directory, self._candidates), f"{self._directory}: cannot be read"
+        )
         candidates = self.peers.broadcast(found)
         for candidate in candidates:
             problems = find_problems(candidate, self.peers)
@@ -255,7 +258,10 @@ class CheckpointManager:
             CheckpointError: there is none of this step, or it is damaged.
         """
         found = self.peers.main(
-            lambda: None if is_rewound(self._directory, step) else of_step(self._candidates(), step),
+            lambda: reads(
+                self._directory,
+                lambda: None if is_rewound(self._directory, step) else of_step(self._candidates(), step),
+            ),
             f"{self._directory}: cannot go on from step {step}",
         )
         checkpoint: Path | None = self.peers.broadcast(found)
@@ -398,6 +404,7 @@ class CheckpointManager:
             shutil.rmtree(condemned, ignore_errors=True)
 
     def _tidy(self) -> None:
+        """Does only what is still to be done, however often it is begun."""
         self._guard()
         self._directory.mkdir(parents=True, exist_ok=True)
         for leftover in self._directory.glob("step_*.tmp"):

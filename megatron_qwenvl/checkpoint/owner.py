@@ -26,6 +26,7 @@ from typing import Any
 from uuid import uuid4
 
 from megatron_qwenvl.runtime.identity import ProcessIdentity
+from megatron_qwenvl.runtime.retry import reads
 from megatron_qwenvl.runtime.slurm import is_job_over
 
 from .collective import Peers
@@ -72,14 +73,16 @@ class Hold:
 
         Raises:
             OwnershipLost: it is not.
-            OSError: the folder cannot be read.
+            OSError: the folder cannot be read, or is away with its file system.
         """
         newest = _newest(self.folder)
-        if newest is not None and newest.number == self.number and newest.token == self.token:
+        if newest is None:  # who takes a run over leaves a file
+            raise OSError(errno.ESTALE, "the files of the run's owner are away", str(self.folder))
+        if newest.number == self.number and newest.token == self.token:
             if newest.released is None:
                 return
             raise OwnershipLost(f"{self.folder.parent}: this start has given the run up at {newest.released}")
-        by = newest.process if newest is not None and newest.process else "an unknown process"
+        by = newest.process if newest.process else "an unknown process"
         raise OwnershipLost(
             f"{self.folder.parent}: this start was stalled and the run was taken over by {by}; it ends without writing"
         )
@@ -173,11 +176,11 @@ class RunOwner:
 
     def _is_passed(self, entry: _Entry) -> bool:
         """Whether a higher number is there already."""
-        newest = _newest(self._folder)
+        newest = reads(self._folder, lambda: _newest(self._folder))
         return newest is not None and newest.number > entry.number
 
     def _remove_older(self, number: int) -> None:
-        for path in self._folder.iterdir():
+        for path in reads(self._folder, lambda: list(self._folder.iterdir())):
             if (found := _number(path)) is not None and found < number:
                 path.unlink(missing_ok=True)
 

@@ -63,7 +63,8 @@ def is_rewound(directory: Path, step: int) -> bool:
     job = own_job()
     if job is None or not job.restarts:
         return False
-    records = (_read(path) for path in directory.glob(f"rewound_*/{RECORD}"))
+    found = reads(directory, lambda: list(directory.glob(f"rewound_*/{RECORD}")))
+    records = (_read(path) for path in found)
     return any(
         record is not None and record.get("job") == job.id and record.get("to_step") == step
         for record in records

@@ -6,9 +6,11 @@ Needs neither torch nor process groups, so that a run that cannot start is known
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime.retry import reads
 
 from .files import CheckpointError
 from .manifest import Manifest, checkpoints_of_run, find_checkpoint, model_differences, read_manifest
@@ -73,11 +75,15 @@ def read_whole(checkpoint: Path) -> Manifest:
     manifest = read_manifest(checkpoint)
     for name, record in manifest.files.items():
         path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else None
+        found = reads(path, partial(_size, path))
         if found != record.bytes:
             was = "missing" if found is None else f"found {found}"
             raise CheckpointError(f"{path}: expected {record.bytes} bytes, {was}")
     return manifest
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def check_start(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None:

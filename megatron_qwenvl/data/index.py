@@ -152,7 +152,7 @@ def load_index(shard: Path, vocabulary: str | None = None) -> ShardIndex:
     path = index_path(shard)
     remedy = f"run {index_command(shard.parent, vocabulary)}"
     try:
-        content = reads(path, path.read_bytes)
+        content = reads(path, path.read_bytes, folder=shard.parent)
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             meta = json.loads(bytes(stored["meta"]))
             check_versions(path, meta.pop("format"), meta.pop("rendering", None), remedy)
@@ -165,6 +165,8 @@ def load_index(shard: Path, vocabulary: str | None = None) -> ShardIndex:
             arrays["tasks"] = np.array([TASKS.index(name) for name in names], np.uint8)[arrays["tasks"]]
             return ShardIndex(options=RenderOptions(**meta.pop("options")), **meta, arrays=arrays)
     except FileNotFoundError:
+        if not shard.parent.is_dir():
+            raise DataError(f"{shard.parent}: no such directory of shards") from None
         raise DataError(f"{path}: no index; {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError) as error:
         raise DataError(f"{path}: damaged index: {error}; {remedy}") from error

@@ -122,7 +122,7 @@ class ShardDirectory:
         """
         path, entry = self.shard_path(shard), self.manifest.shards[shard]
         try:
-            found = reads(path, lambda: os.stat(path))
+            found = reads(path, lambda: os.stat(path), folder=path.parent)
         except OSError as error:
             raise DataError(
                 f"{path}: shard of the manifest cannot be read: {error.strerror}; restore it, or go on without it: "
@@ -197,7 +197,7 @@ def unread_shards(directory: Path) -> dict[str, str]:
     """
     found = {}
     try:
-        names = sorted(os.listdir(directory))
+        names = sorted(reads(directory, lambda: os.listdir(directory)))
     except OSError as error:
         raise DataError(f"{directory}: cannot be listed: {error.strerror}") from error
     for name in names:

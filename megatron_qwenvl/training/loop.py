@@ -99,7 +99,7 @@ class Trainer:
             announce(config, partition.describe())
         folder = Path(config.run_dir)
         checkpoints = CheckpointManager(folder / "checkpoints", config)
-        checkpoints.peers.main(lambda: check_run_directory(folder), "refused")
+        checkpoints.peers.main(lambda: reads(folder, lambda: check_run_directory(folder)), "refused")
         owner = RunOwner(folder, 60 * config.runtime.takeover_minutes)
         checkpoints.peers.main(lambda: reads(folder, owner.wait_until_free), "refused")
         with refused_if_owned(owner, checkpoints.peers):
@@ -121,7 +121,8 @@ class Trainer:
         with released_on_error(owner):
             checkpoints.prepare(lambda: reads(folder, hold.check))
             checkpoints.peers.main(
-                lambda: record_start(config, runtime.process), f"{folder}: the start cannot be recorded"
+                lambda: reads(folder, lambda: record_start(config, runtime.process)),
+                f"{folder}: the start cannot be recorded",
             )
             rewind = set_aside_newer(checkpoints, progress.step) if older else None
             metrics = MetricsLog(config, runtime.is_main, progress.step, hold.check)

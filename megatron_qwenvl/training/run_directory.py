@@ -48,7 +48,7 @@ def _exists(path: Path) -> bool:
 
 def record_start(config: RunConfig, process: ProcessInfo) -> None:
     """Leave the resolved configuration and the environment of this start in the run directory, after telling what
-    has changed since the start before.
+    has changed since the start before. May be repeated.
 
     Raises:
         OSError: the file system refuses.
@@ -90,7 +90,7 @@ def _configuration_before(folder: Path) -> dict[Any, Any] | None:
     try:
         found = yaml.safe_load(reads(path, lambda: path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        if any(folder.glob("checkpoints/step_*")):
+        if reads(folder, lambda: list(folder.glob("checkpoints/step_*"))):
             logger.warning("%s is missing: changes since the last start are not known", path)
         return None
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -67,6 +67,18 @@ def test_a_checkpoint_is_read_again_on_the_rank_that_could_not(tmp_path: Path) -
     assert [record["step"] for record in records(run)] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "latest", "environment"])
+def test_the_run_directory_is_looked_at_again(name: str, tmp_path: Path) -> None:
+    """Which checkpoints there are, which one is named, and what a start before has left."""
+    write_data(tmp_path)
+    run = tmp_path / "run"
+    run_ranks(1, train, run_config(tmp_path, run, "--train.steps", "3"))
+    config = run_config(tmp_path, run, "--train.steps", "4")
+    (refused,) = run_ranks(1, train_on_faulty_files, config, run, errno.ESTALE, 2, name)
+    assert isinstance(refused, dict) and refused[name] >= 2, refused
+    assert [record["step"] for record in records(run)] == [0, 1, 2, 3]
+
+
 def test_weights_to_start_from_are_read_again(tmp_path: Path) -> None:
     write_data(tmp_path)
     run_ranks(1, train, run_config(tmp_path, tmp_path / "one", "--train.steps", "3", recipe="tiny_stage1"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,6 +21,8 @@ from megatron_qwenvl.checkpoint import owner as owner_module
 from megatron_qwenvl.checkpoint.files import CheckpointError
 from megatron_qwenvl.checkpoint.owner import OwnershipLost, RunOwner
 from megatron_qwenvl.runtime.identity import ProcessIdentity
+from megatron_qwenvl.runtime.retry import is_transient, reads
+from tests.faulty_files import FaultyFiles
 
 ME = ProcessIdentity.of_this_process({})
 ELSEWHERE = replace(ME, host="node17", boot_id="another", pid=4711)
@@ -211,6 +215,38 @@ def test_a_stalled_owner_that_lost_the_run_knows_it_and_leaves_no_trace(tmp_path
     assert contents(tmp_path / "owner").keys() == before == {"00000002.json", "00000002.beat"}
     owner.release()
     assert hold.is_lost()
+
+
+def test_an_owner_whose_directory_is_away_has_not_lost_it(tmp_path: Path) -> None:
+    """A file system that is not mounted shows nothing, or an empty directory; a check waits until it is back."""
+    owner = RunOwner(tmp_path / "run", 1000, ME)
+    owner.wait_until_free()
+    hold = owner.take()
+    (tmp_path / "run").rename(tmp_path / "away")
+    for folder in ("run", "run/owner"):
+        with pytest.raises(OSError, match="are away") as away:
+            hold.check()
+        assert is_transient(away.value) and not hold.is_lost()
+        (tmp_path / folder).mkdir()
+    with pytest.raises(OSError, match="are away"):
+        hold.check()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "away").rename(tmp_path / "run")
+    hold.check()
+    owner.release()
+
+
+def test_taking_a_run_outlasts_a_folder_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = RunOwner(tmp_path, 1000, ME)
+    owner.wait_until_free()
+    with monkeypatch.context() as patch:
+        faulty = FaultyFiles(patch, tmp_path, errno.ESTALE, suffix="owner")
+        owner.take().check()
+    assert faulty.refused["owner"] >= 1
+    assert len(reads.take()) >= 1
+    owner.release()
 
 
 def test_a_start_that_another_one_overtook_starts_again(tmp_path: Path) -> None:

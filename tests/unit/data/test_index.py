@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from megatron_qwenvl.data.skipped import reason_kind, tally
 from megatron_qwenvl.data.tasks import TASKS, decode_record, parse_sample
 from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwenvl.data.writer import ImageInfo
+from megatron_qwenvl.runtime import retry
 from tools import index_shards
 
 from .conftest import QWEN_VOCABULARY
@@ -429,3 +431,28 @@ def test_many_kinds_of_reasons_become_a_hundred_and_one() -> None:
     assert len(kinds) == 101 and sum(kind.count for kind in kinds) == len(reasons)
     assert kinds[0].kind == "other reasons"
     assert reason_kind("box (3.5, 1) of 'x y' at 0x7f1a") == reason_kind("box (4, 22.25) of 'z' at 0x1b")
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_an_index_whose_folder_is_away_is_waited_for(
+    comes_back: bool, tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while training, where an unmounted file system shows nothing."""
+    write_source(tmp_path / "data", [sample("0", {"task": "text", "text": "a"})], per_shard=1)
+    directory = open_directory(tmp_path / "data", byte_level.fingerprint)
+    (tmp_path / "data").rename(tmp_path / "away")
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if comes_back and len(slept) == 2:
+            (tmp_path / "away").rename(tmp_path / "data")
+
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: 20.0 * len(slept), sleep=sleep))
+    if comes_back:
+        assert len(directory.load_index(0).arrays["tasks"]) == 1 and len(slept) == 2
+        assert "read after 2 repetitions" in retry.reads.take()[0]
+    else:
+        with pytest.raises(DataError, match="data: no such directory of shards"):
+            directory.load_index(0)
+        assert len(slept) > 10
