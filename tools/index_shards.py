@@ -5,9 +5,9 @@ Writes the index of every WebDataset shard (`*.tar`) of the directories, and the
 current are left alone. Runs in N processes, or over all ranks when started by mpirun or srun (needs mpi4py); under
 torchrun rank 0 alone works, in N processes.
 `--check` reads every shard and compares its digest instead, `--list-skipped` prints shard, key and reason of every
-sample that the indices leave out. `--unparsed-markup` and `--ref-blank` (docs/samples.md) are kept in the index: they
-hold for every run over the directory, and when it is indexed again without them. Exits with 1 when a shard could not
-be indexed; the others are indexed all the same.
+sample that the indices leave out, and the shards that could not be indexed. `--unparsed-markup` and `--ref-blank`
+(docs/samples.md) are kept in the index: they hold for every run over the directory, and when it is indexed again
+without them. Exits with 1 when a shard could not be indexed; the others are indexed all the same.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ if __name__ == "__main__":
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.index import load_index
 from megatron_qwenvl.data.indexing import IndexJob, ShardResult, index_directory
-from megatron_qwenvl.data.manifest import indexed_options, list_shards, open_directory
-from megatron_qwenvl.data.skipped import merge
+from megatron_qwenvl.data.manifest import failed_shards, indexed_options, list_shards, open_directory
+from megatron_qwenvl.data.skipped import merge, printable
 from megatron_qwenvl.data.tokenizer import load_tokenizer
 from megatron_qwenvl.runtime.helpers import prepare_worker, start_resource_tracker
 from megatron_qwenvl.runtime.interrupt import blocked_stop_signals
+from megatron_qwenvl.runtime.output import print_any_name
 from megatron_qwenvl.runtime.processes import LaunchError, ProcessInfo, detect_process, load_mpi
 
 SIGNAL_SECONDS = 0.5
@@ -66,10 +67,9 @@ def parse_arguments() -> argparse.Namespace:
         choices=("outside", "inside"),
         help="where the blank before a phrase of a grounded caption stands; first: outside",
     )
-    parser.add_argument(
-        "--check", action="store_true", help="compare the digests of all shards; write nothing"
-    )
-    parser.add_argument(
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument("--check", action="store_true", help="compare the digests of all shards; write nothing")
+    look.add_argument(
         "--list-skipped",
         action="store_true",
         help="print every sample that the indices leave out; write nothing",
@@ -165,29 +165,45 @@ def summarise(directory: Path, results: list[ShardResult]) -> int:
     return failed
 
 
-def list_skipped(directory: Path) -> None:
-    """Print shard, key and reason of every sample that the indices of a directory leave out.
+def list_skipped(directory: Path) -> int:
+    """Print shard, key and reason of every sample that the indices of a directory leave out, and every shard that
+    could not be indexed.
+
+    Returns:
+        Number of shards whose index is missing or damaged.
 
     Raises:
-        DataError: an index is missing or damaged.
+        DataError: no shards there.
     """
+    unknown = 0
+    failed = failed_shards(directory)
     for shard in list_shards(directory):
-        arrays = load_index(shard).arrays
+        if shard.name in failed:
+            continue
+        try:
+            arrays = load_index(shard).arrays
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            unknown += 1
+            continue
         for key, reason in zip(arrays["skipped_keys"], arrays["skipped_reasons"], strict=True):
-            print(f"{shard}:{key.decode(errors='replace')}: {reason.decode(errors='replace')}")
+            key, reason = (printable(text.decode(errors="replace")) for text in (key, reason))
+            print(f"{shard}:{key}: {reason}")
+    for reason in failed.values():
+        print(f"whole shard: {reason}")
+    return unknown
 
 
 def main() -> int:
     arguments = parse_arguments()
+    print_any_name()
     wanted = {"unparsed_markup": arguments.unparsed_markup, "ref_blank": arguments.ref_blank}
     options = {name: value for name, value in wanted.items() if value}
     job = IndexJob(arguments.tokenizer, arguments.verify_images, arguments.force, options)
     failed = 0
     try:
         if arguments.list_skipped:
-            for directory in arguments.directories:
-                list_skipped(directory)
-            return 0
+            return 1 if sum(map(list_skipped, arguments.directories)) else 0
         if arguments.check:
             fingerprint = load_tokenizer(arguments.tokenizer).fingerprint
             for directory in arguments.directories:

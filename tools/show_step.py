@@ -28,6 +28,7 @@ from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.plan import StepPlan, describe_step, open_training, plan_training
 from megatron_qwenvl.data.resume import start_data
 from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.runtime.output import print_any_name
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -88,6 +89,7 @@ def print_step(described: dict[str, Any]) -> None:
 
 def main() -> int:
     arguments, overrides = parse_arguments()
+    print_any_name()
     try:
         described = describe_step(make_plan(arguments, overrides), arguments.step, arguments.data_parallel)
     except (ConfigError, DataError, CheckpointError) as error:

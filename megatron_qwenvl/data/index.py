@@ -153,6 +153,9 @@ def load_index(shard: Path, vocabulary: str | None = None) -> ShardIndex:
     remedy = f"run {index_command(shard.parent, vocabulary)}"
     try:
         content = reads(path, path.read_bytes, folder=shard.parent)
+        # Numpy would take what is no zip for a pickle, and advise to load that.
+        if not zipfile.is_zipfile(io.BytesIO(content)):
+            raise zipfile.BadZipFile("not a zip archive")
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             meta = json.loads(bytes(stored["meta"]))
             check_versions(path, meta.pop("format"), meta.pop("rendering", None), remedy)

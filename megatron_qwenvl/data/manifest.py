@@ -25,8 +25,15 @@ from .skipped import SkippedKind, commonest
 from .writer import DEFAULT_OPTIONS, RenderOptions
 
 MANIFEST = "manifest.json"
-_COMPRESSED = re.compile(r"(.*)\.(tar\.(?:gz|bz2|xz|zst)|t(?:gz|bz2?|xz|zst))", re.IGNORECASE | re.DOTALL)
-_DECOMPRESSORS = {"gz": "gzip", "bz": "bzip2", "xz": "xz", "zst": "zstd"}
+_APPLE_DOUBLE = "._"
+"""Begins the names of files in which macOS keeps attributes of the file beside them."""
+_DECOMPRESSORS = {
+    "gz": "gzip -d", "tgz": "gzip -d", "z": "gzip -d", "taz": "gzip -d", "bz2": "bzip2 -d", "tbz": "bzip2 -d",
+    "tbz2": "bzip2 -d", "xz": "xz -d", "txz": "xz -d", "lzma": "xz -d", "zst": "zstd -d", "tzst": "zstd -d",
+    "lz4": "lz4 -d", "lz": "lzip -d", "tlz": "lzip -d", "lzo": "lzop -d", "br": "brotli -d", "zip": "unzip",
+    "7z": "7z x", "rar": "unrar x",
+}  # fmt: skip
+_COMPRESSED = re.compile(r"(.*)\.(?:tar\.(\w+)|(t\w+))", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,7 @@ def list_shards(directory: Path) -> list[Path]:
     """
     try:
         is_directory, shards = reads(directory, lambda: (directory.is_dir(), sorted(directory.glob("*.tar"))))
+        shards = [shard for shard in shards if not shard.name.startswith(_APPLE_DOUBLE)]
     except OSError as error:
         raise DataError(f"{directory}: cannot be listed: {error.strerror}") from error
     if not is_directory:
@@ -202,14 +210,30 @@ def unread_shards(directory: Path) -> dict[str, str]:
         raise DataError(f"{directory}: cannot be listed: {error.strerror}") from error
     for name in names:
         match = _COMPRESSED.fullmatch(name)
-        if match and f"{match[1]}.tar" not in names:
-            tool = next(tool for letters, tool in _DECOMPRESSORS.items() if letters in match[2].lower())
+        command = _DECOMPRESSORS.get((match[2] or match[3]).lower()) if match else None
+        if name.startswith(_APPLE_DOUBLE):
+            continue
+        if match and command and f"{match[1]}.tar" not in names:
             found[name] = (
-                f"{directory / name}: compressed tars are not read; decompress it ({tool} -d) or move it away"
+                f"{directory / name}: compressed tars are not read; decompress it ({command}) or move it away"
             )
         elif name.lower().endswith(".tar") and not name.endswith(".tar"):
             found[name] = f"{directory / name}: shards are named *.tar; rename it or move it away"
     return found
+
+
+def failed_shards(directory: Path) -> dict[str, str]:
+    """Shards that could not be indexed last time and are still there, by name with the reason; files that seem to be
+    shards, too.
+
+    Raises:
+        DataError: the directory cannot be read.
+    """
+    failed: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        failed = dict(json.loads((directory / MANIFEST).read_bytes())["failed"])
+    there = {name: reason for name, reason in failed.items() if (directory / name).exists()}
+    return {**there, **unread_shards(directory)}
 
 
 def save_manifest(manifest: Manifest, directory: Path) -> None:

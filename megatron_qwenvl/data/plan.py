@@ -24,6 +24,7 @@ from .index import ShardIndex
 from .manifest import ShardDirectory, open_directory
 from .order import Limits, SampleTable, Skipped
 from .packing import CostWeights, Pack, deal, make_packs, pack_costs
+from .skipped import printable
 from .source_order import SourceOrder
 from .tasks import TASKS
 
@@ -252,7 +253,7 @@ class StepPlan:
 
     def name(self, samples: SampleTable, row: int) -> str:
         """Shard and key of a sample, for messages."""
-        return f"{self.shard(samples, row)}:{self.key(samples, row)}"
+        return f"{self.shard(samples, row)}:{printable(self.key(samples, row))}"
 
     def shard(self, samples: SampleTable, row: int) -> str:
         """Path of a sample's shard."""

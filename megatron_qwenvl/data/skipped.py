@@ -43,10 +43,17 @@ def tally(shard: str, keys: Iterable[bytes], reasons: Iterable[bytes]) -> tuple[
     return merge(
         SkippedKind(reason_kind(reason), 1, f"{shard}:{key}", reason[:_MAX_LENGTH])
         for key, reason in (
-            (key.decode(errors="replace"), reason.decode(errors="replace"))
+            (printable(key.decode(errors="replace")), printable(reason.decode(errors="replace")))
             for key, reason in zip(keys, reasons, strict=True)
         )
     )
+
+
+def printable(text: str) -> str:
+    """A text of the data in one line of a report: what moves a cursor or cannot be encoded is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def merge(kinds: Iterable[SkippedKind]) -> tuple[SkippedKind, ...]:

@@ -130,7 +130,10 @@ class Tar:
             ends = {start + _round_up(used, record) for record in (_RECORD, *_OTHER_RECORDS)}
             if tail <= 2 * BLOCK or self._size in ends:
                 return None
-            raise self._damaged(f"the zeros from byte {at} to the end at byte {self._size} are no end mark")
+            raise self._damaged(
+                f"the zeros from byte {at} to the end at byte {self._size} are no end mark (if tar wrote it with "
+                "another blocking factor, write it again without)"
+            )
         if data == start + _round_up(used, _RECORD):
             return data
         raise self._damaged(f"the zeros at byte {at} are no end mark, data follow at byte {data}")

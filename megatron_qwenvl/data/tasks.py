@@ -173,4 +173,5 @@ def decode_record(suffix: str, data: bytes) -> Sample:
     except UnicodeDecodeError as error:
         raise SampleError(f"malformed {suffix}: not UTF-8 at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
-        raise SampleError(f"malformed {suffix}: {error}") from error
+        reason = str(error).partition("; use sys.")[0]  # a remedy for whoever writes programs
+        raise SampleError(f"malformed {suffix}: {reason}") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import struct
+import subprocess
 import sys
 import tarfile
 import zlib
@@ -23,7 +25,7 @@ from megatron_qwenvl.data.indexing import IndexJob, build_index, index_directory
 from megatron_qwenvl.data.manifest import open_directory
 from megatron_qwenvl.data.plan import training_plan
 from megatron_qwenvl.data.shards import read_member, split_name
-from megatron_qwenvl.data.skipped import reason_kind, tally
+from megatron_qwenvl.data.skipped import printable, reason_kind, tally
 from megatron_qwenvl.data.tasks import TASKS, decode_record, parse_sample
 from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwenvl.data.writer import ImageInfo
@@ -337,10 +339,19 @@ def test_a_damaged_index_is_named(tmp_path: Path, byte_level: Tokenizer) -> None
     root = write_source(tmp_path / "s", mixed_samples(20))
     path = root / "000001.index.npz"
     directory = open_directory(root, byte_level.fingerprint)
-    for damaged in (path.read_bytes()[:-100], b"", b"text"):
+    whole = path.read_bytes()
+    deflated = bytearray(whole)
+    deflated[whole.index(b"meta.npy") + 60] ^= 0xFF  # in the compressed bytes of the first array
+    pickled = io.BytesIO()
+    np.savez(pickled, meta=np.array([{"format": 2}], dtype=object))
+    for damaged in (whole[:-100], b"", b"text", b"<html>", bytes(deflated), pickled.getvalue()):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"000001\.index\.npz: damaged index"):
+        with pytest.raises(DataError, match=r"000001\.index\.npz: damaged index") as caught:
             directory.load_index(1)
+        assert "unsafely" not in str(caught.value) and "pickle.load" not in str(caught.value)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match="damaged index: not a zip archive; run python tools/index_shards.py"):
+        directory.load_index(1)
 
 
 UNFORESEEN = [
@@ -422,6 +433,52 @@ def test_left_out_samples_are_counted_by_kind_of_reason(
     assert [line.split(": ")[0] for line in listed] == [
         *(f"{root}/00000{n // 2}.tar:box{n}" for n in range(3)), f"{root}/000001.tar:json",
     ]  # fmt: skip
+
+
+def test_listing_goes_on_over_shards_that_could_not_be_indexed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_source(tmp_path / "s", [*mixed_samples(3), sample("last", b"{")], per_shard=2)
+    (root / "000000.tar").write_bytes(b"<html>" * 200)
+    (root / "000002.tar.lz4").write_bytes(b"")
+    (root / "000003.tar").write_bytes((root / "000001.tar").read_bytes())
+    for options, code in (["--workers", "1"], 1), (["--list-skipped"], 0):
+        monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), *options])
+        assert index_shards.main() == code
+    listed = capsys.readouterr().out.splitlines()[-4:]
+    assert listed[0].startswith(f"{root}/000001.tar:last: malformed json")
+    assert listed[1].startswith(f"{root}/000003.tar:last: malformed json")
+    assert listed[2].startswith(f"whole shard: {root}/000000.tar: ") and "no tar header" in listed[2]
+    assert listed[3].startswith(f"whole shard: {root}/000002.tar.lz4: compressed tars are not read")
+    (root / "000003.index.npz").unlink()
+    assert index_shards.main() == 1  # that index is wanted, and the command that is named makes it
+    captured = capsys.readouterr()
+    assert "000001.tar:last" in captured.out
+    assert "000003.index.npz: no index; run python tools/index_shards.py" in captured.err
+
+
+def test_names_of_the_data_cannot_forge_lines_of_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "x\n2026 error: all lost\x1b[2J"
+    root = write_source(tmp_path / "s", [*mixed_samples(1), sample(key, b"{")])
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), "--list-skipped"])
+    assert index_shards.main() == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{root}/000000.tar:x\\n2026 error: all lost\\x1b[2J: malformed json")
+    (kind,) = open_directory(root, load_tokenizer().fingerprint).manifest.skipped
+    assert str(kind).isprintable()
+    assert printable("caf\u00e9 图 a\u202eb \ud800") == "caf\u00e9 图 a\\u202eb \\ud800"
+
+
+def test_a_directory_whose_name_is_not_utf8_is_printed(tmp_path: Path) -> None:
+    code = "from megatron_qwenvl.runtime.output import print_any_name; print_any_name(); print('a\\udcffb')"
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (done.stdout, done.stderr) == ("a\\udcffb\n", "")
 
 
 def test_many_kinds_of_reasons_become_a_hundred_and_one() -> None:

@@ -286,6 +286,10 @@ def test_no_blank_is_lost_between_text_and_phrase(
     ("data", "reason"),
     [
         (b"{", "malformed json"),
+        (
+            b'{"task": "text", "text": "a", "b": ' + b"9" * 5000 + b"}",
+            "string conversion: value has 5000 digits$",
+        ),
         (b'{"task": "text", "text": "a", "b": {"c": 1, "c": 2}}', "malformed json: the key 'c' occurs twice"),
         (b"[" * 100000, "malformed json"),
         (b"[]", "malformed record"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwenvl.data import (
+    attempts,
     chatml,
     coordinates,
     dialogues,
@@ -16,6 +17,7 @@ from megatron_qwenvl.data import (
     formats,
     images,
     markup,
+    media,
     members,
     tasks,
     writer,
@@ -29,7 +31,7 @@ from megatron_qwenvl.data.writer import ImageInfo
 EXPECTED = {
     "version": 6,
     "renderings": "7d009248fe8ea43a",
-    "logic": "aecf4b65b6d5a0c1",
+    "logic": "1ed442b8c3720ec1",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
@@ -132,7 +134,9 @@ def digest(value: object) -> str:
 
 def test_the_version_is_raised_with_every_change_of_renderings(byte_level: Tokenizer) -> None:
     assert {record["task"] for record, _ in CORPUS if isinstance(record, dict)} >= set(TASKS)
-    modules = (formats, chatml, dialogues, markup, tasks, fields, coordinates, writer, images, members)
+    modules = (
+        formats, chatml, dialogues, markup, attempts, tasks, fields, coordinates, writer, images, members, media,
+    )  # fmt: skip
     found = {
         "version": RENDERING_VERSION,
         "renderings": digest([rendering(record, count, byte_level) for record, count in CORPUS]),

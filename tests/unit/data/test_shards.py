@@ -16,7 +16,7 @@ import pytest
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.index import ShardIndex
 from megatron_qwenvl.data.indexing import build_index
-from megatron_qwenvl.data.manifest import unread_shards
+from megatron_qwenvl.data.manifest import list_shards, unread_shards
 from megatron_qwenvl.data.members import GAP
 from megatron_qwenvl.data.shards import checksum, read_member, scan_shard
 from megatron_qwenvl.data.tar import BLOCK, normalise_name
@@ -302,6 +302,16 @@ def test_a_file_with_two_sizes_is_named(tmp_path: Path) -> None:
     assert (set(usable), skipped) == ({"z"}, {"k": ".txt is stored with two sizes, 12 and 14"})
 
 
+@pytest.mark.parametrize("size", ["-1", "1e3", "0x10", " 5", "9" * 21, "1_0"])
+def test_a_pax_size_that_is_no_number_is_refused(tmp_path: Path, byte_level: Tokenizer, size: str) -> None:
+    info = tarfile.TarInfo("k.txt")
+    info.pax_headers = {"size": size}
+    content = tar_bytes((info, b"a red square"), *caption("z"), format_=tarfile.PAX_FORMAT)
+    (tmp_path / "s.tar").write_bytes(content)
+    with pytest.raises(DataError, match="size .* in the header at byte"):
+        build_index(tmp_path / "s.tar", byte_level)
+
+
 def test_a_size_that_is_too_small_shows_in_what_follows(tmp_path: Path) -> None:
     data = bytearray(tar_bytes(("k.txt", b"a red square"), ("k.png", RED), *caption("z")))
     set_field(data, 0, 124, b"%011o\0" % 5)
@@ -436,6 +446,31 @@ def test_the_target_of_a_link_before_a_file_is_refused(tmp_path: Path, byte_leve
 
 
 def test_a_compressed_copy_beside_its_shard_does_not_matter(tmp_path: Path) -> None:
-    for name in ("a.tar", "a.tar.gz", "b.TGZ", "c.Tar", "d.tar.zst"):
+    for name in (
+        "a.tar",
+        "a.tar.gz",
+        "b.TGZ",
+        "c.Tar",
+        "d.tar.zst",
+        "._a.tar",
+        "._e.tar.gz",
+        "a.tar.md5",
+        "f.zip",
+    ):
         (tmp_path / name).write_bytes(b"")
     assert sorted(unread_shards(tmp_path)) == ["b.TGZ", "c.Tar", "d.tar.zst"]
+    assert list_shards(tmp_path) == [tmp_path / "a.tar"]
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("x.tar.lz4", "lz4 -d"), ("x.tar.Z", "gzip -d"), ("x.taz", "gzip -d"), ("x.tar.lzma", "xz -d"),
+     ("x.tar.br", "brotli -d"), ("x.tar.lz", "lzip -d"), ("x.tar.lzo", "lzop -d"), ("x.tar.zip", "unzip"),
+     ("x.tbz2", "bzip2 -d"), ("x.tar.7z", "7z x")],
+)  # fmt: skip
+def test_compressed_tars_of_every_kind_are_named(tmp_path: Path, name: str, command: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{name}: compressed tars are not read; decompress it \({command}"):
+        list_shards(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert list(unread_shards(tmp_path)) == [name]
