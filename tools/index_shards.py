@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.index import load_index
-from megatron_qwenvl.data.indexing import IndexJob, ShardResult, index_directory
+from megatron_qwenvl.data.indexing import JOINT, IndexJob, ShardResult, index_directory
 from megatron_qwenvl.data.manifest import failed_shards, indexed_options, list_shards, open_directory
 from megatron_qwenvl.data.skipped import merge, printable
 from megatron_qwenvl.data.tokenizer import load_tokenizer
@@ -161,7 +161,8 @@ def summarise(directory: Path, results: list[ShardResult]) -> int:
     for kind in merge(itertools.chain.from_iterable(result.skipped for result in results)):
         print(f"{directory}: {kind}")
     for kind in merge(itertools.chain.from_iterable(result.noted for result in results)):
-        print(f"{directory}: {kind.count} images noted: {kind.reason} (for example {kind.example})")
+        noun = "places" if kind.reason == JOINT else "images"
+        print(f"{directory}: {kind.count} {noun} noted: {kind.reason} (for example {kind.example})")
     return failed
 
 

@@ -26,6 +26,7 @@ from .tasks import TASKS, Chat, decode_record
 from .tokenizer import Tokenizer, load_tokenizer
 from .writer import DEFAULT_OPTIONS, ImageInfo, RenderOptions
 
+JOINT = "another tar begins here: joined by cat, or the part before was overwritten with zeros"
 _MAX_REASON = 300
 _MAX_KEY = 1000
 
@@ -163,13 +164,16 @@ def build_index(
             stat = os.fstat(file.fileno())
             digest = file_digest(file)
             read = _reader(file.fileno(), path)
-            for sample in scan_shard(file, path):
+            joints: list[int] = []
+            for sample in scan_shard(file, path, joints):
                 try:
                     with only_this_sample():
                         _append(columns, sample, read, tokenizer, verify_images, options)
                 except SampleError as error:
                     columns["skipped_keys"].append(sample.key[:_MAX_KEY].encode(errors="replace"))
                     columns["skipped_reasons"].append(str(error)[:_MAX_REASON].encode(errors="replace"))
+            columns["noted_keys"] += [f"byte {at}".encode() for at in joints]
+            columns["notes"] += [JOINT.encode()] * len(joints)
             now = os.fstat(file.fileno())
             if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
                 raise DataError(f"{path}: changed while it was indexed; index it when it is complete")

@@ -45,10 +45,15 @@ class ShardSample:
         self.members[suffix] = member
 
 
-def scan_shard(file: BinaryIO, path: Path) -> Iterator[ShardSample]:
+def scan_shard(file: BinaryIO, path: Path, joints: list[int] | None = None) -> Iterator[ShardSample]:
     """The samples of a tar in the order of their first files, then the files that belong to none.
 
     The files of a sample may stand anywhere in the tar. Links are followed to the file that holds the bytes.
+
+    Args:
+        file: the open tar.
+        path: its path, for messages.
+        joints: gets the bytes at which further tars begin, joined to the first one by `cat`.
 
     Raises:
         DataError: not a tar, a damaged one, or one that ends early.
@@ -58,7 +63,8 @@ def scan_shard(file: BinaryIO, path: Path) -> Iterator[ShardSample]:
     strays: list[ShardSample] = []
     files: dict[str, Member | None] = {}  # None: a name that occurs twice, so a link to it means neither
     links: list[tuple[ShardSample, str, Entry]] = []
-    for entry in Tar(file.fileno(), path).entries():
+    tar = Tar(file.fileno(), path)
+    for entry in tar.entries():
         name = normalise_name(entry.name)
         if entry.member:
             files[name] = None if name in files else entry.member
@@ -76,6 +82,8 @@ def scan_shard(file: BinaryIO, path: Path) -> Iterator[ShardSample]:
             sample.add(suffix, entry.member)
         else:
             links.append((sample, suffix, entry))
+    if joints is not None:
+        joints += tar.joints
     _resolve(links, files)
     for sample in samples.values():
         if len({suffix.lower() for suffix in sample.members}) < len(sample.members):

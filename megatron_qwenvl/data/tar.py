@@ -78,7 +78,11 @@ class _Header(NamedTuple):
 
 
 class Tar:
-    """The entries of an open tar."""
+    """The entries of an open tar.
+
+    Attributes:
+        joints: bytes at which further tars begin, as far as `entries` has come.
+    """
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor = descriptor
@@ -87,6 +91,7 @@ class Tar:
         self._buffer = b""
         self._buffer_at = 0
         self._globals: dict[bytes, bytes] = {}
+        self.joints: list[int] = []
 
     def entries(self) -> Iterator[Entry]:
         """Every file in the order of the tar, also of several tars one after the other; directories are left out.
@@ -135,6 +140,7 @@ class Tar:
                 "another blocking factor, write it again without)"
             )
         if data == start + _round_up(used, _RECORD):
+            self.joints.append(data)
             return data
         raise self._damaged(f"the zeros at byte {at} are no end mark, data follow at byte {data}")
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,13 @@ import pytest
 
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.index import ShardIndex
-from megatron_qwenvl.data.indexing import build_index
+from megatron_qwenvl.data.indexing import JOINT, build_index
 from megatron_qwenvl.data.manifest import list_shards, unread_shards
 from megatron_qwenvl.data.members import GAP
 from megatron_qwenvl.data.shards import checksum, read_member, scan_shard
 from megatron_qwenvl.data.tar import BLOCK, normalise_name
 from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
+from tools import index_shards
 
 from .shards import picture
 
@@ -179,6 +181,28 @@ def test_joined_tars_are_read_to_the_last(tmp_path: Path) -> None:
     parts = [tar_bytes(*(file for i in range(4) for file in caption(f"{part}{i}"))) for part in "abc"]
     usable, skipped = index_of(tmp_path / "s.tar", b"".join(parts))
     assert (len(usable), skipped) == (12, {})
+
+
+def test_joints_are_noted_as_a_zeroed_part_may_look_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tar_bytes(*(file for i in range(30) for file in caption(f"{i:02d}")))
+    for name, content in {
+        "0": whole,
+        "1": whole + tar_bytes(*caption("z")),
+        "2": whole[:18432] + bytes(2048) + whole[20480:],
+    }.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+    notes = [
+        build_index(tmp_path / f"{n}.tar", load_tokenizer()).arrays["noted_keys"].tolist() for n in range(3)
+    ]
+    assert notes == [[], [f"byte {len(whole)}".encode()], [b"byte 20480"]]
+    for path in ("1.tar", "0.tar"):
+        (tmp_path / path).unlink()
+    monkeypatch.setattr(sys, "argv", ["index_shards.py", str(tmp_path), "--workers", "1"])
+    assert index_shards.main() == 0
+    told = capsys.readouterr().out
+    assert f"1 places noted: {JOINT} (for example 2.tar:byte 20480)" in told
 
 
 def test_sizes_in_binary_and_in_a_pax_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,8 +405,8 @@ def test_a_shard_that_is_written_meanwhile_is_refused(
     path = tmp_path / "s.tar"
     path.write_bytes(WHOLE)
 
-    def scan_and_touch(file: io.BufferedReader, of: Path) -> object:
-        yield from scan_shard(file, of)
+    def scan_and_touch(file: io.BufferedReader, of: Path, joints: list[int]) -> object:
+        yield from scan_shard(file, of, joints)
         os.utime(path, ns=(0, 0))
 
     monkeypatch.setattr("megatron_qwenvl.data.indexing.scan_shard", scan_and_touch)
