@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from types import FrameType
 
 INTERRUPTED = 75  # as in megatron_qwenvl/runtime/exit_codes.py
@@ -34,9 +35,9 @@ def main() -> int:
     from torch.distributed.run import main as torchrun
 
     try:
-        torchrun(
-            ["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]]
-        )  # it ends its processes at these two
+        with tempfile.TemporaryDirectory(prefix="torchelastic_") as logs:  # it would leave its own behind
+            # It ends its processes at these two signals.
+            torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", "--log-dir", logs, *sys.argv[1:]])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode != INTERRUPTED:

@@ -42,7 +42,7 @@ from .manifest import (
     write_manifest,
 )
 from .rewind import Rewind, is_rewound, of_step, set_aside_newer
-from .shards import FolderSave, ShardedState, load_folder
+from .shards import FolderSave, ShardedState, load_folder, was_sharded
 from .start import check_resume
 
 logger = logging.getLogger(__name__)
@@ -322,6 +322,12 @@ class CheckpointManager:
         try:
             return load_folder(state, folder, self.peers)
         except CheckpointError as error:
+            saved, wanted = was_sharded(folder), self._config.optimizer.sharded
+            if saved not in (None, wanted):
+                raise CheckpointError(
+                    f"{folder.parent}: expected the state of an optimizer with optimizer.sharded {wanted}, found one "
+                    f"with {saved}: go on with --optimizer.sharded {str(saved).lower()}"
+                ) from error
             if "param_groups" not in str(error):
                 raise
             raise CheckpointError(

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -58,6 +59,16 @@ def is_gathered(state: ShardedState) -> bool:
     """Whether the state is an optimizer's that megatron-core has gathered into host memory of its own, which
     training does not change."""
     return state.get("param_state_sharding_type") == "fully_reshardable"
+
+
+def was_sharded(folder: Path) -> bool | None:
+    """Whether the optimizer's state in a folder is that of a sharded optimizer; None: it cannot be read."""
+    try:
+        check_data_only(folder)
+        with patient_engine_reads():
+            return is_gathered(dist_checkpointing.load_common_state_dict(str(folder)))
+    except (CheckpointError, OSError, dist_checkpointing.core.CheckpointingException):
+        return None
 
 
 class FolderSave:
@@ -198,7 +209,8 @@ def load_folder(state: ShardedState, folder: Path, peers: Peers) -> ShardedState
                 strict=StrictHandling.RAISE_ALL,
             )
     except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder}: does not hold what the run needs: {error}") from error
+        reason = shorten(str(error), 500, placeholder=" ...")  # it lists every tensor
+        raise CheckpointError(f"{folder}: does not hold what the run needs: {reason}") from error
     except (
         CheckpointException
     ) as error:  # torch tells all ranks what went wrong on one, outside of `Exception`

@@ -48,6 +48,10 @@ class _YamlLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - as in the base class
 
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # a value that contains itself is an error
+        return super().construct_document(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:

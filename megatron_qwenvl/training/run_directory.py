@@ -22,6 +22,11 @@ from megatron_qwenvl.runtime.retry import reads
 logger = logging.getLogger(__name__)
 
 
+CONFIG = "config.yaml"
+CONFIG_FOR_TOOLS = "config.json"
+"""The same for tools without YAML."""
+
+
 def check_run_directory(folder: Path) -> None:
     """Make sure that a run can write to its directory, which may still have to be made; changes nothing.
 
@@ -36,6 +41,11 @@ def check_run_directory(folder: Path) -> None:
         raise CheckpointError(f"run_dir {folder}: expected a directory, but {place} is not one")
     if not os.access(place, os.W_OK | os.X_OK):
         raise CheckpointError(f"run_dir {folder}: {place} cannot be written to")
+    for path in (folder / CONFIG, folder / CONFIG_FOR_TOOLS):
+        if path.is_dir():
+            raise CheckpointError(
+                f"{path}: expected the file that holds the configuration, found a directory"
+            )
 
 
 def _exists(path: Path) -> bool:
@@ -57,10 +67,8 @@ def record_start(config: RunConfig, process: ProcessInfo) -> None:
     environment = folder / "environment"
     environment.mkdir(parents=True, exist_ok=True)
     _tell_changes(folder, config)
-    replace_bytes(folder / "config.yaml", dump_yaml(config).encode())
-    replace_bytes(
-        folder / "config.json", json.dumps(plain(config), indent=1).encode()
-    )  # for tools without YAML
+    replace_bytes(folder / CONFIG, dump_yaml(config).encode())
+    replace_bytes(folder / CONFIG_FOR_TOOLS, json.dumps(plain(config), indent=1).encode())
     described = json.dumps(describe_environment(process).to_json(), indent=1) + "\n"
     replace_bytes(environment / f"{time.strftime('%Y%m%dT%H%M%S')}.json", described.encode())  # one per start
 
@@ -86,7 +94,7 @@ def _tell_changes(folder: Path, config: RunConfig) -> None:
 
 def _configuration_before(folder: Path) -> dict[Any, Any] | None:
     """The configuration of the start before; None if there was none, or if its file is lost, which is told."""
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     try:
         found = yaml.safe_load(reads(path, lambda: path.read_text(encoding="utf-8")))
     except FileNotFoundError:

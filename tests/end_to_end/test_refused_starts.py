@@ -79,6 +79,11 @@ def truncate_weights(run: Path) -> None:
         os.truncate(file, 100)
 
 
+def instead_of(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 REFUSALS: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
     "another stage": (["tiny_stage1"], str, "expected training of stage1, found training of stage2"),
     "another model": (["--model.decoder.layers", "3"], str, "decoder.layers: expected 3, found 2"),
@@ -88,6 +93,16 @@ REFUSALS: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
         ["--data.validation_sources", "[{name: v, path: none}]", "--train.validation_interval", "1"],
         str,
         "none: no such directory of shards",
+    ),
+    "a directory for config.yaml": (
+        [],
+        lambda run: instead_of(run / "config.yaml"),
+        "config.yaml: expected the file that holds the configuration, found a directory",
+    ),
+    "a directory for config.json": (
+        [],
+        lambda run: instead_of(run / "config.json"),
+        "config.json: expected the file that holds the configuration, found a directory",
     ),
     "damaged checkpoints": ([], truncate_weights, "checkpoints are damaged"),
 }

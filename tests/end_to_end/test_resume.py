@@ -16,6 +16,7 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks
 
+from .test_refused_starts import refused, tree
 from .training_cases import records, run_config, train, write_data
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -143,6 +144,24 @@ def test_a_resumed_run_uses_the_settings_of_today(half: Path, decay: str, data: 
         assert group["step"] == 10
     rates = [record["lr"] for record in records(tmp_path / "run") if record["step"] >= 5]
     assert len(rates) == 5 and max(rates) <= 1e-30
+
+
+def test_the_other_value_of_sharded_is_refused_in_one_line_that_helps(
+    half: Path, data: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(half, run_dir)
+    saved = yaml.safe_load((half / "config.yaml").read_text())["optimizer"]["sharded"]
+    before = tree(run_dir)
+    overrides = ("--optimizer.vit_layer_decay", "0.95", "--train.stop_after", "6")
+    (said,) = run_ranks(
+        1, refused, run_config(data, run_dir, *overrides, "--optimizer.sharded", str(not saved).lower())
+    )
+    remedy = f"--optimizer.sharded {str(saved).lower()}"
+    assert said.endswith(f"go on with {remedy}") and "\n" not in said and len(said) < 400
+    assert tree(run_dir) == before
+    run(data, run_dir, "one", *overrides, *remedy.split())
+    assert [record["step"] for record in records(run_dir)] == list(range(6))
 
 
 OVERLAPPED = {

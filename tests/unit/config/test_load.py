@@ -149,6 +149,8 @@ def test_everything_wrong_is_in_one_message(write) -> None:
         (("--data.sources", "[{name: a, paht: b}]"), "data.sources.0.paht: unknown key; did you mean path?"),
         (("--data.sources", "[{name: a}]"), "data.sources.0.path: required but not given"),
         (("--data.sources", "[a, b"), "--data.sources: '[a, b' is not valid YAML"),
+        (("--seed", "&a [*a]"), "--seed: '&a [*a]' is not valid YAML: found unconstructable recursive node"),
+        (("--data.sources", "&a {b: *a}"), "is not valid YAML: found unconstructable recursive node"),
         (("--train", "5"), "train: expected a mapping of fields, found 5"),
         (("--trian.steps", "5"), "trian.steps: unknown key (--trian.steps); did you mean train.steps?"),
         (("--train.steps.more", "5"), "train.steps.more: unknown key"),
