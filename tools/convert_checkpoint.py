@@ -15,6 +15,7 @@ Exit codes: 0 done; 1 refused, failed, damaged or different (the reason is print
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -236,6 +237,8 @@ def main() -> int:
     arguments = _parser().parse_args()
     # torch's memory in huge pages: tensors are read into fresh memory, whose small pages cost more than the reading.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a key need not be text, but can be told
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return arguments.run(arguments)
     except (CheckpointError, OSError) as error:

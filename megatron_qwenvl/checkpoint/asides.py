@@ -16,6 +16,8 @@ from uuid import uuid4
 from megatron_qwenvl.runtime.identity import ProcessIdentity
 from megatron_qwenvl.runtime.slurm import is_job_over
 
+from .json_text import parse_json
+
 logger = logging.getLogger(__name__)
 
 MAKER_NAME = ".maker.json"
@@ -59,7 +61,7 @@ def _is_left_over(directory: Path, now: float) -> bool:
 
 def _maker_of(directory: Path) -> ProcessIdentity | None:
     try:
-        return ProcessIdentity(**json.loads((directory / MAKER_NAME).read_text(encoding="utf-8")))
+        return ProcessIdentity(**parse_json((directory / MAKER_NAME).read_bytes()))
     except (OSError, ValueError, TypeError):  # by an older version, or killed before it was written
         return None
 

@@ -17,8 +17,9 @@ from .convert import Part, counted, our_specs, run_jobs, split_into_files, to_ou
 from .files import CheckpointError, FileRecord, OnBytes, new_directory, untold
 from .finite import NonFinite, describe_non_finite
 from .items import StoredItem
+from .json_text import show_name
 from .manifest import MODEL_FOLDER, Manifest, Published, write_manifest
-from .model_checks import decoder_problems, vit_problems
+from .model_checks import compare_decoder, vit_problems
 from .names import (
     TABLE_NAME,
     Rule,
@@ -29,7 +30,7 @@ from .names import (
 )
 from .position_table import check_table
 from .published import PublishedWeights, read_json
-from .published_config import read_image_size, read_model, read_notes, read_published
+from .published_config import generation_notes, read_image_size, read_model, read_published
 from .repeat import Conversion, write_record
 from .stream import FolderFile, TensorSpec, finish_folder
 
@@ -76,15 +77,16 @@ def plan_qwenvl(directory: Path, accept_drift: bool = False) -> Import:
     """
     weights = PublishedWeights(directory)
     config = directory / "config.json"
-    model = read_model(config, weights.specs)
+    model, config_notes = read_model(config, weights.specs)
     rules = qwenvl_rules(model)
     _check_known(directory, weights.specs.keys() - {TABLE_NAME}, rules)
     drift, table_notes = check_table(directory, weights, model, accept_drift)
     published = read_published(directory).model_copy(update={"table_drift": drift})
     notes = (
         f"published Qwen-VL: {directory}",
-        *read_notes(config, model),
+        *config_notes,
         *table_notes,
+        *generation_notes(directory),
         _chat_note(published),
     )
     manifest = Manifest(
@@ -101,7 +103,7 @@ def plan_qwenvl(directory: Path, accept_drift: bool = False) -> Import:
 def _chat_note(published: Published) -> str:
     if published.generation is None:
         return "chat_format: not known, there is no generation_config.json; an export will have raw"
-    return f"chat_format: {published.generation.get('chat_format', 'raw')}, kept for an export"
+    return f"chat_format: {show_name(published.generation.get('chat_format', 'raw'))}, kept for an export"
 
 
 def plan_parts(vit: Path, llm: Path, recipe: RunConfig, seed: int) -> Import:
@@ -183,17 +185,15 @@ def _check_known(place: Path, names: Iterable[str], rules: list[Rule]) -> None:
     known = {name for rule in rules for name in rule.theirs}
     unknown = sorted(name for name in names if name not in known and not _BUFFERS.search(name))
     if unknown:
-        raise CheckpointError(f"{place}: {len(unknown)} unknown tensors, the first: {unknown[0]}")
+        raise CheckpointError(f"{place}: {len(unknown)} unknown tensors, the first: {show_name(unknown[0])}")
 
 
 def _configured(vit: Path, llm: Path, model: ModelConfig) -> tuple[list[str], list[str]]:
     """What the configurations beside both parts say against the model, and notes of what they leave open."""
     problems, notes = vit_problems(vit, model)
     config = llm / "config.json"
-    more, silent = decoder_problems(config, read_json(config), model.decoder)
-    if silent:
-        notes.append(f"note: {config} does not say {', '.join(silent)}: assumed as in the model")
-    return problems + more, notes
+    decoder = compare_decoder(config, read_json(config), model.decoder)
+    return problems + decoder.problems, notes + decoder.notes
 
 
 @dataclass(frozen=True)

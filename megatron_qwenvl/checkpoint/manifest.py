@@ -14,6 +14,7 @@ from megatron_qwenvl.config.schema import ModelConfig, Stage
 from megatron_qwenvl.runtime.retry import reads
 
 from .files import CheckpointError, FileRecord, replace_bytes
+from .json_text import parse_json
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
@@ -115,7 +116,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
-        content = json.loads(reads(path, path.read_text))
+        content = parse_json(reads(path, path.read_bytes))
         digest = content.pop("digest")
     except FileNotFoundError:
         raise CheckpointError(f"{directory}: not a checkpoint (no {MANIFEST_NAME})") from None

@@ -14,6 +14,8 @@ from typing import Any
 from megatron_qwenvl.config.schema import DecoderConfig, ModelConfig
 from megatron_qwenvl.model.pixels import CLIP_MEAN, CLIP_STD
 
+from .config_comparison import Compared, Expected, compare_section, is_number, is_same, not_said, one_of
+from .config_keys import SUBJECTS
 from .published import read_json
 
 OPEN_CLIP_EPS = 1e-5
@@ -22,123 +24,139 @@ OPEN_CLIP_EPS = 1e-5
 IMAGE_START = 151857
 """Id of `<img>` in the published vocabulary."""
 
-DECODER_NAMES = {
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "hidden": ("hidden_size", "n_embd"),
-    "heads": ("num_attention_heads", "n_head"),
-    "intermediate": ("intermediate_size", "ffn_hidden_size"),
-    "norm_eps": ("layer_norm_epsilon", "layernorm_epsilon", "rms_norm_eps"),
-    "rotary_base": ("rotary_emb_base", "rope_theta", "rotary_base"),
-}
-"""The names, new and old, of what a Qwen configuration says."""
+_NOT_IN_SHAPES = ("heads", "norm_eps", "rotary_base")
+"""What a decoder's configuration must say, as its tensors' shapes do not."""
 
-_GELU = ("gelu", "gelu_python")
-"""Names of the exact GELU."""
+_OPEN_CLIP_DEFAULTS = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16}
+"""OpenCLIP's `CLIPVisionCfg` without arguments."""
 
-_REST_OF_OPEN_CLIP = {
-    "image_size", "patch_dropout", "attentional_pool", "attn_pooler_queries", "attn_pooler_heads", "pool_type",
-    "final_ln_after_pool", "output_tokens",
+_CLIP_DEFAULTS = {
+    "num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
+    "patch_size": 32, "hidden_act": "quick_gelu",
 }  # fmt: skip
-"""Keys about what is not imported, or what the shapes show."""
+"""transformers' `CLIPVisionConfig` without arguments; what equals them is not written when a model is saved."""
 
 
-class Comparison:
-    """Collects in what a configuration differs from what is expected, and what it does not say.
-
-    Args:
-        path: the file.
-        config: the object in it that is looked at.
-        prefix: the keys that lead to it, with a dot at the end.
-    """
-
-    def __init__(self, path: Path, config: Mapping[str, Any], prefix: str = "") -> None:
-        self._path, self._config, self._prefix = path, config, prefix
-        self.problems: list[str] = []
-        """Differences, each with file, key, expected and found."""
-        self.silent: list[str] = []
-        """Keys that are needed and not there."""
-        self.seen: set[str] = set()
-        """Keys that were asked for."""
-
-    def expect(self, names: str | tuple[str, ...], *expected: Any, needed: bool = False) -> None:
-        """Whatever of `names` is there must be one of `expected`."""
-        names = (names,) if isinstance(names, str) else names
-        self.seen.update(names)
-        given = {name: self._config[name] for name in names if self._config.get(name) is not None}
-        for name, found in given.items():
-            if not any(_same(found, value) for value in expected):
-                self.differs(name, " or ".join(map(str, expected)) or "nothing", found)
-        if needed and not given:
-            self.silent.append(f"{self._prefix}{names[0]}")
-
-    def differs(self, name: str, expected: object, found: object) -> None:
-        """Note that a key is not what it must be."""
-        self.problems.append(f"{self._path}: {self._prefix}{name}: expected {expected}, found {found}")
+def _decoder_table(decoder: DecoderConfig) -> dict[str, Expected]:
+    return {
+        "architectures": _classes("QWen"),
+        "model_type": one_of("qwen"),
+        "layers": one_of(decoder.layers),
+        "width": one_of(decoder.hidden),
+        "heads": one_of(decoder.heads),
+        "head_width": one_of(decoder.hidden // decoder.heads),
+        "kv_heads": one_of(decoder.heads),
+        "mlp": one_of(2 * decoder.ffn_hidden),
+        "norm": one_of("rmsnorm", "rms_norm", "RMSNorm"),
+        "rms": one_of(True),
+        "norm_eps": one_of(decoder.norm_eps),
+        "activation": one_of("swiglu", "silu", "swish"),
+        "positions": one_of("rotary", "rope"),
+        "rotary_base": one_of(decoder.rotary_base),
+        "rotary_share": one_of(1.0),
+        "rope_type": one_of("default"),
+        "no_bias": one_of(True),
+        "bias": one_of(False),
+        "qkv_bias": one_of(True),
+        "scaled_scores": one_of(True),
+        "residual": one_of(False),
+        "tied": one_of(False),
+    }
 
 
-def _same(found: object, expected: object) -> bool:
-    """Whether two JSON values are the same; numbers to the precision of a float32 that was written down."""
-    if isinstance(found, bool) or isinstance(expected, bool):
-        return found is expected
-    if isinstance(found, int | float) and isinstance(expected, int | float):
-        return math.isclose(found, expected, rel_tol=1e-6)
-    return found == expected
+def _vision_table(model: ModelConfig, *eps: float) -> dict[str, Expected]:
+    vision = model.vision
+    ratio = Expected(
+        f"{vision.mlp_hidden} / {vision.width}",
+        lambda found: is_number(found) and int(vision.width * found) == vision.mlp_hidden,  # type: ignore[operator]
+    )
+    return {
+        "architectures": _classes("CLIP"),
+        "model_type": one_of("clip", "clip_vision_model"),
+        "layers": one_of(vision.layers),
+        "width": one_of(vision.width),
+        "heads": one_of(vision.heads),
+        "head_width": one_of(vision.width // vision.heads),
+        "kv_heads": one_of(vision.heads),
+        "mlp": one_of(vision.mlp_hidden),
+        "mlp_ratio": ratio,
+        "patch": one_of(vision.patch_size, [vision.patch_size] * 2),
+        "channels": one_of(3),
+        "norm": one_of("layernorm", "layer_norm", "LayerNorm", "nn.LayerNorm"),
+        "norm_eps": one_of(*eps),
+        "activation": one_of("gelu", "gelu_python", "GELU", "nn.GELU"),
+        "approximate": one_of("none"),
+        "quick_gelu": one_of(False),
+        "positions": one_of("learnable", "learned", "absolute"),
+        "bias": one_of(True),
+        "qkv_bias": one_of(True),
+        "scaled_scores": one_of(True),
+        "no_ln_pre": one_of(False),
+        "mean": _near(CLIP_MEAN),
+        "deviation": _near(CLIP_STD),
+        "tied": Expected("anything", lambda found: True),
+    }
 
 
-def decoder_problems(
-    path: Path, config: Mapping[str, Any], decoder: DecoderConfig
-) -> tuple[list[str], list[str]]:
-    """Compare a Qwen configuration, of any age, with a decoder.
+def _classes(part: str) -> Expected:
+    return Expected(
+        f"a class of {part}",
+        lambda found: (
+            isinstance(found, list) and any(isinstance(name, str) and part in name for name in found)
+        ),
+    )
+
+
+def _near(values: tuple[float, ...]) -> Expected:
+    """Colours as they are written down, with three digits or more."""
+
+    def fits(found: object) -> bool:
+        return (
+            isinstance(found, list)
+            and len(found) == len(values)
+            and all(
+                is_number(a) and math.isclose(a, b, abs_tol=1e-3) for a, b in zip(found, values, strict=True)
+            )
+        )
+
+    return Expected(str(list(values)), fits)
+
+
+def compare_decoder(path: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> Compared:
+    """Compare a Qwen configuration, of any age, with a decoder; what it must say and does not is a note.
 
     Args:
         path: its file.
         config: its content.
-        decoder: what the weights are to be used in.
-
-    Returns:
-        Differences, and keys that tensors' shapes do not show and that are not there.
+        decoder: the weights are to be used in it.
     """
-    found = Comparison(path, config)
-    found.expect(DECODER_NAMES["layers"], decoder.layers)
-    found.expect(DECODER_NAMES["hidden"], decoder.hidden)
-    found.expect(DECODER_NAMES["heads"], decoder.heads, needed=True)
-    found.expect(DECODER_NAMES["intermediate"], 2 * decoder.ffn_hidden)
-    found.expect(DECODER_NAMES["norm_eps"], decoder.norm_eps, needed=True)
-    found.expect(DECODER_NAMES["rotary_base"], decoder.rotary_base, needed=True)
-    found.expect(("kv_channels", "head_dim"), decoder.hidden // decoder.heads)
-    found.expect(("num_key_value_heads", "num_query_groups", "multi_query_group_num"), decoder.heads)
-    found.expect(("rotary_pct", "rotary_percent", "partial_rotary_factor"), 1.0)
-    found.expect(("pos_emb", "position_embedding_type"), "rotary", "rope")
-    found.expect(("activation", "hidden_act"), "swiglu", "silu")
-    found.expect("rope_scaling")
-    found.expect("no_bias", True)
-    found.expect("tie_word_embeddings", False)
-    found.expect("scale_attn_weights", True)
-    found.expect("apply_residual_connection_post_layernorm", False)
-    return found.problems, found.silent
+    found = compare_section(path, "", config, _decoder_table(decoder), apart=frozenset({"visual"}))
+    if decoder.hidden % decoder.heads:
+        found.differs(path, "num_attention_heads", f"a divisor of {decoder.hidden}", decoder.heads)
+    if silent := not_said(found, "", _NOT_IN_SHAPES):
+        found.notes.append(f"note: {path} does not say {', '.join(silent)}: assumed as in the model")
+    return found
 
 
-def visual_problems(path: Path, config: Mapping[str, Any], model: ModelConfig) -> tuple[list[str], list[str]]:
-    """Compare the `visual` section of a Qwen-VL configuration with the model that its other keys gave.
-
-    Returns:
-        Differences, and keys that nothing is known about.
-    """
-    vision = model.vision
-    found = Comparison(path, config, "visual.")
-    found.expect("output_dim", model.decoder.hidden)
-    found.expect("n_queries", model.adapter.query_grid**2)
-    found.expect("image_start_id", IMAGE_START)
-    found.expect(("hidden_act", "act_layer", "activation", "activation_function"), *_GELU)
-    found.expect("quick_gelu", False)
-    found.expect(
-        ("layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps", "eps"), vision.norm_eps
-    )
-    found.expect(("in_channels", "num_channels"), 3)
-    if vision.width % vision.heads:
-        found.differs("heads", f"a divisor of {vision.width}", vision.heads)
-    known = {"width", "layers", "heads", "mlp_ratio", "patch_size", "adapter_heads", "image_size"}
-    return found.problems, sorted(config.keys() - found.seen - known)
+def compare_visual(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
+    """Compare the `visual` section of a Qwen-VL configuration with the model that its other keys gave."""
+    expected = {
+        "output_dim": model.decoder.hidden,
+        "n_queries": model.adapter.query_grid**2,
+        "image_start_id": IMAGE_START,
+    }
+    apart = frozenset({*expected, "adapter_heads", "image_size"})
+    found = compare_section(path, "visual.", config, _vision_table(model, model.vision.norm_eps), apart=apart)
+    for name, value in expected.items():
+        if config.get(name) is not None and not is_same(config[name], value):
+            found.differs(path, f"visual.{name}", str(value), config[name])
+    if model.vision.width % model.vision.heads:
+        found.differs(path, "visual.heads", f"a divisor of {model.vision.width}", model.vision.heads)
+    if model.decoder.hidden % model.adapter.heads:
+        found.differs(
+            path, "visual.adapter_heads", f"a divisor of {model.decoder.hidden}", model.adapter.heads
+        )
+    return found
 
 
 def vit_problems(weights: Path, model: ModelConfig) -> tuple[list[str], list[str]]:
@@ -146,130 +164,78 @@ def vit_problems(weights: Path, model: ModelConfig) -> tuple[list[str], list[str
 
     Args:
         weights: file or directory of the weights.
-        model: what they are to be used in.
+        model: they are to be used in it.
 
     Returns:
         Differences, and notes of what is assumed.
     """
     folder = weights if weights.is_dir() else weights.parent
-    problems: list[str] = []
-    notes: list[str] = []
+    found = Compared()
     known = False
-    for name, compare in (("open_clip_config.json", _open_clip), ("config.json", _hugging_face)):
+    for name in ("open_clip_config.json", "config.json"):
         path = folder / name
-        compared = compare(path, read_json(path), model) if path.is_file() else None
-        if compared is not None:
+        config = read_json(path) if path.is_file() else {}
+        if (name.startswith("open") and path.is_file()) or config.keys() & {"model_cfg", "vision_cfg"}:
             known = True
-            problems += compared[0]
-            notes += [note for note in compared[1] if note not in notes]
+            found.add(_compare_open_clip(path, config, model))
+        elif _is_clip(config):
+            known = True
+            found.add(_compare_clip(path, config, model))
+        elif config:
+            found.notes.append(f"note: {path}: not the configuration of a ViT, not regarded")
     processor = folder / "preprocessor_config.json"
-    if known and processor.is_file():
-        problems += _pixel_problems(processor, read_json(processor), "", ("image_mean", "image_std"))
+    if processor.is_file():
+        found.add(_compare_pixels(processor, "", read_json(processor), model))
     if not known:
-        notes = [
+        found.notes.append(
             f"note: no configuration beside the ViT: assumed {model.vision.heads} heads, exact GELU and norms "
             f"as in OpenCLIP (epsilon {OPEN_CLIP_EPS:g}, here {model.vision.norm_eps:g})"
-        ]
-    return problems, notes
+        )
+    elif not is_same(found.given.get("norm_eps", OPEN_CLIP_EPS), model.vision.norm_eps):
+        found.notes.append(
+            f"note: the ViT's norms have epsilon {OPEN_CLIP_EPS:g}, here {model.vision.norm_eps:g}: as the published "
+            "Qwen-VL, which started from OpenCLIP's weights too"
+        )
+    return found.problems, found.notes
 
 
-_Compared = tuple[list[str], list[str]]
+def _compare_open_clip(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
+    """A file of OpenCLIP: the model below `model_cfg`, or, as in its source, by itself. What is said outside of the
+    ViT's own section is compared too."""
+    table = _vision_table(model, model.vision.norm_eps, OPEN_CLIP_EPS)
+    outside = frozenset({"model_cfg", "vision_cfg", "preprocess_cfg", "embed_dim"})
+    found = compare_section(path, "", config, table, apart=outside)
+    lead, inner = ("model_cfg.", config["model_cfg"]) if "model_cfg" in config else ("", config)
+    if lead:
+        found.add(compare_section(path, lead, inner, table, apart=outside))
+    visual = inner.get("vision_cfg") if isinstance(inner, Mapping) else None
+    found.add(compare_section(path, f"{lead}vision_cfg.", visual, table, _OPEN_CLIP_DEFAULTS))
+    found.add(_compare_pixels(path, "preprocess_cfg.", config.get("preprocess_cfg", {}), model))
+    return found
 
 
-def _open_clip(path: Path, config: Mapping[str, Any], model: ModelConfig) -> _Compared | None:
-    outer = config.get("model_cfg", config)
-    visual = outer.get("vision_cfg") if isinstance(outer, dict) else None
-    if not isinstance(visual, dict):
-        return None
-    vision = model.vision
-    lead = "model_cfg." if outer is not config else ""
-    whole = Comparison(path, outer, lead)
-    whole.expect("quick_gelu", False)
-    found = Comparison(path, visual, f"{lead}vision_cfg.")
-    found.expect("layers", vision.layers)
-    found.expect("width", vision.width)
-    found.expect("head_width", vision.width // vision.heads, needed=True)
-    found.expect("patch_size", vision.patch_size)
-    found.expect("quick_gelu", False)
-    found.expect("pos_embed_type", "learnable")
-    for absent in ("ls_init_value", "timm_model_name", "block_type"):
-        found.expect(absent)
-    for off in ("no_ln_pre", "input_patchnorm", "qk_norm", "scaled_cosine_attn", "scale_heads"):
-        found.expect(off, False)
-    ratio = visual.get("mlp_ratio")
-    if ratio is not None and not (_number(ratio) and int(vision.width * ratio) == vision.mlp_hidden):
-        found.differs("mlp_ratio", f"{vision.mlp_hidden} / {vision.width}", ratio)
-    for name in ("act_kwargs", "norm_kwargs"):
-        if not isinstance(visual.get(name) or {}, dict):
-            found.differs(name, "an object", visual[name])
-            return whole.problems + found.problems, []
-    activation = Comparison(path, visual.get("act_kwargs") or {}, f"{lead}vision_cfg.act_kwargs.")
-    activation.expect("approximate", "none")
-    norms = visual.get("norm_kwargs") or {}
-    norm = Comparison(path, norms, f"{lead}vision_cfg.norm_kwargs.")
-    norm.expect("eps", vision.norm_eps, OPEN_CLIP_EPS)
-    strange = visual.keys() - found.seen - {"mlp_ratio", "act_kwargs", "norm_kwargs"} - _REST_OF_OPEN_CLIP
-    problems = whole.problems + found.problems + activation.problems + norm.problems
-    preprocess = config.get("preprocess_cfg")
-    if isinstance(preprocess, dict):
-        problems += _pixel_problems(path, preprocess, "preprocess_cfg.", ("mean", "std"))
-    notes = [
-        f"note: {path}: {lead}vision_cfg.{name} is not known and not regarded" for name in sorted(strange)
-    ]
-    return problems, [
-        *notes,
-        *_assumed(path, found.silent),
-        *_eps_note(norms.get("eps", OPEN_CLIP_EPS), model),
-    ]
+def _is_clip(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is about a ViT: one of transformers' CLIP, or one with any key of a model. That of a Qwen
+    is not, which may lie beside a single file of weights."""
+    sections = {"vision_config", "vision_config_dict"}
+    return config.get("model_type") != "qwen" and bool(config.keys() & (sections | SUBJECTS.keys()))
 
 
-def _hugging_face(path: Path, config: Mapping[str, Any], model: ModelConfig) -> _Compared | None:
-    section = next((key for key in ("vision_config", "vision_config_dict") if key in config), None)
-    visual = config[section] if section else config
-    if not isinstance(visual, dict) or not (section or config.get("model_type") == "clip_vision_model"):
-        return None
-    vision = model.vision
-    found = Comparison(path, visual, f"{section}." if section else "")
-    found.expect(("num_hidden_layers", "num_layers", "n_layer"), vision.layers)
-    found.expect(("hidden_size", "width"), vision.width)
-    found.expect(("num_attention_heads", "num_heads", "n_head"), vision.heads, needed=True)
-    found.expect("intermediate_size", vision.mlp_hidden)
-    found.expect("patch_size", vision.patch_size)
-    found.expect("num_channels", 3)
-    found.expect(("hidden_act", "activation_function"), *_GELU, needed=True)
-    found.expect("quick_gelu", False)
-    eps = ("layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon")
-    found.expect(eps, vision.norm_eps, OPEN_CLIP_EPS)
-    given = next((visual[name] for name in eps if visual.get(name) is not None), OPEN_CLIP_EPS)
-    return found.problems, [*_assumed(path, found.silent), *_eps_note(given, model)]
+def _compare_clip(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
+    """A file of transformers: the ViT's section, of the old name too, which wins there, or the ViT by itself."""
+    table = _vision_table(model, model.vision.norm_eps, OPEN_CLIP_EPS)
+    sections = [name for name in ("vision_config_dict", "vision_config") if config.get(name) is not None]
+    defaults = None if sections else _CLIP_DEFAULTS
+    found = compare_section(path, "", config, table, defaults, apart=frozenset(sections))
+    for name in sections:
+        defaults = _CLIP_DEFAULTS if name == sections[0] else None
+        found.add(compare_section(path, f"{name}.", config[name], table, defaults))
+    return found
 
 
-def _pixel_problems(path: Path, config: Mapping[str, Any], prefix: str, names: tuple[str, str]) -> list[str]:
-    found = Comparison(path, config, prefix)
-    for name, expected in zip(names, (CLIP_MEAN, CLIP_STD), strict=True):
-        value = config.get(name)
-        if value is None:
-            continue
-        fits = isinstance(value, list) and len(value) == 3 and all(map(_number, value))
-        if not fits or any(
-            not math.isclose(a, b, abs_tol=1e-3) for a, b in zip(value, expected, strict=True)
-        ):
-            found.differs(name, list(expected), value)
-    return found.problems
-
-
-def _eps_note(eps: object, model: ModelConfig) -> list[str]:
-    if _same(eps, model.vision.norm_eps):
-        return []
-    return [
-        f"note: the ViT's norms have epsilon {OPEN_CLIP_EPS:g}, here {model.vision.norm_eps:g}: as the published "
-        "Qwen-VL, which started from OpenCLIP's weights too"
-    ]
-
-
-def _assumed(path: Path, silent: list[str]) -> list[str]:
-    return [f"note: {path} does not say {', '.join(silent)}: assumed as in the model"] if silent else []
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _compare_pixels(path: Path, prefix: str, section: object, model: ModelConfig) -> Compared:
+    if isinstance(section, Mapping):
+        section = {
+            name: value for name, value in section.items() if SUBJECTS.get(name) in ("mean", "deviation")
+        }
+    return compare_section(path, prefix, section, _vision_table(model))

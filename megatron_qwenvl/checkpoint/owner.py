@@ -31,6 +31,7 @@ from megatron_qwenvl.runtime.slurm import is_job_over
 
 from .collective import Peers
 from .files import CheckpointError, replace_bytes
+from .json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -342,7 +343,7 @@ def _read(path: Path) -> _Entry:
     """One entry; a damaged one is by nobody who is known."""
     content = path.read_bytes()
     try:
-        found: dict[str, Any] = json.loads(content)
+        found: dict[str, Any] = parse_json(content)
         process = ProcessIdentity(**found.pop("process"))
         return _Entry(**{**found, "process": process})
     except (ValueError, TypeError, KeyError, AttributeError):

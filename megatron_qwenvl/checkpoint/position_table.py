@@ -49,11 +49,14 @@ def check_table(
     """
     if TABLE_NAME not in weights.specs:
         return None, ()
+    place, spec = f"{directory}: {TABLE_NAME}", weights.specs[TABLE_NAME]
+    shape = (model.adapter.query_grid**2, model.decoder.hidden)
+    if not spec.dtype.is_floating_point:
+        raise CheckpointError(f"{place}: expected floating-point numbers, found {spec}")
+    if spec.shape != shape:
+        raise CheckpointError(f"{place}: expected {list(shape)}, found {list(spec.shape)}")
     found = weights.read(TABLE_NAME)
-    place = f"{directory}: {TABLE_NAME}"
     expected = published_table(model.adapter.query_grid, model.decoder.hidden, torch.float32)
-    if found.shape != expected.shape or not found.is_floating_point():
-        raise CheckpointError(f"{place}: expected {list(expected.shape)} numbers, found {list(found.shape)}")
     if bad := find_non_finite(TABLE_NAME, found):
         raise CheckpointError(f"{directory}: {bad}")
     difference = measure(found, expected.to(found.dtype))

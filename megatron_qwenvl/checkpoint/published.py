@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .files import CheckpointError
+from .json_text import parse_json, show_name
 from .safetensors_files import StoredTensor, read_header
 from .stream import TensorSpec
 
@@ -22,6 +22,9 @@ _SINGLE = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
+_LONGEST_NAME = 255
+"""Characters; no file system has a longer name of a file."""
+
 _RELEASE_BYTES = 1 << 30
 """A torch file is mapped into memory; after reading this much the map is dropped and made anew."""
 
@@ -76,12 +79,18 @@ class PublishedWeights:
             stored = read_header(file)
             for name in _listed(file, stored.keys(), names):
                 self._stored[name] = stored[name]
-                self._specs[name] = stored[name].spec
+                self._specs[name] = self._new(file, name, stored[name].spec)
             return
         tensors = _map_torch_file(file)
         for name in _listed(file, tensors.keys(), names):
             self._torch[name] = file
-            self._specs[name] = TensorSpec(tuple(tensors[name].shape), tensors[name].dtype)
+            spec = TensorSpec(tuple(tensors[name].shape), tensors[name].dtype)
+            self._specs[name] = self._new(file, name, spec)
+
+    def _new(self, file: Path, name: str, spec: TensorSpec) -> TensorSpec:
+        if name in self._specs:
+            raise CheckpointError(f"{file}: the index names another file for {show_name(name)} too")
+        return spec
 
 
 def content_files(path: Path) -> list[Path]:
@@ -126,8 +135,10 @@ def _shards(index: Path) -> dict[Path, set[str]]:
         file = index.parent / Path(str(name)).name
         files.setdefault(file, set()).add(_plain(tensor))
     for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, but {index.name} lists it")
+        if len(file.name) > _LONGEST_NAME or not file.is_file():
+            raise CheckpointError(
+                f"{index.parent / show_name(file.name)}: missing, but {index.name} lists it"
+            )
     return files
 
 
@@ -144,9 +155,29 @@ def _map_torch_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: refused: not plain weights: {reason}") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: expected a dictionary of tensors")
-    return {_plain(name): tensor for name, tensor in content.items()}
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: expected a dictionary of tensors, found {type(value).__name__} under {name!r:.100}"
+            )
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise CheckpointError(
+                f"{path}: {show_name(name)}: expected plain values, found {_kind_of(value)}"
+            )
+        if _plain(name) in tensors:
+            raise CheckpointError(f"{path}: holds {show_name(_plain(name))} with and without `module.`")
+        tensors[_plain(name)] = value
+    return tensors
+
+
+def _kind_of(tensor: Tensor) -> str:
+    """What a tensor is that is not plain values in memory."""
+    if tensor.is_quantized:
+        return "a quantized tensor"
+    return "a sparse tensor" if tensor.layout != torch.strided else "a tensor without values"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -156,7 +187,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing or malformed.
     """
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -12,9 +12,12 @@ from pydantic import ValidationError
 
 from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, VisionConfig
 
+from .config_comparison import is_number
+from .config_keys import NAMES
 from .files import CheckpointError
+from .json_text import show_json, show_name
 from .manifest import Published
-from .model_checks import DECODER_NAMES, IMAGE_START, decoder_problems, visual_problems
+from .model_checks import IMAGE_START, compare_decoder, compare_visual
 from .published import read_json
 from .stream import TensorSpec
 
@@ -31,12 +34,15 @@ _HEAD_WIDTH = 128
 """The published code gives its adapter one head per 128 channels; `adapter_heads` is our addition."""
 
 
-def read_model(path: Path, specs: Mapping[str, TensorSpec]) -> ModelConfig:
+def read_model(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[ModelConfig, list[str]]:
     """The model shape of a published Qwen-VL directory.
 
     Args:
         path: its `config.json`.
         specs: its tensors; they give the sizes that the published configuration leaves out.
+
+    Returns:
+        The model, and notes of keys about which nothing is known.
 
     Raises:
         CheckpointError: naming every key that is missing, wrong, or asks for something that is not computed here.
@@ -44,54 +50,94 @@ def read_model(path: Path, specs: Mapping[str, TensorSpec]) -> ModelConfig:
     config = read_json(path)
     if missing := _missing_keys(config):
         raise CheckpointError(f"{path}: not a Qwen-VL configuration: missing {', '.join(missing)}")
+    if wrong := _not_numbers(config):
+        raise CheckpointError("; ".join(f"{path}: {problem}" for problem in wrong))
     for name in (_POSITIONS, _QUERY):
         if name not in specs or not specs[name].shape:
-            first = min(specs, default="none")
+            first = show_name(min(specs, default="none"))
             raise CheckpointError(
                 f"{path.parent}: tensor {name} is missing among {len(specs)}, the first: {first}"
             )
+    if wrong := _other_layers(config, specs):
+        raise CheckpointError("; ".join(f"{path}: {problem}" for problem in wrong))
     try:
         model = _model_of(config, specs)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, at['loc']))}: {at['msg']}" for at in error.errors()]
         raise CheckpointError(f"{path}: {'; '.join(problems)}") from None
-    except (
-        TypeError,
-        ValueError,
-        ArithmeticError,
-    ) as error:  # a value of another type
-        raise CheckpointError(f"{path}: not a Qwen-VL configuration: {error}") from None
-    problems = [*decoder_problems(path, config, model.decoder)[0]]
-    problems += visual_problems(path, config["visual"], model)[0]
-    if problems:
-        raise CheckpointError("; ".join(problems))
-    return model
-
-
-def read_notes(path: Path, model: ModelConfig) -> tuple[str, ...]:
-    """What a `config.json` says that nothing is known about, after `read_model`."""
-    unknown = visual_problems(path, read_json(path)["visual"], model)[1]
-    return tuple(f"note: {path}: visual.{name} is not known and not regarded" for name in unknown)
+    found = compare_decoder(path, config, model.decoder)
+    found.add(compare_visual(path, config["visual"], model))
+    if found.problems:
+        raise CheckpointError("; ".join(found.problems))
+    return model, found.notes
 
 
 _POSITIONS = "transformer.visual.positional_embedding"
 _QUERY = "transformer.visual.attn_pool.query"
 _VISUAL_KEYS = ("width", "layers", "heads", "mlp_ratio", "patch_size")
+_FRACTIONS = ("norm_eps", "rotary_base", "mlp_ratio")
+"""What need not be a whole number."""
+
+_NEEDED = {
+    "layers": NAMES["layers"],
+    "hidden": NAMES["width"],
+    "heads": NAMES["heads"],
+    "intermediate": NAMES["mlp"],
+    "norm_eps": NAMES["norm_eps"],
+    "rotary_base": NAMES["rotary_base"],
+    "vocabulary": ("padded_vocab_size", "vocab_size"),
+}
+"""What gives the decoder its shape. The first name that is there counts; the comparison sees that the others agree."""
 
 
 def _missing_keys(config: Mapping[str, Any]) -> list[str]:
-    missing = [names[0] for names in (*DECODER_NAMES.values(), _VOCABULARY) if _first(config, names) is None]
+    missing = [names[0] for names in _NEEDED.values() if _first(config, names) is None]
     visual = config.get("visual")
     if not isinstance(visual, dict):
         return [*missing, "visual (an object)"]
-    missing += [f"visual.{key}" for key in _VISUAL_KEYS if key not in visual]
-    if "adapter_heads" not in visual and "output_dim" not in visual:
+    missing += [f"visual.{key}" for key in _VISUAL_KEYS if visual.get(key) is None]
+    if visual.get("adapter_heads") is None and visual.get("output_dim") is None:
         missing.append("visual.output_dim")
     return missing
 
 
-_VOCABULARY = ("padded_vocab_size", "vocab_size")
-"""The first that is there is the number of rows."""
+def _not_numbers(config: Mapping[str, Any]) -> list[str]:
+    """Keys of another type than the shape's."""
+    visual = config["visual"]
+    given = [
+        (kind, name, config[name]) for kind, names in _NEEDED.items() for name in names if name in config
+    ]
+    given += [
+        (name, f"visual.{name}", visual.get(name)) for name in (*_VISUAL_KEYS, "adapter_heads", "output_dim")
+    ]
+    wrong = []
+    for kind, name, value in given:
+        fits = is_number(value) if kind in _FRACTIONS else type(value) is int and abs(value) < _LARGEST
+        if value is not None and not fits:
+            wrong.append(
+                f"{name}: expected a {'' if kind in _FRACTIONS else 'whole '}number, found {show_json(value)}"
+            )
+    return wrong
+
+
+_LARGEST = 1 << 32
+"""No size of a model is as large; beyond, sizes of tensors would not be numbers of a machine."""
+
+
+def _other_layers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Numbers of layers that the tensors do not show; a model of so many would have to be spelt out to say it."""
+    given = (
+        ("num_hidden_layers", "transformer.h.", _first(config, NAMES["layers"])),
+        ("visual.layers", "transformer.visual.transformer.resblocks.", config["visual"]["layers"]),
+    )
+    wrong = []
+    for name, prefix, said in given:
+        found = {tensor.removeprefix(prefix).split(".")[0] for tensor in specs if tensor.startswith(prefix)}
+        if len(found) != said:
+            wrong.append(
+                f"{name}: expected {len(found)}, as there are tensors of so many layers, found {said}"
+            )
+    return wrong
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -101,28 +147,28 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 def _model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> ModelConfig:
     visual = config["visual"]
-    width = int(visual["width"])
     positions, queries = specs[_POSITIONS].shape[0], specs[_QUERY].shape[0]
-    values = {name: _first(config, names) for name, names in DECODER_NAMES.items()}
+    values = {name: _first(config, names) for name, names in _NEEDED.items()}
+    adapter_heads = visual.get("adapter_heads")
     return ModelConfig(
         vision=VisionConfig(
             layers=visual["layers"],
-            width=width,
+            width=visual["width"],
             heads=visual["heads"],
-            mlp_hidden=int(width * visual["mlp_ratio"]),
+            mlp_hidden=int(visual["width"] * visual["mlp_ratio"]),
             patch_size=visual["patch_size"],
             position_grid=math.isqrt(positions),
         ),
         adapter=AdapterConfig(
             query_grid=math.isqrt(queries),
-            heads=visual.get("adapter_heads", visual.get("output_dim", 0) // _HEAD_WIDTH),
+            heads=visual["output_dim"] // _HEAD_WIDTH if adapter_heads is None else adapter_heads,
         ),
         decoder=DecoderConfig(
             layers=values["layers"],
             hidden=values["hidden"],
             heads=values["heads"],
             ffn_hidden=values["intermediate"] // 2,
-            vocab_size=_first(config, _VOCABULARY),
+            vocab_size=values["vocabulary"],
             rotary_base=values["rotary_base"],
             norm_eps=values["norm_eps"],
         ),
@@ -136,8 +182,8 @@ def read_image_size(path: Path) -> int | None:
         CheckpointError: not a number of pixels.
     """
     size = read_json(path)["visual"].get("image_size")
-    if size is not None and not (isinstance(size, int) and size > 0):
-        raise CheckpointError(f"{path}: visual.image_size: expected pixels, found {size}")
+    if size is not None and not (type(size) is int and size > 0):
+        raise CheckpointError(f"{path}: visual.image_size: expected pixels, found {show_json(size)}")
     return size
 
 
@@ -147,6 +193,25 @@ _KEPT = (
     "tokenizer_type", "use_cache", "use_cache_kernel", "use_cache_quantization", "use_flash_attn",
 )  # fmt: skip
 """Keys of `config.json` that an export gives back. None of them names code."""
+
+_GENERATION = (
+    "bos_token_id", "chat_format", "do_sample", "early_stopping", "eos_token_id", "length_penalty", "max_length",
+    "max_new_tokens", "max_window_size", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
+    "num_return_sequences", "pad_token_id", "repetition_penalty", "stop_words_ids", "temperature", "top_k", "top_p",
+    "typical_p", "use_cache",
+)  # fmt: skip
+"""Keys of `generation_config.json` that an export gives back. Others are left out, as some name code that transformers
+would fetch and run (`auto_map`, `custom_generate`)."""
+
+
+def generation_notes(directory: Path) -> tuple[str, ...]:
+    """The keys of a directory's `generation_config.json` that are left out."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return ()
+    left_out = sorted(read_json(path).keys() - {*_GENERATION, "transformers_version", "_from_model_config"})
+    names = ", ".join(map(show_name, left_out))
+    return (f"note: {path}: not kept for an export: {names}",) if left_out else ()
 
 
 def read_published(directory: Path) -> Published:
@@ -165,9 +230,12 @@ def read_published(directory: Path) -> Published:
     generated = read_json(generation) if generation.is_file() else None
     if generated is not None:
         _check_plain(generation, generated)
-        generated = {
-            key: value for key, value in generated.items() if not key.startswith(("_", "transformers"))
-        }
+        generated = {key: value for key, value in generated.items() if key in _GENERATION}
+        chat_format = generated.get("chat_format", "raw")
+        if not isinstance(chat_format, str):
+            raise CheckpointError(
+                f'{generation}: chat_format: expected "raw" or "chatml", found {show_json(chat_format)}'
+            )
     try:
         known = {"config": kept, "generation": generated, "tokenizer": tokenizer_digest(directory)}
         return Published.model_validate({**context, **known}, strict=True)
@@ -186,12 +254,16 @@ def tokenizer_digest(directory: Path) -> str | None:
 
 
 def _check_plain(path: Path, content: object) -> None:
-    """Python reads NaN and Infinity, which are no JSON and could not be compared."""
+    """Python reads NaN and Infinity, which are no JSON and could not be compared, and halves of characters, which
+    could not be written."""
     if isinstance(content, float) and not math.isfinite(content):
         raise CheckpointError(f"{path}: not JSON: holds {content}")
-    for part in (
-        content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    ):
+    if isinstance(content, str) and any("\ud800" <= letter <= "\udfff" for letter in content):
+        raise CheckpointError(f"{path}: not text: {show_json(content)}")
+    parts = (
+        content.items() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    )
+    for part in parts:
         _check_plain(path, part)
 
 
@@ -284,7 +356,7 @@ def generation_config(chat: bool, published: Published | None = None) -> dict[st
     """`generation_config.json`: the origin's own where that is of the kind asked for, else the published Qwen-VL-Chat's
     (ChatML, sampling) or the pre-trained Qwen-VL's (plain text, greedy)."""
     if published is not None and published.generation is not None and published.chats == chat:
-        return published.generation
+        return {key: published.generation[key] for key in published.generation if key in _GENERATION}
     common = {
         "eos_token_id": 151643,
         "max_new_tokens": 512,

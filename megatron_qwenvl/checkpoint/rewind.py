@@ -17,6 +17,7 @@ from megatron_qwenvl.runtime.retry import reads
 from megatron_qwenvl.runtime.slurm import own_job
 
 from .files import CheckpointError, replace_bytes
+from .json_text import parse_json
 from .manifest import checkpoints_of_run, step_of
 
 RECORD = "rewind.json"
@@ -98,7 +99,7 @@ def _new_folder(directory: Path) -> Path:
 
 def _read(path: Path) -> dict[str, object] | None:
     try:
-        record = json.loads(reads(path, path.read_bytes))
+        record = parse_json(reads(path, path.read_bytes))
     except FileNotFoundError:
         return None
     except OSError as error:  # to go back once more would undo the steps since

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .files import CheckpointError, DurableWriter
+from .json_text import parse_json, show_json, show_name
 from .stream import TensorSpec
 
 _DTYPES = {
@@ -77,23 +78,43 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
             raise CheckpointError(f"{path}: not a safetensors file: header of {length} bytes in {size}")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError(f"expected an object, found {show_json(header)}")
             header.pop("__metadata__", None)
-            tensors = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
+            tensors = {name: _entry(path, 8 + length, name, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
-    end = max((tensor.offset + tensor.spec.nbytes for tensor in tensors.values()), default=8 + length)
+    end = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].spec.nbytes)):
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{path}: {show_name(name)}: expected its values at byte {end}, right after the others', "
+                f"found {tensor.offset}"
+            )
+        end += tensor.spec.nbytes
     if end != size:
         raise CheckpointError(f"{path}: expected {end} bytes, found {size}")
     return tensors
 
 
-def _entry(path: Path, start: int, entry: dict) -> StoredTensor:
-    spec = TensorSpec(tuple(int(n) for n in entry["shape"]), _DTYPES[entry["dtype"]])
-    begin, end = entry["data_offsets"]
-    if begin < 0 or end - begin != spec.nbytes:
-        raise ValueError(f"{spec} does not fit in {end - begin} bytes")
-    return StoredTensor(spec, path, start + begin)
+def _entry(path: Path, start: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(
+            f"{show_name(name)}: expected a dtype of {', '.join(_DTYPES)}, found {show_json(dtype)}"
+        )
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        found = show_json({"shape": shape, "data_offsets": offsets})
+        raise ValueError(f"{show_name(name)}: expected a shape and two offsets, found {found}")
+    spec = TensorSpec(tuple(shape), _DTYPES[dtype])
+    if offsets[1] - offsets[0] != spec.nbytes:
+        raise ValueError(f"{show_name(name)}: {spec} does not fit in {offsets[1] - offsets[0]} bytes")
+    return StoredTensor(spec, path, start + offsets[0])
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def write_safetensors(
