@@ -91,7 +91,8 @@ def is_done(
     try:
         record = _Record.model_validate_json((out / RECORD_NAME).read_bytes())
     except OSError:
-        raise CheckpointError(f"{exists}; {remedy}") from None
+        why = f"without a {RECORD_NAME} it is no complete conversion's; one that found NaN leaves none"
+        raise CheckpointError(f"{exists}; {remedy} ({why})") from None
     except ValidationError:
         raise CheckpointError(f"{exists}, and its {RECORD_NAME} is damaged; {remedy}") from None
     was, now = {"command": record.command, **record.settings}, {"command": command, **settings}
