@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 260
 """Size of a chart in SVG units."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 34
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706")
 
 
@@ -64,7 +64,7 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
         f'aria-label="{escape(y_label)} over {escape(x_label)}">',
         *_grid(x_axis, y_axis),
         f'<text x="{WIDTH - _RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>',
-        f'<text x="4" y="{_TOP - 2}">{escape(y_label)}</text>',
+        f'<text x="4" y="{_TOP - 12}">{escape(y_label)}</text>',
     ]
     for number, line in enumerate(lines):
         parts += _curve(line, _COLOURS[number % len(_COLOURS)], x_axis, y_axis)
@@ -110,5 +110,6 @@ def _curve(line: Line, colour: str, x_axis: _Axis, y_axis: _Axis) -> list[str]:
 
 
 def _legend(name: str, number: int) -> str:
-    colour, y = _COLOURS[number % len(_COLOURS)], _TOP + 12 + 16 * number
-    return f'<text x="{WIDTH - _RIGHT - 8}" y="{y}" text-anchor="end" fill="{colour}">{escape(name)}</text>'
+    """An entry above the curves, the first one outermost."""
+    colour, x = _COLOURS[number % len(_COLOURS)], WIDTH - _RIGHT - 110 * number
+    return f'<text x="{x}" y="{_TOP - 12}" text-anchor="end" fill="{colour}">{escape(name)}</text>'
