@@ -15,7 +15,6 @@ Exit codes: 0 done; 1 refused, failed, damaged or different (the reason is print
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -37,6 +36,7 @@ from megatron_qwenvl.checkpoint.published import content_files
 from megatron_qwenvl.checkpoint.repeat import Conversion, digest_files, digest_weights, is_done
 from megatron_qwenvl.checkpoint.transition import carry_out, plan_transition
 from megatron_qwenvl.config.recipes import RECIPES
+from megatron_qwenvl.runtime.output import print_any_name
 
 DRY_RUN = (
     "write nothing; check what shows without reading the weights: configuration, sizes of files, names, types and "
@@ -237,8 +237,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     # torch's memory in huge pages: tensors are read into fresh memory, whose small pages cost more than the reading.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a key need not be text, but can be told
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_name()
     try:
         return arguments.run(arguments)
     except (CheckpointError, OSError) as error:

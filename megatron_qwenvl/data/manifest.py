@@ -208,12 +208,13 @@ def unread_shards(directory: Path) -> dict[str, str]:
         names = sorted(reads(directory, lambda: os.listdir(directory)))
     except OSError as error:
         raise DataError(f"{directory}: cannot be listed: {error.strerror}") from error
+    shards = {name for name in names if name.endswith(".tar")}
     for name in names:
         match = _COMPRESSED.fullmatch(name)
         command = _DECOMPRESSORS.get((match[2] or match[3]).lower()) if match else None
         if name.startswith(_APPLE_DOUBLE):
             continue
-        if match and command and f"{match[1]}.tar" not in names:
+        if match and command and f"{match[1]}.tar" not in shards:
             found[name] = (
                 f"{directory / name}: compressed tars are not read; decompress it ({command}) or move it away"
             )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from megatron_qwenvl.training.records import read_records
 
 from .charts import Line
 from .report import Chart
@@ -23,10 +22,9 @@ def loss_chart(run: Path, title: str) -> Chart:
     """
     training: dict[int, float] = {}
     validation: dict[int, float] = {}
-    for record in _records(run / "metrics.jsonl"):
-        if (
-            record.get("kind") == "rewind"
-        ):  # what came after the step that the run went back to is not of this run
+    metrics = run / "metrics.jsonl"
+    for record in read_records(metrics) if metrics.is_file() else ():
+        if record.get("kind") == "rewind":  # what came after the step that it went back to is not of this run
             training = {step: loss for step, loss in training.items() if step <= record["step"]}
             validation = {step: loss for step, loss in validation.items() if step <= record["step"]}
         loss = record.get("loss")
@@ -37,16 +35,3 @@ def loss_chart(run: Path, title: str) -> Chart:
             validation[int(record["step"])] = value
     lines = [Line("training", sorted(training.items())), Line("validation", sorted(validation.items()), True)]
     return Chart(title, [line for line in lines if line.points])
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of the file; a line that a crash tore is passed over."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .slurm import own_job
+
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _COMMON_HOSTS = frozenset({"", "localhost", "localhost.localdomain"})
 """Names that say nothing of which machine it is."""
@@ -35,16 +37,15 @@ class ProcessIdentity:
     @classmethod
     def of_this_process(cls, env: Mapping[str, str] | None = None) -> ProcessIdentity:
         """The identity of the calling process; `env` is its environment, unless given."""
-        env = os.environ if env is None else env
-        restarts = env.get("SLURM_RESTART_COUNT", "")
+        job = own_job(env)
         return cls(
             host=socket.gethostname(),
             boot_id=_read(_BOOT_ID).strip(),
             pid=os.getpid(),
             started=_start_of(os.getpid()),
             pid_namespace=_pid_namespace(),
-            job=env.get("SLURM_JOB_ID") or None,
-            restarts=int(restarts) if restarts.isdigit() else 0,
+            job=job.id if job else None,
+            restarts=job.restarts if job else 0,
         )
 
     def is_alive(self, asker: ProcessIdentity) -> bool | None:

@@ -7,6 +7,6 @@ import sys
 
 
 def print_any_name() -> None:
-    """Let file names that are not UTF-8 be printed with escapes: Python's default is an exception."""
+    """Let names that are no text be printed with escapes: Python's default is an exception."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")

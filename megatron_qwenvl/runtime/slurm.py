@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 LIVE_STATES = frozenset(
@@ -24,9 +25,10 @@ class Job:
     """How often Slurm has started it again."""
 
 
-def own_job() -> Job | None:
-    """The job of this process; None outside Slurm."""
-    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "")
+def own_job(env: Mapping[str, str] | None = None) -> Job | None:
+    """The job of this process, whose environment is `env` if given; None outside Slurm."""
+    env = os.environ if env is None else env
+    job, restarts = env.get("SLURM_JOB_ID"), env.get("SLURM_RESTART_COUNT", "")
     return Job(job, int(restarts) if restarts.isdecimal() else 0) if job else None
 
 
