@@ -19,11 +19,11 @@ from random import Random
 from PIL import Image
 
 from megatron_qwenvl.config.load import load_config
-from megatron_qwenvl.data import reader
-from megatron_qwenvl.data.indexing import IndexJob, index_directory
-from megatron_qwenvl.data.plan import training_plan
-from megatron_qwenvl.data.shards import checksum
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.loading import reader
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
+from megatron_qwenvl.data.shards.samples import checksum
 
 
 def write_shard(path: Path, samples: int) -> None:

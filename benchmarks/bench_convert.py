@@ -26,11 +26,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.exports import published_table
-from megatron_qwenvl.checkpoint.names import TABLE_NAME, qwenvl_rules
-from megatron_qwenvl.checkpoint.published_config import published_config
-from megatron_qwenvl.checkpoint.safetensors_files import read_header, write_safetensors
-from megatron_qwenvl.checkpoint.stream import TensorSpec
+from megatron_qwenvl.checkpoint.convert.exports import published_table
+from megatron_qwenvl.checkpoint.formats.hf_config import published_config
+from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, qwenvl_rules
+from megatron_qwenvl.checkpoint.storage.safetensors_files import read_header, write_safetensors
+from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.config.schema import DecoderConfig, ModelConfig, VisionConfig
 from megatron_qwenvl.model.shapes import tensor_shapes
 

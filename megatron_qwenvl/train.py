@@ -63,11 +63,11 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     warnings.filterwarnings(
         "ignore", module=r"megatron\.core"
     )  # what it says on import of kernels that are absent
-    from megatron_qwenvl.checkpoint.files import CheckpointError
-    from megatron_qwenvl.data.errors import DataError
-    from megatron_qwenvl.runtime import engine
-    from megatron_qwenvl.runtime.engine_on_cpu import EngineVersionError
-    from megatron_qwenvl.runtime.kernels import KernelError
+    from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+    from megatron_qwenvl.data.records.errors import DataError
+    from megatron_qwenvl.engine import start as engine
+    from megatron_qwenvl.engine.backends import LayerBackendError
+    from megatron_qwenvl.engine.cpu_adapter import EngineVersionError
     from megatron_qwenvl.training.errors import TrainingError
     from megatron_qwenvl.training.loop import Trainer
 
@@ -83,7 +83,14 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
             logger.info("%s at step %d of %d", how, progress.step, config.train.steps)
         engine.stop()
         return INTERRUPTED if trainer.interrupted else 0
-    except (CheckpointError, DataError, EngineVersionError, KernelError, LaunchError, TrainingError) as error:
+    except (
+        CheckpointError,
+        DataError,
+        EngineVersionError,
+        LayerBackendError,
+        LaunchError,
+        TrainingError,
+    ) as error:
         logger.error("FAILED (error) %s: %s", type(error).__name__, error)
         return RUN_ERROR
     except Exception as error:

@@ -26,15 +26,15 @@ from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 if __name__ == "__main__":
     end_at_stop_signals("convert_checkpoint")  # before what takes time to import
 
-from megatron_qwenvl.checkpoint.examine import compare, describe, open_weights, table_notes, verify
-from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.files import CheckpointError, OnBytes, check_places
-from megatron_qwenvl.checkpoint.imports import Import, carry_out_import, plan_parts, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
-from megatron_qwenvl.checkpoint.progress import Progress
-from megatron_qwenvl.checkpoint.published import content_files
-from megatron_qwenvl.checkpoint.repeat import Conversion, digest_files, digest_weights, is_done
-from megatron_qwenvl.checkpoint.transition import carry_out, plan_transition
+from megatron_qwenvl.checkpoint.convert.examine import compare, describe, open_weights, table_notes, verify
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
+from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, plan_transition
+from megatron_qwenvl.checkpoint.convert.progress import Progress
+from megatron_qwenvl.checkpoint.convert.repeat import Conversion, digest_files, digest_weights, is_done
+from megatron_qwenvl.checkpoint.formats.hf_files import content_files
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError, OnBytes, check_places
+from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.runtime.output import print_any_name
 
@@ -48,7 +48,7 @@ def next_stage(arguments: argparse.Namespace) -> int:
     """Make the start of the next stage from a finished one."""
     plan = plan_transition(arguments.source, arguments.to, arguments.force)
     _tell(plan.notes)
-    work = partial(carry_out, plan, arguments.out)
+    work = partial(execute_next_stage, plan, arguments.out)
     sources = {"weights": digest_weights(plan.manifest)}
     return _convert(arguments, [plan.source], plan.manifest.total_bytes, work, lambda: sources)
 
@@ -68,7 +68,7 @@ def export_qwenvl(arguments: argparse.Namespace) -> int:
     """Write a checkpoint in the published layout."""
     plan = plan_export(arguments.source, arguments.tokenizer)
     _tell(plan.notes)
-    work = partial(carry_out_export, plan, arguments.out)
+    work = partial(execute_export, plan, arguments.out)
 
     def digest() -> dict[str, str]:
         beside = digest_files({file.name: file for file in plan.tokenizer})
@@ -107,7 +107,7 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace, plan: Import) -> int:
     _tell(plan.notes)
-    work = partial(carry_out_import, plan, arguments.out)
+    work = partial(execute_import, plan, arguments.out)
 
     def digest() -> dict[str, str]:
         files = {

@@ -135,12 +135,12 @@ def question(arguments: argparse.Namespace) -> dict[str, Any]:
     heading("questions about held-out pictures")
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     from megatron_qwenvl.config.load import load_config
-    from megatron_qwenvl.data.synthetic import TEST_TASKS
-    from megatron_qwenvl.data.tokenizer import load_tokenizer
-    from megatron_qwenvl.evaluation.answers import Answers
-    from megatron_qwenvl.evaluation.demo import evaluate_demo, read_questions, show_examples
+    from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+    from megatron_qwenvl.demo.answers import Answers
+    from megatron_qwenvl.demo.dataset import TEST_TASKS
+    from megatron_qwenvl.demo.examination import evaluate_demo, read_questions, show_examples
+    from megatron_qwenvl.engine import start as engine
     from megatron_qwenvl.inference.generate import Generator
-    from megatron_qwenvl.runtime import engine
 
     config = load_config("tiny_stage3", ["--data.root", str(arguments.data.resolve())])
     runtime = engine.start(config)

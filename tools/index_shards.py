@@ -30,12 +30,12 @@ from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 if __name__ == "__main__":
     end_at_stop_signals("index_shards")  # before what takes time to import
 
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.index import load_index
-from megatron_qwenvl.data.indexing import JOINT, IndexJob, ShardResult, index_directory
-from megatron_qwenvl.data.manifest import failed_shards, indexed_options, list_shards, open_directory
-from megatron_qwenvl.data.skipped import merge, printable
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.shards.dataset import failed_shards, indexed_options, list_shards, open_directory
+from megatron_qwenvl.data.shards.index import load_index
+from megatron_qwenvl.data.shards.indexing import JOINT, IndexJob, ShardResult, index_directory
+from megatron_qwenvl.data.shards.skipped import merge, printable
 from megatron_qwenvl.runtime.helpers import prepare_worker, start_resource_tracker
 from megatron_qwenvl.runtime.interrupt import blocked_stop_signals
 from megatron_qwenvl.runtime.output import print_any_name

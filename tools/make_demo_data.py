@@ -16,7 +16,7 @@ from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 if __name__ == "__main__":
     end_at_stop_signals("make_demo_data")  # before what takes time to import
 
-from megatron_qwenvl.data.synthetic import make_demo_data
+from megatron_qwenvl.demo.dataset import make_demo_data
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -29,25 +29,19 @@ from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 if __name__ == "__main__":
     end_at_stop_signals("preflight")  # before what takes time to import
 
-from megatron_qwenvl.checkpoint.files import CheckpointError, replace_bytes
-from megatron_qwenvl.checkpoint.manifest import checkpoints_of_run
-from megatron_qwenvl.checkpoint.space import checkpoint_bytes, checkpoints_to_come
-from megatron_qwenvl.checkpoint.start import Start, find_start
+from megatron_qwenvl.checkpoint.run.space import checkpoint_bytes, checkpoints_to_come
+from megatron_qwenvl.checkpoint.run.start import Start, find_start
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError, replace_bytes
+from megatron_qwenvl.checkpoint.storage.manifest import checkpoints_of_run
 from megatron_qwenvl.config.cli import HEAD_START_SECONDS, USAGE_ERROR, RunArguments, parse_start_arguments
 from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.plan import StepPlan, open_training, plan_training, validation_plan
-from megatron_qwenvl.data.resume import start_data
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.sampling.plan import StepPlan, open_training, plan_training, validation_plan
+from megatron_qwenvl.data.sampling.resume import start_data
+from megatron_qwenvl.preflight.rules import Finding, bad_nodes, ok, run_failure, warning
 from megatron_qwenvl.runtime.environment import describe_environment
 from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR
-from megatron_qwenvl.runtime.preflight.rules import (
-    Finding,
-    bad_nodes,
-    ok,
-    run_failure,
-    warning,
-)
 from megatron_qwenvl.runtime.processes import LaunchError, detect_process
 
 
@@ -191,8 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_bad_nodes(arguments.bad_nodes, [])  # those of an earlier job
 
     # Everything below needs torch; configuration errors are said before it is loaded.
-    from megatron_qwenvl.runtime.preflight.exchange import RendezvousError
-    from megatron_qwenvl.runtime.preflight.run import Checklist, run_preflight
+    from megatron_qwenvl.preflight.exchange import RendezvousError
+    from megatron_qwenvl.preflight.run import Checklist, run_preflight
 
     kept = count_checkpoints(Path(config.run_dir))
     checklist = Checklist(

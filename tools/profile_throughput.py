@@ -29,8 +29,8 @@ if __name__ == "__main__":
     end_at_stop_signals("profile_throughput", seconds=20)
 
 from megatron_qwenvl.config.cli import USAGE_ERROR
-from megatron_qwenvl.training.profile import Launcher, Layout, Measurement, ProfileError, check, run_layout
-from megatron_qwenvl.training.throughput import Row, read_metrics, render_markdown, write_table
+from megatron_qwenvl.profiling.layouts import Launcher, Layout, Measurement, ProfileError, check, run_layout
+from megatron_qwenvl.profiling.throughput import Row, read_metrics, render_markdown, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,13 +21,13 @@ from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 if __name__ == "__main__":
     end_at_stop_signals("show_step")  # before what takes time to import
 
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.start import find_start
+from megatron_qwenvl.checkpoint.run.start import find_start
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.load import ConfigError, load_config
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.plan import StepPlan, describe_step, open_training, plan_training
-from megatron_qwenvl.data.resume import start_data
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.sampling.plan import StepPlan, describe_step, open_training, plan_training
+from megatron_qwenvl.data.sampling.resume import start_data
 from megatron_qwenvl.runtime.output import print_any_name
 
 

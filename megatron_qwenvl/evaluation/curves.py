@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from megatron_qwenvl.training.records import read_records
+from megatron_qwenvl.runtime.json_lines import read_records
 
 from .charts import Line
 from .report import Chart

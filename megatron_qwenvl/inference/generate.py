@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.manifest import Published
-from megatron_qwenvl.checkpoint.weights import load_weights
+from megatron_qwenvl.batch import Batch
+from megatron_qwenvl.checkpoint.run.weights import load_weights
+from megatron_qwenvl.checkpoint.storage.manifest import Published
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.batch import Batch
-from megatron_qwenvl.data.tokenizer import Tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
+from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.long_context import LongContext, Stretch
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime.engine import Runtime
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Generator:
         if not prompt.image_starts:
             return None
         batch = self._pack([(prompt.tokens, prompt.image_starts)])
-        return self._stage.see(replace(batch, pixels=prompt.pixels.to(self._device)))
+        return self._stage.encode_images(replace(batch, pixels=prompt.pixels.to(self._device)))
 
     def _next_tokens(self, batch: Batch, features: Tensor | None, stretch: Stretch) -> list[int]:
         last = batch.cu_seqlens[1:].long() - 1

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
-from megatron_qwenvl.runtime.engine import Runtime
+from megatron_qwenvl.engine.start import Runtime
 
 from .engine_config import build_engine_configs
 from .layers import is_frozen, layer_of

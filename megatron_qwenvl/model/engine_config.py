@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.runtime.kernels import Kernels
+from megatron_qwenvl.engine.backends import LayerBackend
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class EngineConfigs:
     """One megatron-core configuration for each part of the model."""
 
     vit: TransformerConfig
-    unscattered: TransformerConfig
+    full_sequence: TransformerConfig
     """For the adapter and the output layer, which see whole sequences also under sequence parallelism."""
     decoder: TransformerConfig
     """Also the configuration that the pipeline schedule and DDP read."""
 
 
-def _common(config: RunConfig, kernels: Kernels, on_gpu: bool) -> dict[str, Any]:
+def _common(config: RunConfig, kernels: LayerBackend, on_gpu: bool) -> dict[str, Any]:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     recompute: dict[str, Any] = {"recompute_granularity": None}
     if config.train.recompute == "full":
@@ -82,7 +82,7 @@ def _common(config: RunConfig, kernels: Kernels, on_gpu: bool) -> dict[str, Any]
     }
 
 
-def build_engine_configs(config: RunConfig, kernels: Kernels, on_gpu: bool) -> EngineConfigs:
+def build_engine_configs(config: RunConfig, kernels: LayerBackend, on_gpu: bool) -> EngineConfigs:
     """Configurations of ViT, adapter and decoder for a run on the given kernels."""
     model, common = config.model, _common(config, kernels, on_gpu)
     vit = TransformerConfig(
@@ -97,7 +97,7 @@ def build_engine_configs(config: RunConfig, kernels: Kernels, on_gpu: bool) -> E
         bias_activation_fusion=False,
         **common,
     )
-    unscattered = TransformerConfig(
+    full_sequence = TransformerConfig(
         num_layers=1,
         hidden_size=model.decoder.hidden,
         num_attention_heads=model.adapter.heads,
@@ -117,4 +117,4 @@ def build_engine_configs(config: RunConfig, kernels: Kernels, on_gpu: bool) -> E
         bias_activation_fusion=on_gpu,
         **common,
     )
-    return EngineConfigs(vit, unscattered, decoder)
+    return EngineConfigs(vit, full_sequence, decoder)

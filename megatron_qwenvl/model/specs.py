@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from megatron_qwenvl.runtime.kernels import Kernels
+from megatron_qwenvl.engine.backends import LayerBackend
 
 
 class Norm:
@@ -163,7 +163,7 @@ def _transformer_engine_layer(mask: AttnMaskType) -> ModuleSpec:
     )
 
 
-def norm_module(config: TransformerConfig, kernels: Kernels) -> Any:
+def norm_module(config: TransformerConfig, kernels: LayerBackend) -> Any:
     """The class that builds a free-standing norm of a tower on the given kernels."""
     if kernels.name == "te":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -173,7 +173,7 @@ def norm_module(config: TransformerConfig, kernels: Kernels) -> Any:
 
 
 def block_spec(
-    config: TransformerConfig, kernels: Kernels, layers: int, causal: bool
+    config: TransformerConfig, kernels: LayerBackend, layers: int, causal: bool
 ) -> TransformerBlockSubmodules:
     """Spec of `layers` consecutive layers of a tower and of its final norm (built only where the tower ends)."""
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask

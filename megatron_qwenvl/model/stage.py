@@ -20,9 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
+from megatron_qwenvl.batch import Batch
 from megatron_qwenvl.config.schema import ModelConfig
-from megatron_qwenvl.data.batch import Batch
-from megatron_qwenvl.runtime.kernels import Kernels
+from megatron_qwenvl.engine.backends import LayerBackend
 
 from .adapter import Adapter
 from .engine_config import EngineConfigs, StageLayers
@@ -83,7 +83,7 @@ class QwenVLStage(MegatronModule):
         model: ModelConfig,
         configs: EngineConfigs,
         layers: tuple[Layer, ...],
-        kernels: Kernels,
+        kernels: LayerBackend,
         groups: ProcessGroupCollection,
         trained_before: bool = True,
     ) -> None:
@@ -100,12 +100,12 @@ class QwenVLStage(MegatronModule):
         self.vision_sequence_parallel = configs.vit.sequence_parallel
         self.patch_embed = PatchEmbedding(configs.vit, model.vision) if self.pre_process else None
         self.vit = self._block(configs.vit, layers, "vit", causal=False, ends_here=False)
-        self.adapter = Adapter(configs.unscattered, model, groups) if "adapter" in kinds else None
+        self.adapter = Adapter(configs.full_sequence, model, groups) if "adapter" in kinds else None
         self.embedding = WordEmbedding(configs.decoder, model, groups) if "embedding" in kinds else None
         self.decoder = self._block(
             configs.decoder, layers, "decoder", causal=True, ends_here=self.post_process
         )
-        self.output_layer = self._head(configs.unscattered) if self.post_process else None
+        self.output_layer = self._head(configs.full_sequence) if self.post_process else None
 
     def _block(
         self,
@@ -186,9 +186,9 @@ class QwenVLStage(MegatronModule):
     def _vision(self, batch: Batch, x: Tensor | None) -> Tensor | None:
         if self.patch_embed is None and self.vit is None and self.adapter is None:
             return x
-        return self.see(batch, x) if batch.num_images else self._see_nothing(x)
+        return self.encode_images(batch, x) if batch.num_images else self._without_images(x)
 
-    def see(self, batch: Batch, x: Tensor | None = None) -> Tensor:
+    def encode_images(self, batch: Batch, x: Tensor | None = None) -> Tensor:
         """Run this stage's vision layers on the batch's pixels, or on what the previous stage sent."""
         if self.patch_embed is not None:
             x = self.patch_embed(batch.pixels)
@@ -202,7 +202,7 @@ class QwenVLStage(MegatronModule):
             x = self.adapter(x)
         return x
 
-    def _see_nothing(self, x: Tensor | None) -> Tensor:
+    def _without_images(self, x: Tensor | None) -> Tensor:
         """Zeros that depend on the received tensor and on every trained vision parameter of this stage."""
         reference = next(self.parameters())
         nothing = torch.zeros(1, 1, 1, dtype=self.config.params_dtype, device=reference.device)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.manager import CheckpointManager, SaveReport
-from megatron_qwenvl.checkpoint.owner import (
+from megatron_qwenvl.batch import Batch
+from megatron_qwenvl.checkpoint.run.manager import CheckpointManager, SaveReport
+from megatron_qwenvl.checkpoint.run.owner import (
     Hold,
     OwnershipLost,
     RunOwner,
@@ -21,16 +21,16 @@ from megatron_qwenvl.checkpoint.owner import (
     released_on_error,
     take_together,
 )
-from megatron_qwenvl.checkpoint.rewind import Rewind
-from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, model_state
+from megatron_qwenvl.checkpoint.run.rewind import Rewind
+from megatron_qwenvl.checkpoint.run.weights import OPTIMIZER_METADATA, model_state
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.batch import Batch
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.loader import Step, StepLoader
-from megatron_qwenvl.data.record import RECORD_NAME, encode_history
+from megatron_qwenvl.data.loading.loader import Step, StepLoader
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.sampling.history_file import RECORD_NAME, encode_history
+from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
-from megatron_qwenvl.runtime.engine import Runtime
 from megatron_qwenvl.runtime.interrupt import StopRequest
 from megatron_qwenvl.runtime.retry import reads
 from megatron_qwenvl.runtime.watchdog import Watchdog
@@ -99,28 +99,28 @@ class Trainer:
             announce(config, partition.describe())
         folder = Path(config.run_dir)
         checkpoints = CheckpointManager(folder / "checkpoints", config)
-        checkpoints.peers.main(lambda: reads(folder, lambda: check_run_directory(folder)), "refused")
+        checkpoints.ranks.run_on_rank0(lambda: reads(folder, lambda: check_run_directory(folder)), "refused")
         owner = RunOwner(folder, 60 * config.runtime.takeover_minutes)
-        checkpoints.peers.main(lambda: reads(folder, owner.wait_until_free), "refused")
-        with refused_if_owned(owner, checkpoints.peers):
+        checkpoints.ranks.run_on_rank0(lambda: reads(folder, owner.wait_until_free), "refused")
+        with refused_if_owned(owner, checkpoints.ranks):
             stage = build_stage(config, runtime, partition)
             older = None if from_step is None else checkpoints.rewind_to(from_step)
             newest = older or checkpoints.latest()
             if newest is None:
-                checkpoints.published = first_weights(config, runtime, stage, checkpoints.peers)
+                checkpoints.published = first_weights(config, runtime, stage, checkpoints.ranks)
             runner = StepRunner.build(config, runtime, partition, stage)
             optimizer = build_optimizer(runner.model, config)
             progress = (
                 Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)
             )
             loader, validation = make_loaders(
-                config, runtime, stage, newest, progress.step, checkpoints.peers
+                config, runtime, stage, newest, progress.step, checkpoints.ranks
             )
         # Whatever can refuse to start has done so: from here on the run directory is written to, by its one owner.
-        hold = take_together(owner, checkpoints.peers)
+        hold = take_together(owner, checkpoints.ranks)
         with released_on_error(owner):
             checkpoints.prepare(lambda: reads(folder, hold.check))
-            checkpoints.peers.main(
+            checkpoints.ranks.run_on_rank0(
                 lambda: reads(folder, lambda: record_start(config, runtime.process)),
                 f"{folder}: the start cannot be recorded",
             )
@@ -298,7 +298,7 @@ class Trainer:
 
     def _worst_shards(self) -> str:
         """The end of a message. Collective."""
-        worst = worst_shards(self.checkpoints.peers.all_gather(self.unreadable.found))
+        worst = worst_shards(self.checkpoints.ranks.all_gather(self.unreadable.found))
         return f"; worst shards since this start: {worst}" if worst else ""
 
     def _due(self, interval: int) -> bool:

@@ -17,11 +17,11 @@ import megatron.core
 import torch
 
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.flops import total_flops
-from megatron_qwenvl.runtime.engine import Runtime
+from megatron_qwenvl.runtime.json_lines import RecordFile
 from megatron_qwenvl.runtime.peak_flops import dense_bf16_flops
 
-from .records import RecordFile
 from .step import StepReport
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_qwenvl.checkpoint.files import CheckpointError, replace_bytes
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError, replace_bytes
 from megatron_qwenvl.config.fields import plain
 from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig

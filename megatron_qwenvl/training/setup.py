@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_qwenvl.checkpoint.collective import Peers
-from megatron_qwenvl.checkpoint.manager import CheckpointManager
-from megatron_qwenvl.checkpoint.manifest import Published
-from megatron_qwenvl.checkpoint.rewind import Rewind
-from megatron_qwenvl.checkpoint.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
+from megatron_qwenvl.batch import DataNeeds
+from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.run.ranks import Ranks
+from megatron_qwenvl.checkpoint.run.rewind import Rewind
+from megatron_qwenvl.checkpoint.run.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
+from megatron_qwenvl.checkpoint.storage.manifest import Published
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.batch import DataNeeds
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.loader import StepLoader, build_loader
-from megatron_qwenvl.data.plan import StepPlan, open_training, plan_training
-from megatron_qwenvl.data.resume import DataStart, modified_lines, start_data
-from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.data.sampling.plan import StepPlan, open_training, plan_training
+from megatron_qwenvl.data.sampling.resume import DataStart, modified_lines, start_data
+from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import initialize_weights
 from megatron_qwenvl.model.shapes import describe_parameters
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime.engine import Runtime
 
 from .optimizer import restore_optimizer
 from .progress import Progress
@@ -40,7 +40,7 @@ def announce(config: RunConfig, partition: str) -> None:
         logger.info(line)
 
 
-def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, peers: Peers) -> Published | None:
+def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks: Ranks) -> Published | None:
     """Fill the model for a run that has no checkpoint of its own: with `checkpoint.init_from`, or afresh. Collective.
 
     Returns:
@@ -53,7 +53,7 @@ def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, peers
         initialize_weights(stage, config.model, config.seed)
         published, source = None, f"fresh, seed {config.seed}"
     else:
-        published = load_weights(Path(config.checkpoint.init_from), config, stage, peers).published
+        published = load_weights(Path(config.checkpoint.init_from), config, stage, ranks).published
         source = config.checkpoint.init_from
     if runtime.is_main:
         logger.info("weights: %s", source)
@@ -91,7 +91,7 @@ def set_aside_newer(checkpoints: CheckpointManager, step: int) -> Rewind:
         CheckpointError: they cannot be moved.
     """
     rewind = checkpoints.set_aside_newer(step)
-    if checkpoints.peers.is_main:
+    if checkpoints.ranks.is_main:
         if rewind.moved:
             logger.warning(
                 "went back from step %d to %d: %d newer checkpoints are kept in %s",
@@ -106,7 +106,7 @@ def set_aside_newer(checkpoints: CheckpointManager, step: int) -> Rewind:
 
 
 def make_plan(
-    config: RunConfig, tokenizer: Tokenizer, checkpoint: Path | None, first_step: int, peers: Peers
+    config: RunConfig, tokenizer: Tokenizer, checkpoint: Path | None, first_step: int, ranks: Ranks
 ) -> StepPlan:
     """The plan of the training steps, which goes on from what a checkpoint records of its data. Collective: rank 0
     compares and tells, and all ranks follow the same history.
@@ -116,7 +116,7 @@ def make_plan(
         tokenizer: its tokenizer.
         checkpoint: what it goes on from; none: it begins.
         first_step: steps done.
-        peers: all ranks.
+        ranks: all ranks.
 
     Raises:
         DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
@@ -129,11 +129,11 @@ def make_plan(
         except DataError as error:
             return None, str(error)
 
-    mine = compare() if peers.is_main else None
-    found, error = peers.broadcast(mine)
+    mine = compare() if ranks.is_main else None
+    found, error = ranks.broadcast(mine)
     if found is None:
         raise DataError(error)
-    if peers.is_main:
+    if ranks.is_main:
         for line in found.lines:
             logger.warning(line)
     if found.refused:
@@ -147,7 +147,7 @@ def make_loaders(
     stage: QwenVLStage,
     checkpoint: Path | None,
     first_step: int,
-    peers: Peers,
+    ranks: Ranks,
 ) -> tuple[StepLoader, StepLoader | None]:
     """This rank's training steps from `first_step` on (counted from 0), and its validation set if there is one.
     Collective; arguments as `make_plan`.
@@ -156,7 +156,7 @@ def make_loaders(
         DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
-    plan = make_plan(config, tokenizer, checkpoint, first_step, peers)
+    plan = make_plan(config, tokenizer, checkpoint, first_step, ranks)
     needs = DataNeeds(
         pixels=stage.patch_embed is not None,
         tokens=stage.embedding is not None or stage.output_layer is not None,

@@ -16,16 +16,16 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_qwenvl.batch import Batch
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.batch import Batch
-from megatron_qwenvl.data.tasks import TASKS
+from megatron_qwenvl.data.records.tasks import TASKS
+from megatron_qwenvl.engine.communicator import FrozenPrefixCommunicator
+from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import trains_before
 from megatron_qwenvl.model.flops import Workload
 from megatron_qwenvl.model.partition import Partition
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime.engine import Runtime
 
-from .communicator import FrozenPrefixCommunicator
 from .optimizer import apply_gradients, tag_parameters
 
 

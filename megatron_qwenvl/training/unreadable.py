@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from megatron_qwenvl.data.batch import Batch
+from megatron_qwenvl.batch import Batch
 
 Recent = tuple[tuple[int, int], ...]
 """For each step with unreadable samples within the window: samples seen up to its end, and the unreadable ones."""

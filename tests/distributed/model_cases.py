@@ -9,18 +9,12 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
+from megatron_qwenvl.batch import IGNORED_TASK, Batch
 from megatron_qwenvl.config.recipes import RECIPES
-from megatron_qwenvl.config.schema import (
-    AdapterConfig,
-    DecoderConfig,
-    ModelConfig,
-    RunConfig,
-    VisionConfig,
-)
-from megatron_qwenvl.data.batch import IGNORED_TASK, Batch
+from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, RunConfig, VisionConfig
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.model.build import build_stage, initialize_weights
 from megatron_qwenvl.model.partition import make_partition
-from megatron_qwenvl.runtime import engine as rt
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.step import StepReport, StepRunner
 
@@ -89,7 +83,7 @@ def make_batch(seed: int, images: int, config: RunConfig, length: int = 48) -> B
 
 def build_runner(process: ProcessInfo, config: RunConfig, seed: int = 0) -> StepRunner:
     """Start the engine on this rank and build its part of the model with layout-independent weights."""
-    runtime = rt.start(config, process)
+    runtime = engine.start(config, process)
     partition = make_partition(config, runtime.data_size)
     stage = build_stage(config, runtime, partition)
     initialize_weights(stage, config.model, seed)

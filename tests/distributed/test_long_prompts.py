@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
 from megatron_qwenvl.inference.generate import Generator, Prompt
 from megatron_qwenvl.model.long_context import LongContext, ntk_alpha
 from megatron_qwenvl.runtime.processes import ProcessInfo

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.names import TABLE_NAME, qwenvl_rules
+from megatron_qwenvl.batch import Batch
+from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, qwenvl_rules
 from megatron_qwenvl.config.schema import RunConfig, RuntimeConfig
-from megatron_qwenvl.data.batch import Batch
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.inference.generate import Generator, Prompt
 from megatron_qwenvl.model.build import build_stage, initialize_weights, named_tensors
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.reference_model import ReferenceModel
 

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_qwenvl.config.schema import RuntimeConfig
+from megatron_qwenvl.preflight import probes
+from megatron_qwenvl.preflight.exchange import Exchange
+from megatron_qwenvl.preflight.probes import NetworkReport
+from megatron_qwenvl.preflight.rules import Finding, bad_nodes
+from megatron_qwenvl.preflight.run import Checklist, run_preflight
 from megatron_qwenvl.runtime.environment import common_facts, describe_environment
-from megatron_qwenvl.runtime.preflight import probes
-from megatron_qwenvl.runtime.preflight.exchange import Exchange
-from megatron_qwenvl.runtime.preflight.probes import NetworkReport
-from megatron_qwenvl.runtime.preflight.rules import Finding, bad_nodes
-from megatron_qwenvl.runtime.preflight.run import Checklist, run_preflight
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.unit.data.shards import picture, random_record, sample, write_source
 

@@ -16,14 +16,19 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.manifest import Manifest, find_checkpoint, read_manifest, write_manifest
-from megatron_qwenvl.checkpoint.start import find_start
+from megatron_qwenvl.checkpoint.run.start import find_start
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import (
+    Manifest,
+    find_checkpoint,
+    read_manifest,
+    write_manifest,
+)
 from megatron_qwenvl.config.cli import RunArguments
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.indexing import IndexJob, index_directory
-from megatron_qwenvl.runtime import engine
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint.weights import model_state
-from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.checkpoint.run.weights import model_state
+from megatron_qwenvl.data.records.errors import DataError
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.errors import TrainingError
 from megatron_qwenvl.training.optimizer import Schedule, build_optimizer

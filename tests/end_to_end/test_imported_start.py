@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import read_manifest
-from megatron_qwenvl.checkpoint.transition import carry_out, plan_transition
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, plan_transition
+from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.inference.generate import Generator, Prompt
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.reference_generation import PublishedGeneration
@@ -47,7 +47,7 @@ def imported(tmp_path: Path) -> Path:
     """The weights checkpoint of a published chat model with the shape that small runs have."""
     model = run_config(tmp_path, tmp_path / "run").model
     published, _ = published_chat(tmp_path / "published", model)
-    carry_out_import(plan_qwenvl(published), tmp_path / "imported")
+    execute_import(plan_qwenvl(published), tmp_path / "imported")
     return tmp_path / "imported"
 
 
@@ -60,14 +60,14 @@ def test_what_is_known_of_the_origin_comes_through_training(tmp_path: Path, impo
         run_ranks(1, train, config)
     newest = tmp_path / "run/checkpoints/step_00000003"
     assert read_manifest(newest).published == expected
-    carry_out(plan_transition(tmp_path / "run", "stage3"), tmp_path / "start3")
+    execute_next_stage(plan_transition(tmp_path / "run", "stage3"), tmp_path / "start3")
     assert read_manifest(tmp_path / "start3").published == expected
     config = run_config(
         data.parent, tmp_path / "run3", "--checkpoint.init_from", str(tmp_path / "start3"), "--train.steps", "2",
         "--optimizer.warmup_steps", "1", recipe="tiny_stage3",
     )  # fmt: skip
     run_ranks(1, train, config)
-    carry_out_export(plan_export(tmp_path / "run3"), tmp_path / "again")
+    execute_export(plan_export(tmp_path / "run3"), tmp_path / "again")
     assert json.loads((tmp_path / "again/generation_config.json").read_text()) == CHAT
     assert json.loads((tmp_path / "again/config.json").read_text())["seq_length"] == 16
 
@@ -84,7 +84,7 @@ def answers(
 def test_a_generator_takes_the_trained_length_from_the_checkpoint(tmp_path: Path) -> None:
     config = run_config(tmp_path, tmp_path / "run")
     published, reference = published_chat(tmp_path / "published", config.model)
-    carry_out_import(plan_qwenvl(published), tmp_path / "imported")
+    execute_import(plan_qwenvl(published), tmp_path / "imported")
     rng = torch.Generator().manual_seed(1)
     prompts = [
         Prompt(torch.randint(0, 256, (n,), generator=rng).tolist(), [], torch.empty(0))

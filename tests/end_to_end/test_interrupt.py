@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_qwenvl.checkpoint.examine import compare, open_weights
+from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights
 from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.runtime import engine
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.runtime.exit_codes import INTERRUPTED
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer

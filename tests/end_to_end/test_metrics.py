@@ -11,9 +11,9 @@ import pytest
 from pytest import approx
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.loader import Step, build_loader
+from megatron_qwenvl.data.loading.loader import Step, build_loader
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.model.flops import Workload, total_flops
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks

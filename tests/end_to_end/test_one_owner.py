@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.owner import RunOwner
-from megatron_qwenvl.runtime import engine
+from megatron_qwenvl.checkpoint.run.owner import RunOwner
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.runtime.identity import ProcessIdentity
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer

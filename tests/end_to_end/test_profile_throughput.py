@@ -13,7 +13,7 @@ import pytest
 from pytest import approx
 
 from megatron_qwenvl.config.load import load_config
-from megatron_qwenvl.data.loader import StepInfo, build_loader
+from megatron_qwenvl.data.loading.loader import StepInfo, build_loader
 
 from .training_cases import records, write_data
 

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint import manager, shards
-from megatron_qwenvl.checkpoint.files import CheckpointError
+from megatron_qwenvl.checkpoint.run import folder, manager
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.runtime import engine, watchdog
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.runtime import watchdog
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.errors import TrainingError
 from megatron_qwenvl.training.loop import Trainer
@@ -100,7 +101,7 @@ def train_with_slow_saves(process: ProcessInfo, config: RunConfig) -> int:
     trainer = Trainer.build(config, engine.start(config, process))
     trainer.optimizer.sharded_state_dict = slowly(trainer.optimizer.sharded_state_dict, 1)
     if process.rank == 1:
-        shards.FolderSave.write = slowly(shards.FolderSave.write, 4)  # type: ignore[method-assign]
+        folder.FolderSave.write = slowly(folder.FolderSave.write, 4)  # type: ignore[method-assign]
     return trainer.run().step
 
 
@@ -117,7 +118,7 @@ def end_by_error(process: ProcessInfo, config: RunConfig, kind: type[Exception],
     """Let `ranks` fail with an error of `kind` in the step after the save of step 3, which is still going on."""
     manager.TOGETHER_SECONDS = 2.0
     trainer = Trainer.build(config, engine.start(config, process))
-    shards.FolderSave.write = slowly(shards.FolderSave.write, 1)  # type: ignore[method-assign]
+    folder.FolderSave.write = slowly(folder.FolderSave.write, 1)  # type: ignore[method-assign]
     train = trainer.runner.train
 
     def fail(*args: Any) -> Any:

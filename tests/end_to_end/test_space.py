@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
-from megatron_qwenvl.checkpoint.space import checkpoint_bytes, checkpoints_to_come
+from megatron_qwenvl.checkpoint.run.space import checkpoint_bytes, checkpoints_to_come
+from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.model.layers import is_frozen
 from megatron_qwenvl.model.shapes import tensor_shapes

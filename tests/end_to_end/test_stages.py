@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.indexing import IndexJob, index_directory
-from megatron_qwenvl.data.plan import training_plan
-from megatron_qwenvl.data.synthetic import make_demo_data
-from megatron_qwenvl.data.tokenizer import load_tokenizer
-from megatron_qwenvl.evaluation.answers import Answers
-from megatron_qwenvl.evaluation.demo import read_questions
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
+from megatron_qwenvl.demo.answers import Answers
+from megatron_qwenvl.demo.dataset import make_demo_data
+from megatron_qwenvl.demo.examination import read_questions
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.inference.generate import Generator
 from megatron_qwenvl.model.shapes import count_parameters
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.unit.data.test_tools import run_tool

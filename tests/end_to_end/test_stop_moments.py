@@ -23,12 +23,12 @@ from .training_cases import records, run_arguments, write_data
 
 START = (
     "config.cli:load_config",
-    "runtime.engine:configure_logging",
-    "runtime.engine:choose_device",
-    "runtime.engine:choose_kernels",
-    "runtime.engine:_prepare_device",
-    "runtime.engine:_join_processes",
-    "runtime.engine:parallel_state.initialize_model_parallel",
+    "engine.start:configure_logging",
+    "engine.start:choose_device",
+    "engine.start:choose_backend",
+    "engine.start:_prepare_device",
+    "engine.start:_join_processes",
+    "engine.start:parallel_state.initialize_model_parallel",
     "training.loop:make_partition",
     "training.loop:announce",
     "training.loop:build_stage",
@@ -44,15 +44,15 @@ START = (
 )
 """The phases of a start."""
 STEP = (
-    "data.loader:StepLoader.__iter__",
+    "data.loading.loader:StepLoader.__iter__",
     "training.loop:StepRunner.accumulate",
     "training.step:apply_gradients",
     "training.loop:step_metrics",
     "training.loop:CheckpointManager.poll",
     "training.loop:CheckpointManager.save",
-    "checkpoint.shards:FolderSave.write",
-    "checkpoint.manager:write_manifest",
-    "checkpoint.manager:CheckpointManager._point_to",
+    "checkpoint.run.folder:FolderSave.write",
+    "checkpoint.run.manager:write_manifest",
+    "checkpoint.run.manager:CheckpointManager._point_to",
 )
 """The phases of a step and its save."""
 
@@ -112,7 +112,7 @@ def test_a_signal_at_any_phase(data: Path, tmp_path: Path, place: str) -> None:
         "training.loop:CheckpointManager.latest",
         "training.loop:Watchdog.start",
         "training.step:apply_gradients",
-        "checkpoint.shards:FolderSave.write",
+        "checkpoint.run.folder:FolderSave.write",
     ],
 )
 def test_a_signal_to_one_of_two_ranks(data: Path, tmp_path: Path, place: str) -> None:
@@ -137,7 +137,7 @@ def test_a_start_that_waits_for_a_rank_that_does_not_come(
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     arguments = run_of(data, tmp_path / "run")
-    child = start(arguments, log, lambda: before("runtime.engine:_join_processes", signal_later), alone)
+    child = start(arguments, log, lambda: before("engine.start:_join_processes", signal_later), alone)
     assert wait(child, 60) == INTERRUPTED, log.read_text()
     assert "Traceback" not in log.read_text() and "before the first step" in log.read_text()
 
@@ -197,6 +197,6 @@ def test_a_finished_run_stays_finished(data: Path, tmp_path: Path) -> None:
     """A signal after the last step, and one to a run that has nothing to do, change nothing."""
     log = tmp_path / "log"
     arguments = run_of(data, tmp_path / "run")
-    for place in ("runtime.engine:stop", "training.loop:make_partition"):
+    for place in ("engine.start:stop", "training.loop:make_partition"):
         assert wait(start(arguments, log, lambda place=place: signal_at(place))) == 0, log.read_text()  # type: ignore[misc]
     assert [record["step"] for record in records(tmp_path / "run")] == [0, 1, 2]

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_qwenvl.checkpoint import transition
-from megatron_qwenvl.data.index import index_path
+from megatron_qwenvl.checkpoint.convert import next_stage
+from megatron_qwenvl.data.shards.index import index_path
 from megatron_qwenvl.runtime.exit_codes import INTERRUPTED, INTERRUPTED_BY_USER
 from megatron_qwenvl.runtime.helpers import start_resource_tracker
 from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
@@ -98,7 +98,7 @@ def test_conversion(checkpoint: Path, tmp_path: Path, number: signal.Signals) ->
         time.sleep(600)
 
     def convert() -> int:
-        transition.copy_file = hang  # type: ignore[assignment]
+        next_stage.copy_file = hang  # type: ignore[assignment]
         sys.argv = [
             "convert_checkpoint.py",
             "next-stage",
@@ -130,7 +130,7 @@ def test_preflight(tmp_path: Path, number: signal.Signals) -> None:
     """The signal comes while this rank's file lies in the run directory."""
 
     def check() -> int:
-        before("runtime.preflight.run:_Preflight._look", lambda: os.kill(os.getpid(), number))
+        before("preflight.run:_Preflight._look", lambda: os.kill(os.getpid(), number))
         return preflight.main(["--directory", str(tmp_path / "run")])
 
     code, said = in_a_fork(check, tmp_path / "log")

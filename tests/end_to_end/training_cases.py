@@ -11,9 +11,9 @@ import torch
 
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.tasks import TASKS
+from megatron_qwenvl.data.records.tasks import TASKS
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.model.build import named_tensors
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.unit.data.shards import picture as png

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_qwenvl.batch import IGNORED_TASK, Batch
 from megatron_qwenvl.config.recipes import stage1, stage2
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.batch import IGNORED_TASK, Batch
 from megatron_qwenvl.model.flops import total_flops
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.optimizer import Schedule, build_optimizer

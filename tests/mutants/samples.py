@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from .mutant import PACKAGE, STAGE1, STAGE2, STAGE3, Mutant
 
-CHATML = f"{PACKAGE}/data/chatml.py"
-COLLATE = f"{PACKAGE}/data/collate.py"
-FORMATS = f"{PACKAGE}/data/formats.py"
+CHATML = f"{PACKAGE}/data/rendering/chatml.py"
+COLLATE = f"{PACKAGE}/data/loading/collate.py"
+FORMATS = f"{PACKAGE}/data/rendering/formats.py"
 GENERATE = f"{PACKAGE}/inference/generate.py"
-IMAGES = f"{PACKAGE}/data/images.py"
+IMAGES = f"{PACKAGE}/data/records/images.py"
 PIXELS = ("tests/recipe/test_pixels.py",)
-WRITER = f"{PACKAGE}/data/writer.py"
+WRITER = f"{PACKAGE}/data/rendering/token_builder.py"
 UNREADABLE = ("tests/end_to_end/test_faults.py::test_unreadable_pictures_are_masked_alike_in_every_layout",)
 GENERATION = ("tests/recipe/test_generation_ends.py",)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutant import DATA_PARALLEL, OFF, PACKAGE, STAGE1, STAGE2, STAGE3, TENSOR_PARALLEL, Mutant
 
-ADAMW = f"{PACKAGE}/runtime/adamw.py"
+ADAMW = f"{PACKAGE}/engine/adamw.py"
 ENGINE_CONFIG = f"{PACKAGE}/model/engine_config.py"
 FRESH = f"{PACKAGE}/model/build.py"
 LAYERS = f"{PACKAGE}/model/layers.py"

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.names import TABLE_NAME, qwenvl_rules
+from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, qwenvl_rules
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
-from megatron_qwenvl.data.loader import build_loader
+from megatron_qwenvl.data.loading.loader import build_loader
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.model.build import named_tensors
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks

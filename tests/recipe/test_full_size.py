@@ -10,10 +10,10 @@ from torch import nn
 
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, RuntimeConfig
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.model.engine_config import build_engine_configs
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 
@@ -30,7 +30,7 @@ def built(process: ProcessInfo, config: RunConfig) -> dict[str, Any]:
         "norms": {name: (type(norm).__name__, norm.eps) for name, norm in norms.items()},
         "dropout": {
             part.hidden_dropout + part.attention_dropout
-            for part in (configs.vit, configs.unscattered, configs.decoder)
+            for part in (configs.vit, configs.full_sequence, configs.decoder)
         },
         "modules_with_dropout": [
             name for name, m in stage.named_modules() if isinstance(m, nn.Dropout) and m.p > 0

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_qwenvl.config.recipes import RECIPES
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.inference.generate import Generator, Prompt
 from megatron_qwenvl.model.build import build_stage, initialize_weights
 from megatron_qwenvl.model.partition import make_partition
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 

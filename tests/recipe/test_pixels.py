@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.images import load_pixels
+from megatron_qwenvl.data.records.images import load_pixels
 
 SIDE = 28
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.runtime import engine
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks

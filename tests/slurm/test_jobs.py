@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.examine import compare, open_weights
-from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights
+from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
 
 from .cluster import Cluster, wait_until
 from .jobs import (

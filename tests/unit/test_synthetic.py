@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
-from megatron_qwenvl.data.index import load_index
-from megatron_qwenvl.data.indexing import IndexJob, index_directory
-from megatron_qwenvl.data.manifest import list_shards
-from megatron_qwenvl.data.synthetic import SOURCES, TEST_TASKS, balanced_vqa, make_demo_data
-from megatron_qwenvl.data.synthetic_records import POSSIBLE_ANSWERS, QUESTIONS, TASK_MAKERS, answer
-from megatron_qwenvl.data.synthetic_scenes import COLORS, Scene, draw, shape_scene, text_scene
-from megatron_qwenvl.data.tasks import TASKS
+from megatron_qwenvl.data.records.tasks import TASKS
+from megatron_qwenvl.data.shards.dataset import list_shards
+from megatron_qwenvl.data.shards.index import load_index
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
+from megatron_qwenvl.demo.dataset import SOURCES, TEST_TASKS, balanced_vqa, make_demo_data
+from megatron_qwenvl.demo.records import POSSIBLE_ANSWERS, QUESTIONS, TASK_MAKERS, answer
+from megatron_qwenvl.demo.scenes import COLORS, Scene, draw, shape_scene, text_scene
 from tests.unit.data.test_tools import run_tool
 
 PARTS = [*SOURCES, *(f"val/{source}" for source in SOURCES), *(f"test/{task}" for task in TEST_TASKS)]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_qwenvl.checkpoint.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
 from megatron_qwenvl.runtime.processes import ProcessInfo

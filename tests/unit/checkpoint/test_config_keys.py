@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.checkpoint.config_keys import NAMES
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.imports import plan_qwenvl
-from megatron_qwenvl.checkpoint.model_checks import vit_problems
+from megatron_qwenvl.checkpoint.convert.imports import plan_qwenvl
+from megatron_qwenvl.checkpoint.formats.config_keys import NAMES
+from megatron_qwenvl.checkpoint.formats.model_checks import vit_problems
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 
 from .published_cases import TINY, config_json, publish, random_weights
 from .test_model_checks import CLIP, OLD_QWEN, VIT, compared

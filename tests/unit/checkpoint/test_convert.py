@@ -11,15 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.convert import our_specs
-from megatron_qwenvl.checkpoint.examine import compare, open_weights, verify
-from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export, published_table
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_parts, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import read_manifest
-from megatron_qwenvl.checkpoint.names import chunk_grid, open_clip_rules, qwenvl_rules
-from megatron_qwenvl.checkpoint.published import PublishedWeights
-from megatron_qwenvl.checkpoint.published_config import published_config, published_limits
+from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, verify
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export, published_table
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.jobs import our_specs
+from megatron_qwenvl.checkpoint.formats.hf_config import published_config, published_limits
+from megatron_qwenvl.checkpoint.formats.hf_files import PublishedWeights
+from megatron_qwenvl.checkpoint.formats.names import chunk_grid, open_clip_rules, qwenvl_rules
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
 from megatron_qwenvl.model.shapes import tensor_shapes
@@ -40,7 +40,7 @@ def load_published(folder: Path) -> dict[str, Tensor]:
 
 
 def import_qwenvl(folder: Path, out: Path) -> Path:
-    carry_out_import(plan_qwenvl(folder), out)
+    execute_import(plan_qwenvl(folder), out)
     return out
 
 
@@ -58,7 +58,7 @@ def test_published_to_ours_to_published_is_bitwise(
     published = publish(tmp_path / "published", model, weights, safetensors)
     checkpoint = import_qwenvl(published, tmp_path / "ours")
     assert verify(checkpoint) == []
-    carry_out_export(plan_export(checkpoint), tmp_path / "again")
+    execute_export(plan_export(checkpoint), tmp_path / "again")
     again = load_published(tmp_path / "again")
     assert again.keys() == weights.keys()
     for name, value in weights.items():
@@ -75,9 +75,7 @@ def test_export_can_be_read_by_others_and_describes_the_model(tmp_path: Path) ->
     published = publish(tmp_path / "published", MIDDLE, random_weights(MIDDLE, torch.bfloat16))
     (tmp_path / "qwen.tiktoken").write_text("tokens")
     out = tmp_path / "again"
-    carry_out_export(
-        plan_export(import_qwenvl(published, tmp_path / "ours"), tmp_path / "qwen.tiktoken"), out
-    )
+    execute_export(plan_export(import_qwenvl(published, tmp_path / "ours"), tmp_path / "qwen.tiktoken"), out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     for name, file in index["weight_map"].items():
         with safe_open(out / file, framework="pt") as opened:
@@ -168,7 +166,7 @@ def recipe_of(model: ModelConfig) -> RunConfig:
 
 def test_open_clip_rows_class_token_and_positions(tmp_path: Path) -> None:
     vit, llm = publish_parts(tmp_path, TINY, vocab=96)
-    carry_out_import(plan_parts(vit, llm, recipe_of(TINY), seed=1), tmp_path / "ours")
+    execute_import(plan_parts(vit, llm, recipe_of(TINY), seed=1), tmp_path / "ours")
     ours, theirs = open_weights(tmp_path / "ours"), open_clip_weights(TINY)
     positions = ours.read("patch_embed.positional_embedding")
     assert torch.equal(positions, theirs["visual.positional_embedding"][1:])
@@ -188,14 +186,14 @@ def test_hugging_face_clip_gives_the_same_as_open_clip(tmp_path: Path) -> None:
     hugging_face.mkdir()
     torch.save(as_hugging_face_clip(open_clip_weights(TINY)), hugging_face / "pytorch_model.bin")
     for name, source in (("a", vit), ("b", hugging_face)):
-        carry_out_import(plan_parts(source, llm, recipe_of(TINY), seed=1), tmp_path / name)
+        execute_import(plan_parts(source, llm, recipe_of(TINY), seed=1), tmp_path / name)
     assert compare(open_weights(tmp_path / "a"), open_weights(tmp_path / "b")) == []
 
 
 def test_parts_pad_the_vocabulary_and_seed_the_adapter(tmp_path: Path) -> None:
     vit, llm = publish_parts(tmp_path, TINY, vocab=90)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        carry_out_import(plan_parts(vit, llm, recipe_of(TINY), seed=seed), tmp_path / name)
+        execute_import(plan_parts(vit, llm, recipe_of(TINY), seed=seed), tmp_path / name)
     a, b, c = (open_weights(tmp_path / name) for name in "abc")
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         table = a.read(name)
@@ -290,7 +288,7 @@ def test_specs_are_planned_without_reading(tmp_path: Path) -> None:
     weights = open_clip_weights(TINY)
     save_file(weights, tmp_path / "open_clip_model.safetensors")
     source = PublishedWeights(tmp_path)
-    from megatron_qwenvl.checkpoint.convert import Part
+    from megatron_qwenvl.checkpoint.convert.jobs import Part
 
     specs = our_specs(Part(source, tuple(open_clip_rules(TINY))))
     expected = tensor_shapes(TINY)

@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_qwenvl.checkpoint.differences import BLOCK_ELEMENTS, measure
-from megatron_qwenvl.checkpoint.examine import verify
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.pickles import read_index
-from megatron_qwenvl.checkpoint.stream import DistributedFolder
+from megatron_qwenvl.checkpoint.convert.examine import verify
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.formats.megatron_files import DistributedFolder
+from megatron_qwenvl.checkpoint.storage.differences import BLOCK_ELEMENTS, measure
+from megatron_qwenvl.engine.checkpoint_index import read_index
 
 from .published_cases import TINY, publish, random_weights
 
@@ -122,7 +122,7 @@ def test_chunks_must_cover_a_tensor_once(
 
 def test_verify_tells_a_missing_object_s_file(tmp_path: Path) -> None:
     """An object that the index places in a file that is not there; everything else is reported as well."""
-    carry_out_import(plan_qwenvl(publish(tmp_path / "p", TINY, random_weights(TINY))), tmp_path / "ours")
+    execute_import(plan_qwenvl(publish(tmp_path / "p", TINY, random_weights(TINY))), tmp_path / "ours")
     folder = tmp_path / "ours/model"
     index = read_index(folder)
     index.state_dict_metadata["object"] = BytesStorageMetadata()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 
 from .published_cases import TINY, publish, random_weights
 
@@ -25,7 +25,7 @@ TOKENIZER = (
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """Imported weights."""
-    carry_out_import(
+    execute_import(
         plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), tmp_path / "ours"
     )
     return tmp_path / "ours"
@@ -40,8 +40,8 @@ def test_a_directory_gives_tokenizer_and_code_and_replaces_nothing(checkpoint: P
     given = publish(tmp_path / "given", TINY, random_weights(TINY))
     for name in (*TOKENIZER, "generation_config.json", "model.safetensors", "README.md", "training_args.bin"):
         (given / name).write_text("theirs")
-    carry_out_export(plan_export(checkpoint), tmp_path / "plain")
-    carry_out_export(plan_export(checkpoint, given), tmp_path / "out")
+    execute_export(plan_export(checkpoint), tmp_path / "plain")
+    execute_export(plan_export(checkpoint, given), tmp_path / "out")
     for file in (tmp_path / "plain").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
     added = {p.name for p in (tmp_path / "out").iterdir()} - {p.name for p in (tmp_path / "plain").iterdir()}
@@ -59,7 +59,7 @@ def test_copies_are_durable(checkpoint: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", recording)
     (tmp_path / "qwen.tiktoken").write_text("tokens")
-    carry_out_export(plan_export(checkpoint, tmp_path / "qwen.tiktoken"), tmp_path / "out")
+    execute_export(plan_export(checkpoint, tmp_path / "qwen.tiktoken"), tmp_path / "out")
     assert {"qwen.tiktoken", "config.json", "model.safetensors.index.json"} <= set(synced)
 
 
@@ -85,7 +85,7 @@ def test_flipped_bits_are_refused_file_by_file_and_nothing_remains(checkpoint: P
     flip(weights, weights.stat().st_size // 2)
     flip(checkpoint / "model/common.pt", -1)
     with pytest.raises(CheckpointError) as caught:
-        carry_out_export(plan_export(checkpoint), tmp_path / "out")
+        execute_export(plan_export(checkpoint), tmp_path / "out")
     message = str(caught.value)
     assert f"{weights}: damaged" in message and "model/common.pt: damaged" in message
     assert not list(tmp_path.glob("out*"))
@@ -98,7 +98,7 @@ def test_damage_that_cannot_be_read_is_named_by_digest(checkpoint: Path, tmp_pat
     content[: len(content) // 2] = bytes(len(content) // 2)
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.distcp: damaged: expected sha256"):
-        carry_out_export(plan_export(checkpoint), tmp_path / "out")
+        execute_export(plan_export(checkpoint), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -112,7 +112,7 @@ def test_a_truncated_file_is_refused_before_anything_is_written(checkpoint: Path
 
 def exported_json(checkpoint: Path, out: Path, name: str, **changes: object) -> Any:
     became(checkpoint, **changes)
-    carry_out_export(plan_export(checkpoint), out)
+    execute_export(plan_export(checkpoint), out)
     return json.loads((out / name).read_text())
 
 

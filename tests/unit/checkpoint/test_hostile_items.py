@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_qwenvl.checkpoint.examine import open_weights
-from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.files import CheckpointError, write_bytes
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import Manifest, read_manifest, write_manifest
-from megatron_qwenvl.checkpoint.pickles import read_index
-from megatron_qwenvl.checkpoint.weights import load_weights
+from megatron_qwenvl.checkpoint.convert.examine import open_weights
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.run.weights import load_weights
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError, write_bytes
+from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.checkpoint_index import read_index
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import small_config
@@ -52,7 +52,7 @@ def ran(tmp_path: Path) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path, ran: Path) -> Path:
     """Good weights, but for one item that holds code; the manifest agrees with every file."""
-    carry_out_import(
+    execute_import(
         plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), tmp_path / "ours"
     )
     folder = tmp_path / "ours/model"
@@ -84,7 +84,7 @@ def test_the_streaming_reader_refuses_it(checkpoint: Path, ran: Path) -> None:
 
 def test_an_export_refuses_it(checkpoint: Path, ran: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\.distcp: refused"):
-        carry_out_export(plan_export(checkpoint), tmp_path / "out")
+        execute_export(plan_export(checkpoint), tmp_path / "out")
     assert not ran.exists() and not list(tmp_path.glob("out*"))
 
 

@@ -16,16 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint import owner
-from megatron_qwenvl.checkpoint.asides import MAKER_NAME, make_aside, remove_leftovers
-from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.imports import Import, carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.json_text import parse_json, show_json, show_name
-from megatron_qwenvl.checkpoint.manifest import MANIFEST_NAME, read_manifest, write_manifest
-from megatron_qwenvl.checkpoint.names import TABLE_NAME
-from megatron_qwenvl.checkpoint.rewind import RECORD, is_rewound
-from megatron_qwenvl.checkpoint.safetensors_files import read_header
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
+from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME
+from megatron_qwenvl.checkpoint.run import owner
+from megatron_qwenvl.checkpoint.run.rewind import RECORD, is_rewound
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.json_text import parse_json, show_json, show_name
+from megatron_qwenvl.checkpoint.storage.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.safetensors_files import read_header
+from megatron_qwenvl.checkpoint.storage.temporary import MAKER_NAME, make_aside, remove_leftovers
 
 from .published_cases import TINY, config_json, publish, random_weights
 
@@ -184,7 +184,7 @@ def imported(folder: Path, generation: dict[str, Any]) -> Import:
     published = publish(folder / "p", TINY, random_weights(TINY))
     (published / "generation_config.json").write_text(json.dumps(generation))
     plan = plan_qwenvl(published)
-    carry_out_import(plan, folder / "ours")
+    execute_import(plan, folder / "ours")
     return plan
 
 
@@ -197,7 +197,7 @@ def test_generation_settings_name_no_code(tmp_path: Path) -> None:
     assert manifest.published is not None and manifest.published.generation == good
     older = manifest.published.model_copy(update={"generation": good | CODE})  # kept by an earlier version
     write_manifest(tmp_path / "ours", manifest.model_copy(update={"published": older}))
-    carry_out_export(plan_export(tmp_path / "ours"), tmp_path / "again")
+    execute_export(plan_export(tmp_path / "ours"), tmp_path / "again")
     assert json.loads((tmp_path / "again/generation_config.json").read_text()) == good
 
 

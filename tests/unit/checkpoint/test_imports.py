@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.examine import compare, open_weights, verify
-from megatron_qwenvl.checkpoint.exports import published_table
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.imports import Import, carry_out_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, verify
+from megatron_qwenvl.checkpoint.convert.exports import published_table
+from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import ModelConfig
 
@@ -112,7 +112,7 @@ def test_errors_name_the_directory_that_they_are_in(tmp_path: Path) -> None:
 
 def test_a_language_model_in_torch_shards_with_buffers(tmp_path: Path) -> None:
     vit, llm = publish_parts(tmp_path, TINY, vocab=90)
-    carry_out_import(plan(vit, llm), tmp_path / "expected")
+    execute_import(plan(vit, llm), tmp_path / "expected")
     (llm / "model.safetensors").unlink()
     buffers: dict[str, Tensor] = {
         "transformer.rotary_emb.inv_freq": torch.ones(4),
@@ -122,7 +122,7 @@ def test_a_language_model_in_torch_shards_with_buffers(tmp_path: Path) -> None:
         "transformer.h.1.attn.logn_tensor": torch.ones(1, 8, 1, 1),
     }
     write_shards(llm, language_weights(TINY, 90) | buffers, safetensors=False)
-    carry_out_import(plan(vit, llm), tmp_path / "ours")
+    execute_import(plan(vit, llm), tmp_path / "ours")
     assert verify(tmp_path / "ours") == []
     assert compare(open_weights(tmp_path / "ours"), open_weights(tmp_path / "expected")) == []
 

@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.examine import compare, open_weights, verify
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.manager import CheckpointManager
-from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
-from megatron_qwenvl.checkpoint.weights import (
+from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, verify
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.run.weights import (
     OPTIMIZER_METADATA,
     check_start,
     fill_model,
     load_weights,
     model_state,
 )
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, RunConfig, VisionConfig
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.optimizer import Schedule, build_optimizer
 from megatron_qwenvl.training.step import StepReport, StepRunner
@@ -51,7 +51,7 @@ def config_of(model: ModelConfig, image_size: int = 56, **parallel: Any) -> RunC
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     weights = random_weights(EIGHT_HEADS)
-    carry_out_import(plan_qwenvl(publish(folder / "published", EIGHT_HEADS, weights)), folder / "ours")
+    execute_import(plan_qwenvl(publish(folder / "published", EIGHT_HEADS, weights)), folder / "ours")
     return folder
 
 
@@ -98,7 +98,7 @@ def test_logits_of_imported_weights_equal_the_published_formulas(tmp_path: Path,
         for name, value in reference.state_dict().items()
     }
     reference.load_state_dict(weights)
-    carry_out_import(plan_qwenvl(publish(tmp_path / "published", EIGHT_HEADS, weights)), tmp_path / "ours")
+    execute_import(plan_qwenvl(publish(tmp_path / "published", EIGHT_HEADS, weights)), tmp_path / "ours")
     config = config_of(EIGHT_HEADS, image_size)
     (ours,) = run_ranks(1, logits, tmp_path / "ours", config)
     batch = make_batch(3, 2, config)
@@ -134,7 +134,7 @@ def test_weights_made_for_another_stage_are_refused(imported: Path) -> None:
 
 def test_damaged_weights_are_refused_by_file(tmp_path: Path) -> None:
     weights = random_weights(EIGHT_HEADS)
-    carry_out_import(plan_qwenvl(publish(tmp_path / "published", EIGHT_HEADS, weights)), tmp_path / "ours")
+    execute_import(plan_qwenvl(publish(tmp_path / "published", EIGHT_HEADS, weights)), tmp_path / "ours")
     file = tmp_path / "ours/model/__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1

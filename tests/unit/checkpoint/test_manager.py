@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_qwenvl.checkpoint import collective, manager, shards
-from megatron_qwenvl.checkpoint.collective import Peers, find_problems
-from megatron_qwenvl.checkpoint.files import CheckpointError, FileRecord
-from megatron_qwenvl.checkpoint.manager import CheckpointManager
-from megatron_qwenvl.checkpoint.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.run import manager, ranks
+from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.run.ranks import Ranks, find_problems
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError, FileRecord
+from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
@@ -170,11 +170,11 @@ def without_memory(process: ProcessInfo, folder: Path) -> list[str]:
         raise MemoryError("no room")
 
     outcomes = [failing(lambda: save(1))]
-    copy = shards._host_copy
+    copy = folder._host_copy
     if process.rank == 1:
-        shards._host_copy = refuse  # type: ignore[assignment]
+        folder._host_copy = refuse  # type: ignore[assignment]
     outcomes.append(failing(lambda: save(2)))
-    shards._host_copy = copy
+    folder._host_copy = copy
     dist.barrier()
     outcomes.append(" ".join(names(folder)))
     dist.barrier()
@@ -202,8 +202,8 @@ def save_and_check_slowly(process: ProcessInfo, folder: Path) -> str:
     join(process, timeout_seconds=2)
     saves = CheckpointManager(folder, CONFIG)
     if process.rank == 1:
-        shards.FolderSave.write = slowly(shards.FolderSave.write, 1.5)  # type: ignore[method-assign]
-        collective.file_problem = slowly(collective.file_problem, 1)
+        folder.FolderSave.write = slowly(folder.FolderSave.write, 1.5)  # type: ignore[method-assign]
+        ranks.file_problem = slowly(ranks.file_problem, 1)
     saves.save(5, state(5), {**state(5.5), "lr": 0.1}, {"step": 5})
     newest = saves.latest()
     assert newest is not None
@@ -222,8 +222,8 @@ def check_blindly(process: ProcessInfo, checkpoint: Path) -> list[str]:
         raise CheckpointError(f"{path}: cannot be read (Stale file handle)")
 
     if process.rank == 1:
-        collective.read_manifest = refuse  # type: ignore[assignment]
-    return find_problems(checkpoint, Peers(1))
+        ranks.read_manifest = refuse  # type: ignore[assignment]
+    return find_problems(checkpoint, Ranks(1))
 
 
 def test_what_a_rank_cannot_check_is_a_problem(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_what_a_rank_cannot_check_is_a_problem(tmp_path: Path) -> None:
 def test_ranks_check_equal_shares_of_the_bytes() -> None:
     sizes = {"large": 1000, **{f"small {i}": 10 for i in range(100)}, "empty": 0}
     files = {name: FileRecord(bytes=size, sha256="") for name, size in sizes.items()}
-    dealt = collective.shares(files, 4)
+    dealt = ranks.shares(files, 4)
     assert sorted(name for share in dealt for name in share) == sorted(files)
     loads = [sum(record.bytes for record in share.values()) for share in dealt]
     assert loads == [1000, 340, 330, 330]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.imports import Import, carry_out_import, plan_parts, plan_qwenvl
-from megatron_qwenvl.checkpoint.model_checks import vit_problems
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
+from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.formats.model_checks import vit_problems
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.recipes import RECIPES
 
 from .published_cases import (
@@ -223,8 +223,8 @@ def test_an_export_writes_the_true_values(tmp_path: Path) -> None:
             "use_logn_attn": False, "max_position_embeddings": 1024, "use_flash_attn": False}  # fmt: skip
     foreign = {"auto_map": {"AutoConfig": "someone/else--code.Config"}, "_name_or_path": "/home/someone"}
     (published / "config.json").write_text(json.dumps(config_json(TINY, 448) | true | foreign))
-    carry_out_import(plan_qwenvl(published), tmp_path / "ours")
-    carry_out_export(plan_export(tmp_path / "ours"), tmp_path / "again")
+    execute_import(plan_qwenvl(published), tmp_path / "ours")
+    execute_export(plan_export(tmp_path / "ours"), tmp_path / "again")
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert config.items() >= true.items()
     assert "someone" not in json.dumps(config)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint import differences
-from megatron_qwenvl.checkpoint.examine import verify
-from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.finite import NonFinite, find_non_finite, merged
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_parts, plan_qwenvl
-from megatron_qwenvl.checkpoint.manager import CheckpointManager
-from megatron_qwenvl.checkpoint.transition import carry_out, plan_transition
+from megatron_qwenvl.checkpoint.convert.examine import verify
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, plan_transition
+from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.storage import differences
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.finite import NonFinite, find_non_finite, merged
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
@@ -79,7 +79,7 @@ def damaged(tmp_path: Path) -> Path:
     """The checkpoint that importing damaged weights leaves."""
     plan = plan_qwenvl(publish(tmp_path / "published", TINY, damaged_weights()))
     with pytest.raises(CheckpointError) as caught:
-        carry_out_import(plan, tmp_path / "ours")
+        execute_import(plan, tmp_path / "ours")
     assert all(text in str(caught.value) for text in EXPECTED)
     return tmp_path / "ours"
 
@@ -97,9 +97,9 @@ def test_what_goes_on_from_them_is_refused_and_leaves_nothing(
     out = tmp_path / "out"
     with pytest.raises(CheckpointError) as caught:
         if command == "export":
-            carry_out_export(plan_export(damaged), out)
+            execute_export(plan_export(damaged), out)
         else:
-            carry_out(plan_transition(damaged, "stage2"), out)
+            execute_next_stage(plan_transition(damaged, "stage2"), out)
     assert all(text in str(caught.value) for text in OURS)
     assert not list(tmp_path.glob("out*"))
 
@@ -121,7 +121,7 @@ def test_parts_are_looked_at_too(tmp_path: Path, part: str) -> None:
     save_file(weights, file)
     recipe = RECIPES["tiny_stage1"]().model_copy(update={"model": TINY})
     with pytest.raises(CheckpointError) as caught:
-        carry_out_import(plan_parts(vit, llm, recipe, seed=1), tmp_path / "ours")
+        execute_import(plan_parts(vit, llm, recipe, seed=1), tmp_path / "ours")
     assert f"{name}: 1 not finite (NaN or infinity), the first at [8, 1]" in str(caught.value)
 
 
@@ -129,7 +129,7 @@ def test_many_damaged_tensors_are_counted(tmp_path: Path) -> None:
     weights = {name: value.fill_(math.nan) if "resblocks" in name else value
                for name, value in random_weights(TINY).items()}  # fmt: skip
     with pytest.raises(CheckpointError, match=r"and \d+ more tensors"):
-        carry_out_import(plan_qwenvl(publish(tmp_path / "p", TINY, weights)), tmp_path / "ours")
+        execute_import(plan_qwenvl(publish(tmp_path / "p", TINY, weights)), tmp_path / "ours")
 
 
 def save_damaged_optimizer(process: ProcessInfo, folder: Path) -> None:

@@ -8,15 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import (
-    Manifest,
-    _digest,
-    read_manifest,
-    write_manifest,
-)
-from megatron_qwenvl.checkpoint.start import check_start
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.run.start import check_start
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import Manifest, _digest, read_manifest, write_manifest
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, Stage
 from tools import convert_checkpoint
@@ -74,7 +69,7 @@ def test_next_stage_refuses_an_unfinished_run_unless_forced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = tmp_path / "trained"
-    carry_out_import(plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), trained)
+    execute_import(plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), trained)
     files = read_manifest(trained).files
     write_manifest(trained, manifest_of("stage1", step=60, files=files))
     arguments = [

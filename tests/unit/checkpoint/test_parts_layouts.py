@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_qwenvl.checkpoint.examine import compare, open_weights, verify
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_parts, plan_qwenvl
-from megatron_qwenvl.checkpoint.manager import CheckpointManager
-from megatron_qwenvl.checkpoint.weights import load_weights, model_state
+from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, verify
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.run.weights import load_weights, model_state
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
+from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
-from megatron_qwenvl.runtime import engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import small_config
@@ -42,7 +42,7 @@ def test_parts_load_into_a_sharded_stage_1(tmp_path: Path) -> None:
     float32 and holds every value."""
     vit, llm = publish_parts(tmp_path / "parts", TINY, vocab=90)
     config = config_of(TINY, stage="stage1")
-    carry_out_import(plan_parts(vit, llm, config, seed=1), tmp_path / "ours")
+    execute_import(plan_parts(vit, llm, config, seed=1), tmp_path / "ours")
     run_ranks(4, load_and_save, tmp_path / "ours", config, tmp_path / "run")
     assert verify(tmp_path / "run") == []
     assert compare(open_weights(tmp_path / "run"), open_weights(tmp_path / "ours"), tolerance=1e-30) == []
@@ -51,7 +51,7 @@ def test_parts_load_into_a_sharded_stage_1(tmp_path: Path) -> None:
 def test_bf16_weights_pass_through_a_layout_bitwise(tmp_path: Path) -> None:
     weights = random_weights(MIDDLE, torch.bfloat16)
     published = publish(tmp_path / "published", MIDDLE, weights)
-    carry_out_import(plan_qwenvl(published), tmp_path / "ours")
+    execute_import(plan_qwenvl(published), tmp_path / "ours")
     config = config_of(MIDDLE)
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
     run_ranks(4, load_and_save, tmp_path / "ours", config, tmp_path / "run")

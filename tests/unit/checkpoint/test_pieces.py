@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import MODEL_FOLDER
-from megatron_qwenvl.checkpoint.pickles import INDEX_NAME, read_index
-from megatron_qwenvl.checkpoint.safetensors_files import write_safetensors
-from megatron_qwenvl.checkpoint.stream import DistributedFolder, TensorSpec
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.formats.megatron_files import DistributedFolder
+from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER
+from megatron_qwenvl.checkpoint.storage.safetensors_files import write_safetensors
+from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
+from megatron_qwenvl.engine.checkpoint_index import INDEX_NAME, read_index
 
 from .published_cases import TINY, publish, random_weights
 
@@ -52,7 +53,7 @@ def test_what_was_not_announced_is_refused(tmp_path: Path, tensors: list[tuple[s
 def test_rows_come_in_their_order(tmp_path: Path) -> None:
     """Whatever the order of the index; and a tensor that is cut along another axis comes whole."""
     published = publish(tmp_path / "published", TINY, random_weights(TINY, torch.float32), True)
-    carry_out_import(plan_qwenvl(published), tmp_path / "ours")
+    execute_import(plan_qwenvl(published), tmp_path / "ours")
     path = tmp_path / "ours" / MODEL_FOLDER
     index = read_index(path)
     for entry in index.state_dict_metadata.values():

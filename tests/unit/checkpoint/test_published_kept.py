@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint.examine import compare, open_weights, table_notes
-from megatron_qwenvl.checkpoint.exports import carry_out_export, plan_export
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import Manifest, read_manifest, write_manifest
-from megatron_qwenvl.checkpoint.names import TABLE_NAME
-from megatron_qwenvl.checkpoint.position_table import published_table
-from megatron_qwenvl.checkpoint.transition import carry_out, plan_transition
+from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, table_notes
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, plan_transition
+from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME
+from megatron_qwenvl.checkpoint.formats.position_table import published_table
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 
 from .published_cases import TINY, publish, random_weights
 
@@ -32,13 +32,13 @@ def imported(tmp_path: Path, generation: dict[str, Any] | None) -> Path:
         (published / "generation_config.json").write_text(
             json.dumps({**generation, "transformers_version": "4.31.0"})
         )
-    carry_out_import(plan_qwenvl(published), tmp_path / "ours")
+    execute_import(plan_qwenvl(published), tmp_path / "ours")
     return tmp_path / "ours"
 
 
 def exported(checkpoint: Path, out: Path) -> dict[str, Any]:
     plan = plan_export(checkpoint)
-    carry_out_export(plan, out)
+    execute_export(plan, out)
     generation: dict[str, Any] = json.loads((out / "generation_config.json").read_text())
     assert f"(chat_format {generation['chat_format']})" in plan.notes[0]
     return generation
@@ -52,11 +52,9 @@ def became(checkpoint: Path, **changes: object) -> None:
 def test_a_chat_model_comes_back_as_one(tmp_path: Path) -> None:
     checkpoint = imported(tmp_path, CHAT)
     assert exported(checkpoint, tmp_path / "again") == CHAT
-    carry_out(plan_transition(checkpoint, "stage3"), tmp_path / "start3")
+    execute_next_stage(plan_transition(checkpoint, "stage3"), tmp_path / "start3")
     assert exported(tmp_path / "start3", tmp_path / "start3_again") == CHAT
-    carry_out_import(
-        plan_qwenvl(tmp_path / "again"), tmp_path / "twice"
-    )  # an export is a published directory
+    execute_import(plan_qwenvl(tmp_path / "again"), tmp_path / "twice")  # an export is a published directory
     assert exported(tmp_path / "twice", tmp_path / "twice_again") == CHAT
 
 
@@ -126,14 +124,14 @@ def test_a_trained_table_is_taken_on_request_alone(tmp_path: Path, dtype: torch.
         plan_qwenvl(published)
     plan = plan_qwenvl(published, accept_drift=True)
     assert any("the imported model has the constant table" in note for note in plan.notes)
-    carry_out_import(plan, tmp_path / "ours")
+    execute_import(plan, tmp_path / "ours")
     assert read_manifest(tmp_path / "ours").published.table_drift == pytest.approx(0.25, abs=1e-2)
     assert compare(open_weights(published), open_weights(tmp_path / "ours")) == []
     (note,) = table_notes(published)
     assert "has drifted from the constant sin-cos table" in note
     export = plan_export(tmp_path / "ours")
     assert any("is the constant table; the imported one differed by 0.25" in note for note in export.notes)
-    carry_out_export(export, tmp_path / "again")
+    execute_export(export, tmp_path / "again")
     plan_qwenvl(tmp_path / "again")  # has the constant table, so that nothing needs accepting
 
 
@@ -150,7 +148,7 @@ def test_another_table_is_no_drift(tmp_path: Path, drift: float, message: str) -
 def test_another_vocabulary_than_the_imported_one_is_said(tmp_path: Path) -> None:
     published = publish(tmp_path / "published", TINY, random_weights(TINY))
     (published / "qwen.tiktoken").write_text("words")
-    carry_out_import(plan_qwenvl(published), tmp_path / "ours")
+    execute_import(plan_qwenvl(published), tmp_path / "ours")
     assert any("without qwen.tiktoken" in note for note in plan_export(tmp_path / "ours").notes)
     assert not any("qwen.tiktoken" in note for note in plan_export(tmp_path / "ours", published).notes)
     (published / "qwen.tiktoken").write_text("other words")
@@ -163,6 +161,6 @@ def test_a_manifest_cannot_make_an_export_name_code(tmp_path: Path) -> None:
     checkpoint = imported(tmp_path, CHAT)
     kept = {"config": {"auto_map": {"AutoConfig": "someone/else--code.Config"}, "use_cache": False}}
     became(checkpoint, published={**read_manifest(checkpoint).published.model_dump(), **kept})
-    carry_out_export(plan_export(checkpoint), tmp_path / "again")
+    execute_export(plan_export(checkpoint), tmp_path / "again")
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert config["use_cache"] is False and "someone" not in json.dumps(config)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint import asides
-from megatron_qwenvl.checkpoint.asides import MAKER_NAME
-from megatron_qwenvl.checkpoint.files import CheckpointError, new_directory
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.storage import temporary
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError, new_directory
+from megatron_qwenvl.checkpoint.storage.temporary import MAKER_NAME
 from megatron_qwenvl.runtime.identity import ProcessIdentity
 from tools import convert_checkpoint
 
@@ -29,7 +29,7 @@ COMMANDS = ("next-stage", "import-qwenvl", "import-parts", "export-qwenvl")
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Published weights, parts, a tokenizer, and a checkpoint that went through stage 1."""
     publish(tmp_path / "published", TINY, random_weights(TINY))
-    carry_out_import(plan_qwenvl(tmp_path / "published"), tmp_path / "trained")
+    execute_import(plan_qwenvl(tmp_path / "published"), tmp_path / "trained")
     became(tmp_path / "trained", origin="stage1", step=50, recipe="tiny_stage1", image_size=28)
     publish_parts(tmp_path / "parts", TINY, vocab=96)
     recipe = convert_checkpoint.RECIPES["tiny_stage1"]().model_copy(update={"model": TINY})
@@ -161,7 +161,7 @@ def test_only_what_a_dead_one_left_is_removed(
     over: bool | None,
     stays: bool,
 ) -> None:
-    monkeypatch.setattr(asides, "is_job_over", lambda job: over)
+    monkeypatch.setattr(temporary, "is_job_over", lambda job: over)
     aside = left_by(maker, tmp_path)
     with new_directory(tmp_path / "x"):
         pass

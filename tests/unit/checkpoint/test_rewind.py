@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.files import CheckpointError
-from megatron_qwenvl.checkpoint.manifest import checkpoints_of_run
-from megatron_qwenvl.checkpoint.rewind import RECORD, is_rewound, of_step, set_aside_newer
+from megatron_qwenvl.checkpoint.run.rewind import RECORD, is_rewound, of_step, set_aside_newer
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import checkpoints_of_run
 
 
 @pytest.fixture

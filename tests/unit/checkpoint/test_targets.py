@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.examine import verify
-from megatron_qwenvl.checkpoint.files import CheckpointError, new_directory
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.convert.examine import verify
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError, new_directory
+from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 from tools import convert_checkpoint
 
 from .published_cases import TINY, publish, random_weights
@@ -28,7 +28,7 @@ def test_a_neighbour_of_any_name_stays(tmp_path: Path) -> None:
 
 def test_the_source_may_be_called_like_a_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "start2.tmp"
-    carry_out_import(plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), source)
+    execute_import(plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), source)
     write_manifest(source, Manifest.model_validate(read_manifest(source).model_dump() | {"origin": "stage1"}))
     arguments = [
         "x",
@@ -85,7 +85,7 @@ def test_the_commands_refuse_it(
     dry: bool,
 ) -> None:
     published = publish(tmp_path / "published", TINY, random_weights(TINY))
-    carry_out_import(plan_qwenvl(published), tmp_path / "ours")
+    execute_import(plan_qwenvl(published), tmp_path / "ours")
     source = published if command == "import-qwenvl" else tmp_path / "ours"
     before = sorted(source.rglob("*"))
     extra = ["--to", "stage2"] if command == "next-stage" else []

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint import convert, files, transition
-from megatron_qwenvl.checkpoint.imports import carry_out_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.convert import jobs, next_stage
+from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.storage import files
+from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 from tools import convert_checkpoint
 
 from .published_cases import TINY, publish, publish_parts, random_weights
@@ -29,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def trained(tmp_path: Path) -> Path:
     """A checkpoint of weights that went through stage 1."""
     published = publish(tmp_path / "published", TINY, random_weights(TINY))
-    carry_out_import(plan_qwenvl(published), tmp_path / "trained")
+    execute_import(plan_qwenvl(published), tmp_path / "trained")
     became(tmp_path / "trained", origin="stage1", step=50, recipe="tiny_stage1", image_size=28)
     return tmp_path / "trained"
 
@@ -98,7 +99,7 @@ def test_an_image_size_that_does_not_divide_is_refused(
 ) -> None:
     model = TINY.model_copy(update={"vision": TINY.vision.model_copy(update={"patch_size": 15})})
     other = publish(tmp_path / "other", model, random_weights(model))
-    carry_out_import(plan_qwenvl(other), tmp_path / "ours")
+    execute_import(plan_qwenvl(other), tmp_path / "ours")
     became(tmp_path / "ours", origin="stage1", recipe="tiny_stage1")
     arguments = ("next-stage", "--to", "stage2", "--out", tmp_path / "x", "--from")
     assert run(monkeypatch, *arguments, tmp_path / "ours") == 1
@@ -214,7 +215,7 @@ def test_a_killed_worker_is_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
     """As the kernel does when memory runs out."""
-    monkeypatch.setattr(transition, "copy_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(next_stage, "copy_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     arguments = ("next-stage", "--from", trained, "--to", "stage2", "--out", tmp_path / "start2")
     assert run(monkeypatch, *arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -225,10 +226,10 @@ def test_a_killed_worker_is_one_line_and_leaves_nothing(
 def test_progress_moves_within_a_file(monkeypatch: pytest.MonkeyPatch, trained: Path, tmp_path: Path) -> None:
     told: list[int] = []
     monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(convert, "_REPORT_SECONDS", 0.001)
-    monkeypatch.setattr(transition, "copy_file", slow_copy)
-    plan = transition.plan_transition(trained, "stage2")
-    transition.carry_out(plan, tmp_path / "start2", told.append)
+    monkeypatch.setattr(jobs, "_REPORT_SECONDS", 0.001)
+    monkeypatch.setattr(next_stage, "copy_file", slow_copy)
+    plan = next_stage.plan_transition(trained, "stage2")
+    next_stage.execute_next_stage(plan, tmp_path / "start2", told.append)
     assert sum(told) == plan.manifest.total_bytes
     assert sum(count > 0 for count in told) > 2 * len(plan.manifest.files)
 

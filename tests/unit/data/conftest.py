@@ -7,7 +7,7 @@ from pathlib import Path
 import dashscope
 import pytest
 
-from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
 
 QWEN_VOCABULARY = str(Path(dashscope.__file__).parent / "resources" / "qwen.tiktoken")
 

@@ -20,8 +20,8 @@ from megatron_qwenvl.config.schema import (
     SourceConfig,
     TrainConfig,
 )
-from megatron_qwenvl.data.indexing import IndexJob, index_directory
-from megatron_qwenvl.data.tasks import TASKS
+from megatron_qwenvl.data.records.tasks import TASKS
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 
 Sample = dict[str, Any]
 WORDS = "red green blue circle square below above three small large with and the".split()

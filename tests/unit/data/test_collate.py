@@ -11,20 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_qwenvl.batch import IGNORED_TASK, Batch, DataNeeds
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data import formats
-from megatron_qwenvl.data import reader as reader_module
-from megatron_qwenvl.data.batch import IGNORED_TASK, Batch, DataNeeds
-from megatron_qwenvl.data.collate import collate
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.formats import render_sample
-from megatron_qwenvl.data.indexing import IndexJob, index_directory
-from megatron_qwenvl.data.order import SampleTable
-from megatron_qwenvl.data.plan import PACK_MULTIPLE, MicroBatch, StepPlan, training_plan
-from megatron_qwenvl.data.reader import SampleReader
-from megatron_qwenvl.data.tasks import TASKS, parse_sample
-from megatron_qwenvl.data.tokenizer import Tokenizer
-from megatron_qwenvl.data.writer import ImageInfo
+from megatron_qwenvl.data.loading import reader as reader_module
+from megatron_qwenvl.data.loading.collate import collate
+from megatron_qwenvl.data.loading.reader import SampleReader
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.records.tasks import TASKS, parse_sample
+from megatron_qwenvl.data.rendering import formats
+from megatron_qwenvl.data.rendering.formats import render_sample
+from megatron_qwenvl.data.rendering.token_builder import ImageInfo
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
+from megatron_qwenvl.data.sampling.mixture import SampleTable
+from megatron_qwenvl.data.sampling.plan import PACK_MULTIPLE, MicroBatch, StepPlan, training_plan
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 
 from .shards import Sample, mixed_samples, picture, run_config, sample, write_source
 
@@ -45,7 +45,7 @@ def reader_of(config: RunConfig, tokenizer: Tokenizer) -> SampleReader:
 
 def micro_batches(plan: StepPlan, step: int = 0, ranks: int = 2) -> tuple[SampleTable, list[MicroBatch]]:
     batch = plan.global_batch(step)
-    return batch.samples, [part for rank in plan.deal(batch, ranks) for part in rank]
+    return batch.samples, [part for rank in plan.balance_across_ranks(batch, ranks) for part in rank]
 
 
 def batches_of(reader: SampleReader, needs: DataNeeds | None = None) -> list[tuple[list[str], Batch]]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.formats import render_prompt, render_sample
-from megatron_qwenvl.data.tasks import parse_sample
-from megatron_qwenvl.data.tokenizer import Tokenizer
-from megatron_qwenvl.data.writer import ImageInfo, Rendered, RenderOptions
+from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.records.tasks import parse_sample
+from megatron_qwenvl.data.rendering.formats import render_prompt, render_sample
+from megatron_qwenvl.data.rendering.token_builder import ImageInfo, RenderOptions, TokenizedSample
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 
 from .test_formats import BOX, BOX_, END, IMAGE, PICTURE, QWEN_PICTURE, REF, REF_, START, render
 
@@ -23,12 +23,12 @@ def chat(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
     return {"task": "chat", "conversations": conversations, **more}
 
 
-def spoken(rendered: Rendered, tokenizer: Tokenizer) -> list[str]:
+def spoken(rendered: TokenizedSample, tokenizer: Tokenizer) -> list[str]:
     """The turns of a rendered dialogue, speaker and text."""
     return tokenizer.decode(rendered.tokens).split("<|im_start|>")[1:]
 
 
-def learned(rendered: Rendered, tokenizer: Tokenizer) -> str:
+def learned(rendered: TokenizedSample, tokenizer: Tokenizer) -> str:
     return tokenizer.decode([i for i, learn in zip(rendered.tokens, rendered.learned, strict=True) if learn])
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.formats import render_prompt, render_sample
-from megatron_qwenvl.data.tasks import TASKS, decode_record, parse_sample
-from megatron_qwenvl.data.tokenizer import Tokenizer
-from megatron_qwenvl.data.writer import ImageInfo, Rendered
+from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.records.tasks import TASKS, decode_record, parse_sample
+from megatron_qwenvl.data.rendering.formats import render_prompt, render_sample
+from megatron_qwenvl.data.rendering.token_builder import ImageInfo, TokenizedSample
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 
 IMAGE = [ImageInfo("jpg", 1000, 1000)]
 # Byte-level ids of the special tokens; a picture has two slots here.
@@ -142,11 +142,11 @@ def test_format_qwen(qwen: Tokenizer, name: str) -> None:
     assert render_prompt(parse_sample(case.record), IMAGE, qwen, 2).tokens == case.qwen_prompt
 
 
-def render(record: Any, tokenizer: Tokenizer, images: list[ImageInfo] = IMAGE) -> Rendered:
+def render(record: Any, tokenizer: Tokenizer, images: list[ImageInfo] = IMAGE) -> TokenizedSample:
     return render_sample(parse_sample(record), images, tokenizer, image_tokens=2)
 
 
-def check(rendered: Rendered, prompt: list[int], answer: list[int]) -> None:
+def check(rendered: TokenizedSample, prompt: list[int], answer: list[int]) -> None:
     assert rendered.tokens == prompt + answer
     assert rendered.learned == [False] * len(prompt) + [True] * len(answer)
     assert rendered.image_starts == [1]

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_qwenvl.data.errors import DataError, SampleError
-from megatron_qwenvl.data.index import ShardIndex
-from megatron_qwenvl.data.indexing import IndexJob, build_index, index_directory
-from megatron_qwenvl.data.order import SampleTable
-from megatron_qwenvl.data.plan import training_plan
-from megatron_qwenvl.data.reader import SampleReader
-from megatron_qwenvl.data.shards import read_member
-from megatron_qwenvl.data.tar import BLOCK
-from megatron_qwenvl.data.tokenizer import Tokenizer
+from megatron_qwenvl.data.loading.reader import SampleReader
+from megatron_qwenvl.data.records.errors import DataError, SampleError
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
+from megatron_qwenvl.data.sampling.mixture import SampleTable
+from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.shards.index import ShardIndex
+from megatron_qwenvl.data.shards.indexing import IndexJob, build_index, index_directory
+from megatron_qwenvl.data.shards.samples import read_member
+from megatron_qwenvl.data.shards.tar import BLOCK
 
 from .shards import picture, run_config
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from megatron_qwenvl.data.changes import DataNow, SourceNow, begin, go_on
-from megatron_qwenvl.data.epochs import Edition, Editions, ShardList
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.history import DataHistory, Timeline
-from megatron_qwenvl.data.record import decode_history, encode_history
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.sampling.changes import DataNow, SourceNow, begin, go_on
+from megatron_qwenvl.data.sampling.epochs import Edition, Editions, ShardList
+from megatron_qwenvl.data.sampling.history import DataHistory, Timeline
+from megatron_qwenvl.data.sampling.history_file import decode_history, encode_history
 
 Sample = tuple[str, str, int]
 """Source, shard, row."""

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.images import (
+from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.records.images import (
     ALPHA,
     CMYK,
     FRAMES,
@@ -26,8 +26,8 @@ from megatron_qwenvl.data.images import (
     load_pixels,
     read_header,
 )
-from megatron_qwenvl.data.indexing import build_index
-from megatron_qwenvl.data.tokenizer import Tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
+from megatron_qwenvl.data.shards.indexing import build_index
 
 from .shards import picture, sample, write_shard
 

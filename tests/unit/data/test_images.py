@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.images import image_size, load_pixels
+from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.records.images import image_size, load_pixels
 
 from .shards import picture
 

@@ -17,18 +17,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_qwenvl.data import indexing
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.formats import render_sample
-from megatron_qwenvl.data.index import index_path, load_index
-from megatron_qwenvl.data.indexing import IndexJob, build_index, index_directory
-from megatron_qwenvl.data.manifest import open_directory
-from megatron_qwenvl.data.plan import training_plan
-from megatron_qwenvl.data.shards import read_member, split_name
-from megatron_qwenvl.data.skipped import printable, reason_kind, tally
-from megatron_qwenvl.data.tasks import TASKS, decode_record, parse_sample
-from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.data.writer import ImageInfo
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.records.tasks import TASKS, decode_record, parse_sample
+from megatron_qwenvl.data.rendering.formats import render_sample
+from megatron_qwenvl.data.rendering.token_builder import ImageInfo
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.shards import indexing
+from megatron_qwenvl.data.shards.dataset import open_directory
+from megatron_qwenvl.data.shards.index import index_path, load_index
+from megatron_qwenvl.data.shards.indexing import IndexJob, build_index, index_directory
+from megatron_qwenvl.data.shards.samples import read_member, split_name
+from megatron_qwenvl.data.shards.skipped import printable, reason_kind, tally
 from megatron_qwenvl.runtime import retry
 from tools import index_shards
 

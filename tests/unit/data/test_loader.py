@@ -13,11 +13,11 @@ import psutil
 import pytest
 import torch
 
+from megatron_qwenvl.batch import Batch, DataNeeds
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.batch import Batch, DataNeeds
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.loader import StepLoader, build_loader
-from megatron_qwenvl.data.tokenizer import Tokenizer
+from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 
 from .shards import mixed_samples, run_config, write_source
 

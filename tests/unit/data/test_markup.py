@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.markup import parse_markup
+from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.records.markup import parse_markup
 
 BAR = "¦"
 BOX = "<box>(1,2),(3,4)</box>"

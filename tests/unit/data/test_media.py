@@ -10,14 +10,14 @@ import struct
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.images import FORMATS, IMAGE_SUFFIXES
-from megatron_qwenvl.data.media import (
+from megatron_qwenvl.data.records.images import FORMATS, IMAGE_SUFFIXES
+from megatron_qwenvl.data.shards.media import (
     STARTS_WITHIN,
     begins_like_media,
     has_media_suffix,
     without_compression,
 )
-from megatron_qwenvl.data.members import images_behind_gaps
+from megatron_qwenvl.data.shards.members import images_behind_gaps
 
 DATA = {"h5", "hdf", "grib", "bufr", "ass"}  # arrays, weather, subtitles: registered, and shown by nothing
 WITHOUT_MARK = {"TGA", "SPIDER", "PALM"}  # their first bytes may be anything

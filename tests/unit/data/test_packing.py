@@ -6,8 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megatron_qwenvl.data.order import SampleTable
-from megatron_qwenvl.data.packing import CostWeights, Pack, deal, make_packs, pack_costs
+from megatron_qwenvl.data.sampling.mixture import SampleTable
+from megatron_qwenvl.data.sampling.packing import (
+    CostWeights,
+    Pack,
+    balance_across_ranks,
+    make_packs,
+    pack_costs,
+)
 
 
 def table(
@@ -88,7 +94,7 @@ def test_dealing_is_balanced(ranks: int) -> None:
     packs = make_packs(samples, "isolated", 1024)
     costs = pack_costs(packs, samples, CostWeights.at(448))
     slots = -(-len(packs) // ranks)
-    dealt = deal(packs, costs, ranks, slots)
+    dealt = balance_across_ranks(packs, costs, ranks, slots)
     assert [len(rank) for rank in dealt] == [slots] * ranks
     assert sorted(pack for rank in dealt for pack in rank if pack) == sorted(packs)
     cost = cost_of(dealt, packs, costs)
@@ -101,7 +107,7 @@ def test_dealing_is_balanced(ranks: int) -> None:
 
 def test_empty_packs_fill_the_last_slot() -> None:
     packs = [(0,), (1,), (2,), (3,), (4,)]
-    dealt = deal(packs, [5.0, 4.0, 3.0, 2.0, 1.0], ranks=4, slots=2)
+    dealt = balance_across_ranks(packs, [5.0, 4.0, 3.0, 2.0, 1.0], ranks=4, slots=2)
     assert [rank[1] for rank in dealt].count(()) == 3
     assert all(rank[0] for rank in dealt)
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.changes import begin, go_on
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.history import DataHistory
-from megatron_qwenvl.data.indexing import IndexJob, index_directory
-from megatron_qwenvl.data.order import CYCLE, Mixture, permutation
-from megatron_qwenvl.data.plan import (
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.records.tasks import TASKS
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
+from megatron_qwenvl.data.sampling.changes import begin, go_on
+from megatron_qwenvl.data.sampling.history import DataHistory
+from megatron_qwenvl.data.sampling.mixture import CYCLE, Mixture, permutation
+from megatron_qwenvl.data.sampling.plan import (
     GlobalBatch,
     StepPlan,
     describe_step,
@@ -28,9 +29,8 @@ from megatron_qwenvl.data.plan import (
     training_plan,
     validation_plan,
 )
-from megatron_qwenvl.data.resume import start_data
-from megatron_qwenvl.data.tasks import TASKS
-from megatron_qwenvl.data.tokenizer import Tokenizer
+from megatron_qwenvl.data.sampling.resume import start_data
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 
 from .shards import mixed_samples, picture, run_config, sample, write_source
 
@@ -148,7 +148,7 @@ def test_dealing_divides_the_same_packs(root: Path, byte_level: Tokenizer, packi
     plan = plan_of(run_config(root, {"a": 2, "b": 1}, packing=packing), byte_level)
     for step in range(3):
         batch = plan.global_batch(step)
-        dealt = plan.deal(batch, ranks)
+        dealt = plan.balance_across_ranks(batch, ranks)
         assert [len(micro_batches) for micro_batches in dealt] == [plan.micro_batches(batch, ranks)] * ranks
         rows = [len(micro_batch) for micro_batches in dealt for micro_batch in micro_batches]
         assert set(rows) == {plan.rows(ranks)}
@@ -186,7 +186,7 @@ def test_the_work_for_a_large_step_grows_as_its_samples_do(root: Path, byte_leve
         plan = plan_of(run_config(root, {"a": 1, "b": 1}, global_batch_size=batch_size), byte_level)
         plan.global_batch(0)
         profile = cProfile.Profile()
-        profile.runcall(lambda: plan.deal(plan.global_batch(1), 64))
+        profile.runcall(lambda: plan.balance_across_ranks(plan.global_batch(1), 64))
         return sum(entry.callcount for entry in profile.getstats())
 
     assert calls(30_720) < 12 * calls(3_072)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.data.coordinates import normalise
-from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.formats import render_sample
-from megatron_qwenvl.data.markup import parse_markup
-from megatron_qwenvl.data.tasks import decode_record, parse_sample
-from megatron_qwenvl.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from megatron_qwenvl.data.writer import RenderOptions
+from megatron_qwenvl.data.records.coordinates import normalise
+from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.records.markup import parse_markup
+from megatron_qwenvl.data.records.tasks import decode_record, parse_sample
+from megatron_qwenvl.data.rendering.formats import render_sample
+from megatron_qwenvl.data.rendering.token_builder import RenderOptions
+from megatron_qwenvl.data.rendering.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 from .test_formats import IMAGE, render
 

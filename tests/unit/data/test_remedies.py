@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data import index as index_module
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.index import index_path, load_index
-from megatron_qwenvl.data.indexing import IndexJob, index_directory
-from megatron_qwenvl.data.plan import training_plan
-from megatron_qwenvl.data.tasks import TASKS
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.records.tasks import TASKS
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.shards import index as index_module
+from megatron_qwenvl.data.shards.index import index_path, load_index
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from tools import index_shards
 
 from .conftest import QWEN_VOCABULARY

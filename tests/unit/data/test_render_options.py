@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.index import load_index
-from megatron_qwenvl.data.indexing import IndexJob, index_directory, index_shard
-from megatron_qwenvl.data.loader import build_loader
-from megatron_qwenvl.data.manifest import MANIFEST, open_directory
-from megatron_qwenvl.data.tokenizer import Tokenizer
-from megatron_qwenvl.data.writer import RenderOptions
+from megatron_qwenvl.data.loading.loader import build_loader
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.rendering.token_builder import RenderOptions
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
+from megatron_qwenvl.data.shards.dataset import MANIFEST, open_directory
+from megatron_qwenvl.data.shards.index import load_index
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory, index_shard
 from tools.index_shards import main
 
 from .shards import picture, run_config, sample, write_shard

@@ -8,25 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_qwenvl.data import (
-    attempts,
-    chatml,
-    coordinates,
-    dialogues,
-    fields,
-    formats,
-    images,
-    markup,
-    media,
-    members,
-    tasks,
-    writer,
-)
-from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.formats import RENDERING_VERSION, render_sample
-from megatron_qwenvl.data.tasks import TASKS, decode_record
-from megatron_qwenvl.data.tokenizer import Tokenizer
-from megatron_qwenvl.data.writer import ImageInfo
+from megatron_qwenvl.data.records import attempts, coordinates, dialogues, fields, images, markup, tasks
+from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.records.tasks import TASKS, decode_record
+from megatron_qwenvl.data.rendering import chatml, formats
+from megatron_qwenvl.data.rendering.formats import RENDERING_VERSION, render_sample
+from megatron_qwenvl.data.rendering.token_builder import ImageInfo
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
+from megatron_qwenvl.data.shards import media, members
 
 EXPECTED = {
     "version": 6,
@@ -35,8 +24,8 @@ EXPECTED = {
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
-RENDERING_VERSION in megatron_qwenvl/data/formats.py (now {version}): users are then asked to index again. If no
-rendering can have changed (a refactoring), leave it. Then put into EXPECTED of {file}:
+RENDERING_VERSION in megatron_qwenvl/data/rendering/formats.py (now {version}): users are then asked to index again.
+If no rendering can have changed (a refactoring), leave it. Then put into EXPECTED of {file}:
 {expected}"""
 
 BOX, QUAD = [2, 1, 12, 8], [[2, 1], [12, 1], [12, 8], [2, 8]]
@@ -135,7 +124,7 @@ def digest(value: object) -> str:
 def test_the_version_is_raised_with_every_change_of_renderings(byte_level: Tokenizer) -> None:
     assert {record["task"] for record, _ in CORPUS if isinstance(record, dict)} >= set(TASKS)
     modules = (
-        formats, chatml, dialogues, markup, attempts, tasks, fields, coordinates, writer, images, members, media,
+        formats, chatml, dialogues, markup, attempts, tasks, fields, coordinates, token_builder, images, members, media,
     )  # fmt: skip
     found = {
         "version": RENDERING_VERSION,

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.index import ShardIndex
-from megatron_qwenvl.data.indexing import JOINT, build_index
-from megatron_qwenvl.data.manifest import list_shards, unread_shards
-from megatron_qwenvl.data.members import GAP
-from megatron_qwenvl.data.shards import checksum, read_member, scan_shard
-from megatron_qwenvl.data.tar import BLOCK, normalise_name
-from megatron_qwenvl.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.data.shards.dataset import list_shards, unread_shards
+from megatron_qwenvl.data.shards.index import ShardIndex
+from megatron_qwenvl.data.shards.indexing import JOINT, build_index
+from megatron_qwenvl.data.shards.members import GAP
+from megatron_qwenvl.data.shards.samples import checksum, read_member, scan_shard
+from megatron_qwenvl.data.shards.tar import BLOCK, normalise_name
 from tools import index_shards
 
 from .shards import picture
@@ -409,7 +409,7 @@ def test_a_shard_that_is_written_meanwhile_is_refused(
         yield from scan_shard(file, of, joints)
         os.utime(path, ns=(0, 0))
 
-    monkeypatch.setattr("megatron_qwenvl.data.indexing.scan_shard", scan_and_touch)
+    monkeypatch.setattr("megatron_qwenvl.data.shards.indexing.scan_shard", scan_and_touch)
     with pytest.raises(DataError, match=r"s\.tar: changed while it was indexed"):
         build_index(path, byte_level)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_qwenvl.config.load import load_config
-from megatron_qwenvl.data.indexing import IndexJob, index_directory
-from megatron_qwenvl.data.plan import describe_step, training_plan
-from megatron_qwenvl.data.tokenizer import load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.sampling.plan import describe_step, training_plan
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 
 from .conftest import QWEN_VOCABULARY
 from .shards import mixed_samples, write_shard

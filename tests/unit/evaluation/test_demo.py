@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.synthetic import TEST_TASKS, make_demo_data
-from megatron_qwenvl.data.tasks import VQA, Caption, Referring
-from megatron_qwenvl.evaluation.demo import Question, evaluate_demo, read_questions
+from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring
+from megatron_qwenvl.demo.dataset import TEST_TASKS, make_demo_data
+from megatron_qwenvl.demo.examination import Question, evaluate_demo, read_questions
 
 Demo = dict[str, list[Question]]
 

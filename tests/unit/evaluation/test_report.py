@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.tasks import VQA, Caption, Referring
+from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring
+from megatron_qwenvl.demo.examination import Question, show_examples
 from megatron_qwenvl.evaluation.charts import HEIGHT, WIDTH, Line, line_chart
 from megatron_qwenvl.evaluation.curves import loss_chart
-from megatron_qwenvl.evaluation.demo import Question, show_examples
 from megatron_qwenvl.evaluation.report import Chart, Example, Report, box_polygon, find_shapes, render_report
 
 VOID = {"meta", "img", "br"}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_qwenvl.runtime.adamw import AdamW
+from megatron_qwenvl.engine.adamw import AdamW
 
 
 def test_equals_torch_adamw_over_steps() -> None:

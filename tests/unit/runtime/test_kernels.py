@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.runtime import engine_on_cpu
-from megatron_qwenvl.runtime.kernels import KernelError, choose_kernels
+from megatron_qwenvl.engine import cpu_adapter
+from megatron_qwenvl.engine.backends import LayerBackendError, choose_backend
 
 
 def install_foreign_apex(folder: Path) -> None:
@@ -21,28 +21,28 @@ def install_foreign_apex(folder: Path) -> None:
 
 
 def test_auto_on_cpu_is_torch_and_says_why() -> None:
-    kernels = choose_kernels("auto", on_gpu=False)
+    kernels = choose_backend("auto", on_gpu=False)
     assert kernels.name == "torch"
     assert "Transformer Engine needs a GPU" in kernels.describe()
 
 
 @pytest.mark.parametrize("name", ["te", "apex"])
 def test_kernels_asked_for_by_name_must_work(name: str) -> None:
-    with pytest.raises(KernelError, match=f"runtime.kernels: {name} was asked for"):
-        choose_kernels(name, on_gpu=False)  # type: ignore[arg-type]
+    with pytest.raises(LayerBackendError, match=f"runtime.kernels: {name} was asked for"):
+        choose_backend(name, on_gpu=False)  # type: ignore[arg-type]
 
 
 def test_the_other_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_foreign_apex(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "apex", raising=False)
-    with pytest.raises(KernelError, match="web toolkit, not NVIDIA apex"):
-        choose_kernels("apex", on_gpu=True)
+    with pytest.raises(LayerBackendError, match="web toolkit, not NVIDIA apex"):
+        choose_backend("apex", on_gpu=True)
 
 
 def test_untested_engine_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_on_cpu, "version", lambda name: "0.17.0")
+    monkeypatch.setattr(cpu_adapter, "version", lambda name: "0.17.0")
     with pytest.raises(
-        engine_on_cpu.EngineVersionError, match=r"tested with megatron-core 0\.16\.1, found 0\.17\.0"
+        cpu_adapter.EngineVersionError, match=r"tested with megatron-core 0\.16\.1, found 0\.17\.0"
     ):
-        engine_on_cpu.check_version()
+        cpu_adapter.check_version()

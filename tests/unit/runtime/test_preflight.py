@@ -8,16 +8,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from megatron_qwenvl.runtime.preflight import placement, probes, rules
-from megatron_qwenvl.runtime.preflight.judge import (
+from megatron_qwenvl.preflight import placement, probes, rules
+from megatron_qwenvl.preflight.judge import (
     can_meet,
     describe_bandwidth,
     judge_machines,
     judge_network,
     judge_written,
 )
-from megatron_qwenvl.runtime.preflight.placement import Seat, place_ranks
-from megatron_qwenvl.runtime.preflight.probes import (
+from megatron_qwenvl.preflight.placement import Seat, place_ranks
+from megatron_qwenvl.preflight.probes import (
     MachineReport,
     NetworkReport,
     OverdueError,
@@ -26,7 +26,7 @@ from megatron_qwenvl.runtime.preflight.probes import (
     multiply,
     within,
 )
-from megatron_qwenvl.runtime.preflight.rules import Finding
+from megatron_qwenvl.preflight.rules import Finding
 from megatron_qwenvl.runtime.processes import ProcessInfo, expand_counts
 
 FOUR = {0: "a", 1: "a", 2: "b", 3: "b"}

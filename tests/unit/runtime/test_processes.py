@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_qwenvl.runtime.preflight.exchange import open_store
+from megatron_qwenvl.preflight.exchange import open_store
 from megatron_qwenvl.runtime.processes import LaunchError, detect_process
 
 RENDEZVOUS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}

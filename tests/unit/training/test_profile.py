@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_qwenvl.config.load import load_config
-from megatron_qwenvl.training.profile import (
+from megatron_qwenvl.profiling.layouts import (
     Launcher,
     Layout,
     Measurement,

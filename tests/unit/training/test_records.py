@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.training.records import RecordFile, read_records
+from megatron_qwenvl.runtime.json_lines import RecordFile, read_records
 
 WHOLE = [{"step": number, "text": "x" * 40} for number in range(3)]
 LINES = b"".join(json.dumps(record).encode() + b"\n" for record in WHOLE)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.training.throughput import (
+from megatron_qwenvl.profiling.throughput import (
     IncompleteRun,
     Row,
     measure,

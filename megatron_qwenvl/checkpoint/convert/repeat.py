@@ -1,0 +1,132 @@
+"""A conversion that is repeated, as a requeued job does: over its own complete result there is nothing to do.
+
+A result holds a record of its conversion: the command, its settings and the digests of the content that it read.
+Paths are not part of it; what lies there is. Published loaders pass over the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_qwenvl.checkpoint.storage.files import (
+    CheckpointError,
+    OnBytes,
+    read_blocks,
+    untold,
+    write_bytes,
+)
+from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest
+from megatron_qwenvl.checkpoint.storage.temporary import MAKER_NAME
+
+from .jobs import count_bytes, run_jobs
+
+RECORD_NAME = "conversion.json"
+
+
+class Conversion(BaseModel):
+    """What a conversion was asked to do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: str
+    """Name of the command, such as `next-stage`."""
+    settings: dict[str, Any]
+    """Its arguments that are no paths; JSON values."""
+    sources: dict[str, str]
+    """Digest of everything that it reads, by the role or name of the file."""
+
+
+class _Record(Conversion):
+    files: dict[str, int]
+    """Bytes of every file of the result, by relative path."""
+
+
+def digest_weights(manifest: Manifest) -> str:
+    """Digest of a checkpoint's weights and of what its manifest says of them, by the manifest alone."""
+    # Without defaults: a field that a later version adds changes nothing.
+    said = manifest.model_dump(mode="json", exclude={"files", "layout", "progress"}, exclude_defaults=True)
+    files = {name: record.sha256 for name, record in manifest.part(MODEL_FOLDER).items()}
+    return hashlib.sha256(json.dumps([said, files], sort_keys=True).encode()).hexdigest()
+
+
+def digest_files(files: Mapping[str, Path], on_bytes: OnBytes = untold) -> dict[str, str]:
+    """Digests of files by the names that they are given here; reads all of them, in a few processes."""
+    return dict(zip(files, run_jobs(_digest, list(files.values()), on_bytes), strict=True))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in read_blocks(path):
+        digest.update(block)
+        count_bytes(len(block))
+    return digest.hexdigest()
+
+
+def write_record(directory: Path, conversion: Conversion | None) -> None:
+    """Leave the record in a result that is otherwise complete; None: the conversion is not to be repeated."""
+    if conversion is None:
+        return
+    record = _Record(**conversion.model_dump(), files=_sizes(directory))
+    write_bytes(directory / RECORD_NAME, record.model_dump_json(indent=1).encode())
+
+
+def is_done(
+    out: Path, command: str, settings: dict[str, Any], digest_sources: Callable[[], dict[str, str]]
+) -> bool:
+    """Whether `out` is the complete result of just this conversion; False if nothing is there.
+
+    Args:
+        out: where the result belongs.
+        command: as in `Conversion`.
+        settings: as in `Conversion`.
+        digest_sources: gives `Conversion.sources`; may read a lot, and is called only if that decides.
+
+    Raises:
+        CheckpointError: something else is there: of another conversion, of sources that have changed since, not
+            complete, or of unknown origin.
+    """
+    if not out.exists():
+        return False
+    exists = f"{out}: exists already"
+    remedy = "choose another name or remove it"
+    try:
+        record = _Record.model_validate_json((out / RECORD_NAME).read_bytes())
+    except OSError:
+        why = f"without a {RECORD_NAME} it is no complete conversion's; one that found NaN leaves none"
+        raise CheckpointError(f"{exists}; {remedy} ({why})") from None
+    except ValidationError:
+        raise CheckpointError(f"{exists}, and its {RECORD_NAME} is damaged; {remedy}") from None
+    was, now = {"command": record.command, **record.settings}, {"command": command, **settings}
+    if changed := _differing(was, now):
+        told = [f"{name} was {was.get(name)}, now {now.get(name)}" for name in changed]
+        raise CheckpointError(f"{exists}, made otherwise: {'; '.join(told)}; {remedy}")
+    if changed := _differing(record.sources, digest_sources()):
+        raise CheckpointError(
+            f"{exists}, but its source has moved on: {', '.join(changed)} changed since; {remedy}"
+        )
+    sizes = _sizes(out)
+    for name, size in record.files.items():
+        if sizes.get(name) != size:
+            found = f"found {sizes[name]}" if name in sizes else "missing"
+            raise CheckpointError(
+                f"{exists}, but {name} is damaged: expected {size} bytes, {found}; {remedy}"
+            )
+    return True
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    return {
+        path.relative_to(directory).as_posix(): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in (RECORD_NAME, MAKER_NAME)
+    }
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [name for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]

@@ -1,0 +1,368 @@
+"""`config.json` and `generation_config.json` of the published Qwen-VL: from them to our model shape and back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.json_text import show_json, show_name
+from megatron_qwenvl.checkpoint.storage.manifest import Published
+from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
+from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, VisionConfig
+
+from .config_comparison import is_number
+from .config_keys import NAMES
+from .hf_files import read_json
+from .model_checks import IMAGE_START, compare_decoder, compare_visual
+
+_AUTO_MAP = {
+    "AutoConfig": "configuration_qwen.QWenConfig",
+    "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+}
+"""Where the published code is found beside the weights."""
+
+CODE_FILES = tuple(f"{place.split('.')[0]}.py" for place in _AUTO_MAP.values())
+"""The files that `config.json` names; they import others of the published directory."""
+
+_HEAD_WIDTH = 128
+"""The published code gives its adapter one head per 128 channels; `adapter_heads` is our addition."""
+
+
+def read_model(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[ModelConfig, list[str]]:
+    """The model shape of a published Qwen-VL directory.
+
+    Args:
+        path: its `config.json`.
+        specs: its tensors; they give the sizes that the published configuration leaves out.
+
+    Returns:
+        The model, and notes of keys about which nothing is known.
+
+    Raises:
+        CheckpointError: naming every key that is missing, wrong, or asks for something that is not computed here.
+    """
+    config = read_json(path)
+    if missing := _missing_keys(config):
+        raise CheckpointError(f"{path}: not a Qwen-VL configuration: missing {', '.join(missing)}")
+    if wrong := _not_numbers(config):
+        raise CheckpointError("; ".join(f"{path}: {problem}" for problem in wrong))
+    for name in (_POSITIONS, _QUERY):
+        if name not in specs or not specs[name].shape:
+            first = show_name(min(specs, default="none"))
+            raise CheckpointError(
+                f"{path.parent}: tensor {name} is missing among {len(specs)}, the first: {first}"
+            )
+    if wrong := _other_layers(config, specs):
+        raise CheckpointError("; ".join(f"{path}: {problem}" for problem in wrong))
+    try:
+        model = _model_of(config, specs)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, at['loc']))}: {at['msg']}" for at in error.errors()]
+        raise CheckpointError(f"{path}: {'; '.join(problems)}") from None
+    found = compare_decoder(path, config, model.decoder)
+    found.add(compare_visual(path, config["visual"], model))
+    if found.problems:
+        raise CheckpointError("; ".join(found.problems))
+    return model, found.notes
+
+
+_POSITIONS = "transformer.visual.positional_embedding"
+_QUERY = "transformer.visual.attn_pool.query"
+_VISUAL_KEYS = ("width", "layers", "heads", "mlp_ratio", "patch_size")
+_FRACTIONS = ("norm_eps", "rotary_base", "mlp_ratio")
+"""What need not be a whole number."""
+
+_NEEDED = {
+    "layers": NAMES["layers"],
+    "hidden": NAMES["width"],
+    "heads": NAMES["heads"],
+    "intermediate": NAMES["mlp"],
+    "norm_eps": NAMES["norm_eps"],
+    "rotary_base": NAMES["rotary_base"],
+    "vocabulary": ("padded_vocab_size", "vocab_size"),
+}
+"""What gives the decoder its shape. The first name that is there counts; the comparison sees that the others agree."""
+
+
+def _missing_keys(config: Mapping[str, Any]) -> list[str]:
+    missing = [names[0] for names in _NEEDED.values() if _first(config, names) is None]
+    visual = config.get("visual")
+    if not isinstance(visual, dict):
+        return [*missing, "visual (an object)"]
+    missing += [f"visual.{key}" for key in _VISUAL_KEYS if visual.get(key) is None]
+    if visual.get("adapter_heads") is None and visual.get("output_dim") is None:
+        missing.append("visual.output_dim")
+    return missing
+
+
+def _not_numbers(config: Mapping[str, Any]) -> list[str]:
+    """Keys of another type than the shape's."""
+    visual = config["visual"]
+    given = [
+        (kind, name, config[name]) for kind, names in _NEEDED.items() for name in names if name in config
+    ]
+    given += [
+        (name, f"visual.{name}", visual.get(name)) for name in (*_VISUAL_KEYS, "adapter_heads", "output_dim")
+    ]
+    wrong = []
+    for kind, name, value in given:
+        fits = is_number(value) if kind in _FRACTIONS else type(value) is int and abs(value) < _LARGEST
+        if value is not None and not fits:
+            wrong.append(
+                f"{name}: expected a {'' if kind in _FRACTIONS else 'whole '}number, found {show_json(value)}"
+            )
+    return wrong
+
+
+_LARGEST = 1 << 32
+"""No size of a model is as large; beyond, sizes of tensors would not be numbers of a machine."""
+
+
+def _other_layers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Numbers of layers that the tensors do not show; a model of so many would have to be spelt out to say it."""
+    given = (
+        ("num_hidden_layers", "transformer.h.", _first(config, NAMES["layers"])),
+        ("visual.layers", "transformer.visual.transformer.resblocks.", config["visual"]["layers"]),
+    )
+    wrong = []
+    for name, prefix, said in given:
+        found = {tensor.removeprefix(prefix).split(".")[0] for tensor in specs if tensor.startswith(prefix)}
+        if said > len(found):  # fewer: the tensors of the others are unknown, and named
+            wrong.append(
+                f"{name}: expected {len(found)}, as there are tensors of so many layers, found {said}"
+            )
+    return wrong
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """The value under the first of the names that is there."""
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def _model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> ModelConfig:
+    visual = config["visual"]
+    positions, queries = specs[_POSITIONS].shape[0], specs[_QUERY].shape[0]
+    values = {name: _first(config, names) for name, names in _NEEDED.items()}
+    adapter_heads = visual.get("adapter_heads")
+    return ModelConfig(
+        vision=VisionConfig(
+            layers=visual["layers"],
+            width=visual["width"],
+            heads=visual["heads"],
+            mlp_hidden=int(visual["width"] * visual["mlp_ratio"]),
+            patch_size=visual["patch_size"],
+            position_grid=math.isqrt(positions),
+        ),
+        adapter=AdapterConfig(
+            query_grid=math.isqrt(queries),
+            heads=visual["output_dim"] // _HEAD_WIDTH if adapter_heads is None else adapter_heads,
+        ),
+        decoder=DecoderConfig(
+            layers=values["layers"],
+            hidden=values["hidden"],
+            heads=values["heads"],
+            ffn_hidden=values["intermediate"] // 2,
+            vocab_size=values["vocabulary"],
+            rotary_base=values["rotary_base"],
+            norm_eps=values["norm_eps"],
+        ),
+    )
+
+
+def read_image_size(path: Path) -> int | None:
+    """The image size in a Qwen-VL's `config.json` that `read_model` could read; None: not told.
+
+    Raises:
+        CheckpointError: not a number of pixels.
+    """
+    size = read_json(path)["visual"].get("image_size")
+    if size is not None and not (type(size) is int and size > 0):
+        raise CheckpointError(f"{path}: visual.image_size: expected pixels, found {show_json(size)}")
+    return size
+
+
+_KEPT = (
+    "attn_dropout_prob", "bos_token_id", "emb_dropout_prob", "eos_token_id", "initializer_range",
+    "max_position_embeddings", "onnx_safe", "pad_token_id", "softmax_in_fp32", "tokenizer_class",
+    "tokenizer_type", "use_cache", "use_cache_kernel", "use_cache_quantization", "use_flash_attn",
+)  # fmt: skip
+"""Keys of `config.json` that an export gives back. None of them names code."""
+
+_GENERATION = (
+    "bos_token_id", "chat_format", "do_sample", "early_stopping", "eos_token_id", "length_penalty", "max_length",
+    "max_new_tokens", "max_window_size", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
+    "num_return_sequences", "pad_token_id", "repetition_penalty", "stop_words_ids", "temperature", "top_k", "top_p",
+    "typical_p", "use_cache",
+)  # fmt: skip
+"""Keys of `generation_config.json` that an export gives back. Others are left out, as some name code that transformers
+would fetch and run (`auto_map`, `custom_generate`)."""
+
+
+def generation_notes(directory: Path) -> tuple[str, ...]:
+    """The keys of a directory's `generation_config.json` that are left out."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return ()
+    left_out = sorted(read_json(path).keys() - {*_GENERATION, "transformers_version", "_from_model_config"})
+    names = ", ".join(map(show_name, left_out))
+    return (f"note: {path}: not kept for an export: {names}",) if left_out else ()
+
+
+def read_published(directory: Path) -> Published:
+    """What a Qwen or Qwen-VL directory says beside its weights.
+
+    Raises:
+        CheckpointError: a file is not JSON, or a value is of another type.
+    """
+    path, generation = directory / "config.json", directory / "generation_config.json"
+    config = read_json(path)
+    context = {
+        key: config[key] for key in ("seq_length", "use_dynamic_ntk", "use_logn_attn") if key in config
+    }
+    kept = {key: config[key] for key in _KEPT if key in config}
+    _check_plain(path, kept)
+    generated = read_json(generation) if generation.is_file() else None
+    if generated is not None:
+        _check_plain(generation, generated)
+        generated = {key: value for key, value in generated.items() if key in _GENERATION}
+        chat_format = generated.get("chat_format", "raw")
+        if not isinstance(chat_format, str):
+            raise CheckpointError(
+                f'{generation}: chat_format: expected "raw" or "chatml", found {show_json(chat_format)}'
+            )
+    try:
+        known = {"config": kept, "generation": generated, "tokenizer": tokenizer_digest(directory)}
+        return Published.model_validate({**context, **known}, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+TOKENIZER_FILE = "qwen.tiktoken"
+
+
+def tokenizer_digest(directory: Path) -> str | None:
+    """SHA-256 of a directory's vocabulary; None: it has none."""
+    path = directory / TOKENIZER_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _check_plain(path: Path, content: object) -> None:
+    """Python reads NaN and Infinity, which are no JSON and could not be compared, and halves of characters, which
+    could not be written."""
+    if isinstance(content, float) and not math.isfinite(content):
+        raise CheckpointError(f"{path}: not JSON: holds {content}")
+    if isinstance(content, str) and any("\ud800" <= letter <= "\udfff" for letter in content):
+        raise CheckpointError(f"{path}: not text: {show_json(content)}")
+    parts = (
+        content.items() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    )
+    for part in parts:
+        _check_plain(path, part)
+
+
+def _published_decoder(decoder: DecoderConfig) -> dict[str, Any]:
+    """The keys that say what the decoder computes."""
+    return {
+        "hidden_size": decoder.hidden,
+        "intermediate_size": 2 * decoder.ffn_hidden,
+        "kv_channels": decoder.hidden // decoder.heads,
+        "layer_norm_epsilon": decoder.norm_eps,
+        "no_bias": True,
+        "num_attention_heads": decoder.heads,
+        "num_hidden_layers": decoder.layers,
+        "rotary_emb_base": decoder.rotary_base,
+        "rotary_pct": 1.0,
+        "tie_word_embeddings": False,
+    }
+
+
+def published_config(
+    model: ModelConfig, image_size: int, dtype: str, published: Published | None = None
+) -> dict[str, Any]:
+    """`config.json` for the published `QWenLMHeadModel` code; `published` is what is known of the weights' origin."""
+    published = published or Published()
+    vision, adapter, decoder = model.vision, model.adapter, model.decoder
+    visual: dict[str, Any] = {
+        "heads": vision.heads,
+        "image_size": image_size,
+        "image_start_id": IMAGE_START,
+        "layers": vision.layers,
+        "mlp_ratio": _mlp_ratio(vision.width, vision.mlp_hidden),
+        "n_queries": adapter.query_grid**2,
+        "output_dim": decoder.hidden,
+        "patch_size": vision.patch_size,
+        "width": vision.width,
+    }
+    if adapter.heads != decoder.hidden // _HEAD_WIDTH:
+        visual["adapter_heads"] = adapter.heads
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "auto_map": _AUTO_MAP,
+        "attn_dropout_prob": 0.0,
+        "bf16": dtype == "bfloat16",
+        "emb_dropout_prob": 0.0,
+        "fp16": dtype == "float16",
+        "fp32": dtype == "float32",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 8192,
+        "model_type": "qwen",
+        "onnx_safe": None,
+        "scale_attn_weights": True,
+        "seq_length": published.seq_length,
+        "tokenizer_type": "QWenTokenizer",
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "use_dynamic_ntk": published.use_dynamic_ntk,
+        "use_flash_attn": "auto",
+        "use_logn_attn": published.use_logn_attn,
+        "visual": visual,
+        "vocab_size": decoder.vocab_size,
+        **{key: published.config[key] for key in _KEPT if key in published.config},
+        **_published_decoder(decoder),
+    }
+
+
+def published_limits(model: ModelConfig) -> list[str]:
+    """Where the model is of a shape that the published code does not compute; empty for the published shape."""
+    found = []
+    if model.vision.position_grid != 16:
+        found.append(f"its ViT has 16x16 positions, this model {model.vision.position_grid} squared")
+    if model.adapter.heads != model.decoder.hidden // _HEAD_WIDTH:
+        found.append(
+            f"its adapter has one head per {_HEAD_WIDTH} channels, this one {model.adapter.heads} heads"
+        )
+    if model.vision.norm_eps != 1e-6 or model.adapter.norm_eps != 1e-6:
+        found.append("its vision norms have epsilon 1e-6")
+    return found
+
+
+def _mlp_ratio(width: int, hidden: int) -> float:
+    """The shortest ratio with int(width * ratio) == hidden, as the published code computes the hidden size."""
+    for digits in range(1, 16):
+        ratio = math.ceil(hidden / width * 10**digits) / 10**digits
+        if int(width * ratio) == hidden:
+            return ratio
+    raise CheckpointError(f"no mlp_ratio gives {hidden} from width {width}")
+
+
+def generation_config(chat: bool, published: Published | None = None) -> dict[str, Any]:
+    """`generation_config.json`: the origin's own where that is of the kind asked for, else the published Qwen-VL-Chat's
+    (ChatML, sampling) or the pre-trained Qwen-VL's (plain text, greedy)."""
+    if published is not None and published.generation is not None and published.chats == chat:
+        return {key: published.generation[key] for key in published.generation if key in _GENERATION}
+    common = {
+        "eos_token_id": 151643,
+        "max_new_tokens": 512,
+        "max_window_size": 6144,
+        "pad_token_id": 151643,
+    }
+    if chat:
+        return {**common, "chat_format": "chatml", "do_sample": True, "top_k": 0, "top_p": 0.3}
+    return {**common, "chat_format": "raw", "do_sample": False, "stop_words_ids": [[151643]]}

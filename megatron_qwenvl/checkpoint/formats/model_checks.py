@@ -1,0 +1,241 @@
+"""Published configurations against the model that is to hold their weights.
+
+Shapes of tensors do not show the number of heads, activations, epsilons of norms or the rotary base. These stand in a
+configuration beside the weights, under names that have changed over the years; every name that is there is compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_qwenvl.config.schema import DecoderConfig, ModelConfig
+from megatron_qwenvl.model.pixels import CLIP_MEAN, CLIP_STD
+
+from .config_comparison import Compared, Expected, compare_section, is_number, is_same, not_said, one_of
+from .config_keys import SUBJECTS
+from .hf_files import read_json
+
+OPEN_CLIP_EPS = 1e-5
+"""Epsilon of OpenCLIP's norms, torch's default. The published Qwen-VL took over OpenCLIP's weights and has 1e-6."""
+
+IMAGE_START = 151857
+"""Id of `<img>` in the published vocabulary."""
+
+_NOT_IN_SHAPES = ("heads", "norm_eps", "rotary_base")
+"""What a decoder's configuration must say, as its tensors' shapes do not."""
+
+_OPEN_CLIP_DEFAULTS = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16}
+"""OpenCLIP's `CLIPVisionCfg` without arguments."""
+
+_CLIP_DEFAULTS = {
+    "num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072,
+    "patch_size": 32, "hidden_act": "quick_gelu",
+}  # fmt: skip
+"""transformers' `CLIPVisionConfig` without arguments; what equals them is not written when a model is saved."""
+
+
+def _decoder_table(decoder: DecoderConfig) -> dict[str, Expected]:
+    return {
+        "architectures": _classes("QWen"),
+        "model_type": one_of("qwen"),
+        "layers": one_of(decoder.layers),
+        "width": one_of(decoder.hidden),
+        "heads": one_of(decoder.heads),
+        "head_width": one_of(decoder.hidden // decoder.heads),
+        "kv_heads": one_of(decoder.heads),
+        "mlp": one_of(2 * decoder.ffn_hidden),
+        "norm": one_of("rmsnorm", "rms_norm", "RMSNorm"),
+        "rms": one_of(True),
+        "norm_eps": one_of(decoder.norm_eps),
+        "activation": one_of("swiglu", "silu", "swish"),
+        "positions": one_of("rotary", "rope"),
+        "rotary_base": one_of(decoder.rotary_base),
+        "rotary_share": one_of(1.0),
+        "rope_type": one_of("default"),
+        "no_bias": one_of(True),
+        "bias": one_of(False),
+        "qkv_bias": one_of(True),
+        "scaled_scores": one_of(True),
+        "residual": one_of(False),
+        "tied": one_of(False),
+    }
+
+
+def _vision_table(model: ModelConfig, *eps: float) -> dict[str, Expected]:
+    vision = model.vision
+    ratio = Expected(
+        f"{vision.mlp_hidden} / {vision.width}",
+        lambda found: is_number(found) and int(vision.width * found) == vision.mlp_hidden,  # type: ignore[operator]
+    )
+    return {
+        "architectures": _classes("CLIP"),
+        "model_type": one_of("clip", "clip_vision_model"),
+        "layers": one_of(vision.layers),
+        "width": one_of(vision.width),
+        "heads": one_of(vision.heads),
+        "head_width": one_of(vision.width // vision.heads),
+        "kv_heads": one_of(vision.heads),
+        "mlp": one_of(vision.mlp_hidden),
+        "mlp_ratio": ratio,
+        "patch": one_of(vision.patch_size, [vision.patch_size] * 2),
+        "channels": one_of(3),
+        "norm": one_of("layernorm", "layer_norm", "LayerNorm", "nn.LayerNorm"),
+        "norm_eps": one_of(*eps),
+        "activation": one_of("gelu", "gelu_python", "GELU", "nn.GELU"),
+        "approximate": one_of("none"),
+        "quick_gelu": one_of(False),
+        "positions": one_of("learnable", "learned", "absolute"),
+        "bias": one_of(True),
+        "qkv_bias": one_of(True),
+        "scaled_scores": one_of(True),
+        "no_ln_pre": one_of(False),
+        "mean": _near(CLIP_MEAN),
+        "deviation": _near(CLIP_STD),
+        "tied": Expected("anything", lambda found: True),
+    }
+
+
+def _classes(part: str) -> Expected:
+    return Expected(
+        f"a class of {part}",
+        lambda found: (
+            isinstance(found, list) and any(isinstance(name, str) and part in name for name in found)
+        ),
+    )
+
+
+def _near(values: tuple[float, ...]) -> Expected:
+    """Colours as they are written down, with three digits or more."""
+
+    def fits(found: object) -> bool:
+        return (
+            isinstance(found, list)
+            and len(found) == len(values)
+            and all(
+                is_number(a) and math.isclose(a, b, abs_tol=1e-3) for a, b in zip(found, values, strict=True)
+            )
+        )
+
+    return Expected(str(list(values)), fits)
+
+
+def compare_decoder(path: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> Compared:
+    """Compare a Qwen configuration, of any age, with a decoder; what it must say and does not is a note.
+
+    Args:
+        path: its file.
+        config: its content.
+        decoder: the weights are to be used in it.
+    """
+    found = compare_section(path, "", config, _decoder_table(decoder), apart=frozenset({"visual"}))
+    if decoder.hidden % decoder.heads:
+        found.differs(path, "num_attention_heads", f"a divisor of {decoder.hidden}", decoder.heads)
+    if silent := not_said(found, "", _NOT_IN_SHAPES):
+        found.notes.append(f"note: {path} does not say {', '.join(silent)}: assumed as in the model")
+    return found
+
+
+def compare_visual(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
+    """Compare the `visual` section of a Qwen-VL configuration with the model that its other keys gave."""
+    expected = {
+        "output_dim": model.decoder.hidden,
+        "n_queries": model.adapter.query_grid**2,
+        "image_start_id": IMAGE_START,
+    }
+    apart = frozenset({*expected, "adapter_heads", "image_size"})
+    found = compare_section(path, "visual.", config, _vision_table(model, model.vision.norm_eps), apart=apart)
+    for name, value in expected.items():
+        if config.get(name) is not None and not is_same(config[name], value):
+            found.differs(path, f"visual.{name}", str(value), config[name])
+    if model.vision.width % model.vision.heads:
+        found.differs(path, "visual.heads", f"a divisor of {model.vision.width}", model.vision.heads)
+    if model.decoder.hidden % model.adapter.heads:
+        found.differs(
+            path, "visual.adapter_heads", f"a divisor of {model.decoder.hidden}", model.adapter.heads
+        )
+    return found
+
+
+def vit_problems(weights: Path, model: ModelConfig) -> tuple[list[str], list[str]]:
+    """Compare the configurations beside CLIP's weights, OpenCLIP's or Hugging Face's, with the ViT.
+
+    Args:
+        weights: file or directory of the weights.
+        model: they are to be used in it.
+
+    Returns:
+        Differences, and notes of what is assumed.
+    """
+    folder = weights if weights.is_dir() else weights.parent
+    found = Compared()
+    known = False
+    for name in ("open_clip_config.json", "config.json"):
+        path = folder / name
+        config = read_json(path) if path.is_file() else {}
+        if (name.startswith("open") and path.is_file()) or config.keys() & {"model_cfg", "vision_cfg"}:
+            known = True
+            found.add(_compare_open_clip(path, config, model))
+        elif _is_clip(config):
+            known = True
+            found.add(_compare_clip(path, config, model))
+        elif config:
+            found.notes.append(f"note: {path}: not the configuration of a ViT, not regarded")
+    processor = folder / "preprocessor_config.json"
+    if processor.is_file():
+        found.add(_compare_pixels(processor, "", read_json(processor), model))
+    if not known:
+        found.notes.append(
+            f"note: no configuration beside the ViT: assumed {model.vision.heads} heads, exact GELU and norms "
+            f"as in OpenCLIP (epsilon {OPEN_CLIP_EPS:g}, here {model.vision.norm_eps:g})"
+        )
+    elif not is_same(found.given.get("norm_eps", OPEN_CLIP_EPS), model.vision.norm_eps):
+        found.notes.append(
+            f"note: the ViT's norms have epsilon {OPEN_CLIP_EPS:g}, here {model.vision.norm_eps:g}: as the published "
+            "Qwen-VL, which started from OpenCLIP's weights too"
+        )
+    return found.problems, found.notes
+
+
+def _compare_open_clip(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
+    """A file of OpenCLIP: the model below `model_cfg`, or, as in its source, by itself. What is said outside of the
+    ViT's own section is compared too."""
+    table = _vision_table(model, model.vision.norm_eps, OPEN_CLIP_EPS)
+    outside = frozenset({"model_cfg", "vision_cfg", "preprocess_cfg", "embed_dim"})
+    found = compare_section(path, "", config, table, apart=outside)
+    lead, inner = ("model_cfg.", config["model_cfg"]) if "model_cfg" in config else ("", config)
+    if lead:
+        found.add(compare_section(path, lead, inner, table, apart=outside))
+    visual = inner.get("vision_cfg") if isinstance(inner, Mapping) else None
+    found.add(compare_section(path, f"{lead}vision_cfg.", visual, table, _OPEN_CLIP_DEFAULTS))
+    found.add(_compare_pixels(path, "preprocess_cfg.", config.get("preprocess_cfg", {}), model))
+    return found
+
+
+def _is_clip(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is about a ViT: one of transformers' CLIP, or one with any key of a model. That of a Qwen
+    is not, which may lie beside a single file of weights."""
+    sections = {"vision_config", "vision_config_dict"}
+    return config.get("model_type") != "qwen" and bool(config.keys() & (sections | SUBJECTS.keys()))
+
+
+def _compare_clip(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
+    """A file of transformers: the ViT's section, of the old name too, which wins there, or the ViT by itself."""
+    table = _vision_table(model, model.vision.norm_eps, OPEN_CLIP_EPS)
+    sections = [name for name in ("vision_config_dict", "vision_config") if config.get(name) is not None]
+    defaults = None if sections else _CLIP_DEFAULTS
+    found = compare_section(path, "", config, table, defaults, apart=frozenset(sections))
+    for name in sections:
+        defaults = _CLIP_DEFAULTS if name == sections[0] else None
+        found.add(compare_section(path, f"{name}.", config[name], table, defaults))
+    return found
+
+
+def _compare_pixels(path: Path, prefix: str, section: object, model: ModelConfig) -> Compared:
+    if isinstance(section, Mapping):
+        section = {
+            name: value for name, value in section.items() if SUBJECTS.get(name) in ("mean", "deviation")
+        }
+    return compare_section(path, prefix, section, _vision_table(model))

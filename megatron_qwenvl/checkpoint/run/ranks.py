@@ -1,0 +1,156 @@
+"""What all ranks do together: exchange values, agree on failures, look for damage."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError, FileRecord, file_problem
+from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.05
+
+
+class Ranks:
+    """All ranks of a run, for what concerns checkpoints. Everything here is collective.
+
+    They have a gloo group of their own: a rank may wait for another one's disk much longer than a collective of
+    training may take, and what is exchanged is in host memory.
+
+    Args:
+        timeout_minutes: how long a rank waits for the others.
+    """
+
+    def __init__(self, timeout_minutes: float) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        self.rank = dist.get_rank()
+        """This rank."""
+        self.size = dist.get_world_size()
+        """Number of ranks."""
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that does what is done once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(self._group)
+
+    def all_gather(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks on rank 0; elsewhere an empty list."""
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values or []
+
+    def broadcast(self, value: T | None) -> T:
+        """The value of rank 0, on every rank."""
+        shared: list[Any] = [value]
+        dist.broadcast_object_list(shared, src=0, group=self._group, device=torch.device("cpu"))
+        return shared[0]
+
+    def all_true(self, here: bool) -> bool:
+        """True on every rank if it is true on all."""
+        everywhere = torch.tensor(int(here))
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(everywhere)
+
+    def all_come(self, seconds: float) -> bool:
+        """Whether every rank calls this within the time.
+
+        After a False a thread of the group still waits for the others: the process is to end at once.
+        """
+        coming = dist.barrier(self._group, async_op=True)
+        end = time.monotonic() + seconds
+        while not coming.is_completed() and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        return coming.is_completed() and coming.is_success()
+
+    def raise_on_any_error(self, error: Exception | None, what: str) -> None:
+        """Raise on every rank if any rank has an error.
+
+        Raises:
+            CheckpointError: naming `what` and the failed ranks' errors.
+        """
+        errors = self.all_gather(None if error is None else _describe(error))
+        found = [f"rank {rank}: {message}" for rank, message in enumerate(errors) if message is not None]
+        if len(found) == self.size and len(set(errors)) == 1:
+            found = [str(errors[0])]
+        if found:
+            raise CheckpointError(
+                f"{what}: {'; '.join(found[:4])}" + (" ..." if len(found) > 4 else "")
+            ) from error
+
+    def each(self, action: Callable[[], T], what: str) -> T:
+        """Run `action`, which must not be collective itself, on every rank; each gets its own result.
+
+        Raises:
+            CheckpointError: on every rank, if it fails on any.
+        """
+        results: list[T] = []
+        self.raise_on_any_error(attempt(lambda: results.append(action())), what)
+        return results[0]
+
+    def run_on_rank0(self, action: Callable[[], T], what: str) -> T | None:
+        """Run `action` on rank 0, which gets its result; the others get None.
+
+        Raises:
+            CheckpointError: on every rank, if it fails.
+        """
+        return self.each(lambda: action() if self.is_main else None, what)
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def attempt(action: Callable[[], object]) -> Exception | None:
+    """Run `action` and return the exception it raised."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
+
+
+def find_problems(checkpoint: Path, ranks: Ranks) -> list[str]:
+    """What is wrong with a checkpoint, file by file, the same list on all ranks. Collective; every rank
+    digests its share of the bytes."""
+    found = ranks.all_gather(_problems_of_share(checkpoint, ranks.rank, ranks.size))
+    return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+
+def _problems_of_share(checkpoint: Path, rank: int, ranks: int) -> list[str]:
+    """A rank that cannot read the checkpoint has checked nothing, which is a problem as well."""
+    try:
+        mine = shares(read_manifest(checkpoint).files, ranks)[rank]
+        checked = (file_problem(checkpoint / name, record) for name, record in mine.items())
+        return [problem for problem in checked if problem is not None]
+    except (CheckpointError, OSError) as error:
+        return [str(error)]
+
+
+def shares(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:
+    """Deal files to ranks so that all have about the same bytes: the largest first, to whom has least."""
+    dealt: list[dict[str, FileRecord]] = [{} for _ in range(ranks)]
+    least = [(0, rank) for rank in range(ranks)]
+    for name, record in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
+        size, rank = heapq.heappop(least)
+        dealt[rank][name] = record
+        heapq.heappush(least, (size + record.bytes, rank))
+    return dealt

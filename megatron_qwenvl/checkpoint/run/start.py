@@ -1,0 +1,121 @@
+"""What a run starts from, told from manifests alone: its own newest checkpoint, given weights, or nothing.
+
+Needs neither torch nor process groups, so that a run that cannot start is known before it holds its machines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.lineage import check_training_order
+from megatron_qwenvl.checkpoint.storage.manifest import (
+    Manifest,
+    checkpoints_of_run,
+    find_checkpoint,
+    model_differences,
+    read_manifest,
+)
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime.retry import reads
+
+from .rewind import is_rewound, of_step
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run would start from now."""
+
+    checkpoint: Path | None
+    """Directory of the checkpoint; None: fresh weights."""
+    manifest: Manifest | None
+    """Its manifest."""
+    damaged: tuple[str, ...] = ()
+    """What is wrong with newer checkpoints that would be passed over, one line each."""
+    own: bool = False
+    """The checkpoint is one of the run's own: it goes on from there."""
+
+
+def find_start(config: RunConfig, from_step: int | None = None) -> Start:
+    """The rules of a starting run, without digests: a file is compared by its size only.
+
+    Args:
+        config: the run.
+        from_step: go on from the checkpoint of this step, not from the newest one.
+
+    Raises:
+        CheckpointError: all of the run's checkpoints are damaged; the weights to start from are missing or damaged;
+            or what would be used does not fit the run; there is no checkpoint of `from_step`.
+    """
+    folder = Path(config.run_dir) / "checkpoints"
+    own = checkpoints_of_run(folder)
+    if from_step is not None and not is_rewound(folder, from_step):
+        own = [of_step(own, from_step)]
+    damaged: list[str] = []
+    for checkpoint in own:
+        try:
+            manifest = read_whole(checkpoint)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        check_resume(checkpoint, manifest, config)
+        return Start(checkpoint, manifest, tuple(damaged), own=True)
+    if own:
+        raise CheckpointError(f"all {len(own)} checkpoints of the run are damaged: {damaged[0]}")
+    if config.checkpoint.init_from is None:
+        return Start(None, None)
+    checkpoint = find_checkpoint(Path(config.checkpoint.init_from))
+    manifest = read_whole(checkpoint)
+    check_start(checkpoint, manifest, config)
+    return Start(checkpoint, manifest)
+
+
+def read_whole(checkpoint: Path) -> Manifest:
+    """Read the manifest and make sure that every file has its recorded size.
+
+    Raises:
+        CheckpointError: naming the manifest or the first file that is missing or has another size.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, record in manifest.files.items():
+        path = checkpoint / name
+        found = reads(path, partial(_size, path))
+        if found != record.bytes:
+            was = "missing" if found is None else f"found {found}"
+            raise CheckpointError(f"{path}: expected {record.bytes} bytes, {was}")
+    return manifest
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def check_start(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None:
+    """Make sure that the checkpoint's weights fit the run.
+
+    Raises:
+        CheckpointError: another model shape, made to start another stage, or a run's that does not come before.
+    """
+    if differences := model_differences(manifest.model, config.model):
+        raise CheckpointError(f"{checkpoint}: another model: " + "; ".join(differences))
+    if manifest.start_of not in (None, config.stage):
+        raise CheckpointError(
+            f"{checkpoint}: made to start {manifest.start_of}, but this run is {config.stage}"
+        )
+    check_training_order(checkpoint, manifest, config.stage)
+
+
+def check_resume(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None:
+    """Make sure that the run can go on from one of its own checkpoints.
+
+    Raises:
+        CheckpointError: not a training checkpoint, of another stage or of another model shape.
+    """
+    if manifest.kind != "training" or manifest.origin != config.stage:
+        raise CheckpointError(
+            f"{checkpoint}: expected training of {config.stage}, found {manifest.kind} of {manifest.origin}"
+        )
+    if differences := model_differences(manifest.model, config.model):
+        raise CheckpointError(f"{checkpoint}: another model: " + "; ".join(differences))

@@ -1,0 +1,164 @@
+"""A planned micro-batch to the typed `Batch`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_qwenvl.batch import IGNORED_TASK, Batch, DataNeeds
+from megatron_qwenvl.config.schema import Packing
+from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
+from megatron_qwenvl.data.sampling.mixture import SampleTable
+from megatron_qwenvl.data.sampling.plan import MicroBatch
+
+from .reader import SampleReader
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples of a micro-batch stand.
+
+    Attributes:
+        rows: row of each sample in the table of the global batch.
+        starts: position of the first token of each sample.
+        cu_seqlens: boundaries of the attention segments.
+    """
+
+    rows: list[int]
+    starts: list[int]
+    cu_seqlens: list[int]
+
+
+def lay_out(micro_batch: MicroBatch, samples: SampleTable, packing: Packing, row_length: int) -> Layout:
+    """Put the packs of a micro-batch one after the other, `row_length` positions each.
+
+    With `isolated` every sample is a segment, and so is the padding behind the last one; otherwise a pack or
+    padded row is one segment, padding included.
+    """
+    layout = Layout([], [], [0])
+    for number, pack in enumerate(micro_batch):
+        position = number * row_length
+        for row in pack:
+            layout.rows.append(row)
+            layout.starts.append(position)
+            position += int(samples.length[row])
+            if packing == "isolated":
+                layout.cu_seqlens.append(position)
+        if layout.cu_seqlens[-1] < (number + 1) * row_length:
+            layout.cu_seqlens.append((number + 1) * row_length)
+    return layout
+
+
+def collate(micro_batch: MicroBatch, samples: SampleTable, reader: SampleReader, needs: DataNeeds) -> Batch:
+    """Read what is needed of a micro-batch and assemble it.
+
+    A sample that can no longer be read keeps its place: its pictures are black, its text is padding, and it is
+    named in `bad_samples`.
+
+    Args:
+        micro_batch: packs of the global batch.
+        samples: table of the global batch.
+        reader: reads tokens and pixels; not used where nothing is needed.
+        needs: what the rank's pipeline stage uses.
+
+    Raises:
+        DataError: a shard differs from its index.
+    """
+    plan = reader.plan
+    filled = int(sum(samples.length[list(pack)].sum() for pack in micro_batch))
+    layout = lay_out(micro_batch, samples, plan.data.packing, plan.padded_length(filled))
+    images = samples.images[layout.rows]
+    bad: dict[int, str] = {}
+    batch = Batch(
+        cu_seqlens=torch.tensor(layout.cu_seqlens, dtype=torch.int32),
+        position_ids=_positions(layout.cu_seqlens),
+        num_images=int(images.sum()),
+        image_starts=None,
+        num_samples=len(layout.rows),
+        sample_ids=_sample_ids(layout, samples),
+        real_tokens=int(samples.length[layout.rows].sum()),
+    )
+    if needs.tokens:
+        _add_tokens(batch, layout, samples, reader, bad)
+    if needs.pixels:
+        batch.pixels = _pixels(layout, samples, reader, bad)
+    batch.bad_samples = tuple(sorted(bad))
+    batch.bad_reasons = tuple(
+        f"{plan.name(samples, layout.rows[ordinal])}: {bad[ordinal]}" for ordinal in batch.bad_samples
+    )
+    rows = [layout.rows[ordinal] for ordinal in batch.bad_samples]
+    batch.bad_names = tuple((plan.shard(samples, row), plan.key(samples, row)) for row in rows)
+    return batch
+
+
+def _positions(cu_seqlens: list[int]) -> Tensor:
+    """Positions that restart at every boundary, int64 `[T]`."""
+    return torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(cu_seqlens)])
+
+
+def _sample_ids(layout: Layout, samples: SampleTable) -> Tensor:
+    """Ordinal of the sample at each position, -1 for padding, int32 `[T]`."""
+    ids = torch.full((layout.cu_seqlens[-1],), -1, dtype=torch.int32)
+    for ordinal, (row, start) in enumerate(zip(layout.rows, layout.starts, strict=True)):
+        ids[start : start + int(samples.length[row])] = ordinal
+    return ids
+
+
+def _add_tokens(
+    batch: Batch, layout: Layout, samples: SampleTable, reader: SampleReader, bad: dict[int, str]
+) -> None:
+    """Fill in tokens, labels, masks and the places of the pictures."""
+    length = batch.length
+    tokens = np.full(length, reader.tokenizer.eos, dtype=np.int64)
+    labels = np.full(length, reader.tokenizer.eos, dtype=np.int64)
+    learned = np.zeros(length, dtype=np.float32)
+    tasks = np.full(length, IGNORED_TASK, dtype=np.uint8)
+    image_starts: list[int] = []
+    for ordinal, (row, start) in enumerate(zip(layout.rows, layout.starts, strict=True)):
+        try:
+            rendered = reader.tokens(samples, row)
+        except SampleError as error:
+            rendered = _placeholder(reader, int(samples.length[row]), int(samples.images[row]))
+            bad[ordinal] = str(error)
+        last = start + len(rendered.tokens) - 1
+        tokens[start : last + 1] = rendered.tokens
+        # Position t predicts t + 1; the last token of a sample predicts nothing, least of all the next sample.
+        labels[start:last] = rendered.tokens[1:]
+        learned[start:last] = rendered.learned[1:]
+        tasks[start:last][learned[start:last] > 0] = samples.task[row]
+        image_starts += [start + at for at in rendered.image_starts]
+    batch.tokens, batch.labels = torch.from_numpy(tokens), torch.from_numpy(labels)
+    batch.loss_mask, batch.task_ids = torch.from_numpy(learned), torch.from_numpy(tasks)
+    batch.image_starts = torch.tensor(image_starts, dtype=torch.int64)
+
+
+def _placeholder(reader: SampleReader, length: int, images: int) -> TokenizedSample:
+    """Stands in for a sample that cannot be read: its picture slots, then padding; nothing is learned."""
+    tokenizer, slots = reader.tokenizer, reader.image_tokens
+    picture = [tokenizer.img_start, *[tokenizer.img_pad] * slots, tokenizer.img_end]
+    tokens = picture * images
+    tokens += [tokenizer.eos] * (length - len(tokens))
+    starts = [image * len(picture) + 1 for image in range(images)]
+    return TokenizedSample(tokens, [False] * length, starts)
+
+
+def _pixels(layout: Layout, samples: SampleTable, reader: SampleReader, bad: dict[int, str]) -> Tensor:
+    """Pictures of all samples in their order, uint8 `[num_images, 3, S, S]`."""
+    side = reader.plan.data.image_size
+    pictures: list[NDArray[np.uint8]] = [np.empty((0, 3, side, side), dtype=np.uint8)]
+    for ordinal, row in enumerate(layout.rows):
+        count = int(samples.images[row])
+        if not count:
+            continue
+        try:
+            pictures.append(reader.pixels(samples, row))
+        except SampleError as error:
+            pictures.append(np.zeros((count, 3, side, side), dtype=np.uint8))
+            bad[ordinal] = "; ".join(filter(None, (bad.get(ordinal), str(error))))
+    return torch.from_numpy(np.concatenate(pictures))

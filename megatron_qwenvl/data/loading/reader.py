@@ -1,0 +1,126 @@
+"""Planned samples to token ids and pixels: the only place that reads sample bytes during training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_qwenvl.data.records.errors import DataError, SampleError, only_this_sample
+from megatron_qwenvl.data.records.images import load_pixels
+from megatron_qwenvl.data.records.tasks import decode_record
+from megatron_qwenvl.data.rendering.formats import render_sample
+from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
+from megatron_qwenvl.data.sampling.cache import LruCache
+from megatron_qwenvl.data.sampling.mixture import SampleTable
+from megatron_qwenvl.data.sampling.plan import StepPlan
+from megatron_qwenvl.data.shards.index import ShardIndex
+from megatron_qwenvl.data.shards.samples import checksum, read_member
+from megatron_qwenvl.data.shards.tar import Member
+from megatron_qwenvl.runtime.retry import reads
+
+OPEN_SHARDS = 64
+
+
+class SampleReader:
+    """Reads single samples by offset. Belongs to one process: it holds open files."""
+
+    def __init__(self, plan: StepPlan, tokenizer: Tokenizer, image_tokens: int) -> None:
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.image_tokens = image_tokens
+        self._files: LruCache[int] = LruCache(OPEN_SHARDS, drop=os.close)
+
+    def tokens(self, samples: SampleTable, row: int) -> TokenizedSample:
+        """A sample's tokens with loss mask.
+
+        Raises:
+            SampleError: the record is not the one that was indexed.
+            DataError: the shard cannot be read or is shorter than it was, or the rendering is another one.
+        """
+        source, shard, at = self._place(samples, row)
+        index = self.plan.index(source, shard)
+        name, member = index.text_member(at)
+        encoded = self._read(source, shard, member)
+        self._check(index, source, shard, "text", at, [encoded])
+        images = [info for info, _ in index.images(at)]
+        origin = self.plan.sources[source]
+        language, options = origin.config.language, origin.directory.manifest.options
+        with only_this_sample():
+            record = decode_record(name.rpartition(".")[2].lower(), encoded)
+            rendered = render_sample(record, images, self.tokenizer, self.image_tokens, language, options)
+        if len(rendered.tokens) != samples.length[row]:
+            raise DataError(
+                f"{self.plan.name(samples, row)}: expected {samples.length[row]} tokens as indexed, found "
+                f"{len(rendered.tokens)}; run {self.plan.sources[source].directory.index_command('--force')}"
+            )
+        return rendered
+
+    def pixels(self, samples: SampleTable, row: int) -> NDArray[np.uint8]:
+        """A sample's pictures in the order in which its text shows them, uint8 `[images, 3, S, S]`.
+
+        Raises:
+            SampleError: a picture cannot be decoded or is not the one that was indexed.
+            DataError: the shard cannot be read or is shorter than it was.
+        """
+        source, shard, at = self._place(samples, row)
+        index = self.plan.index(source, shard)
+        data = self.plan.data
+        images = index.images(at)
+        encoded = [self._read(source, shard, member) for _, member in images]
+        self._check(index, source, shard, "image", at, encoded)
+        pictures = []
+        for (info, _), content in zip(images, encoded, strict=True):
+            try:
+                with only_this_sample():
+                    pictures.append(load_pixels(content, data.image_size, data.max_image_pixels))
+            except SampleError as error:
+                raise SampleError(f"{info.name}: {error}") from error
+        return np.stack(pictures)
+
+    def _place(self, samples: SampleTable, row: int) -> tuple[int, int, int]:
+        return int(samples.source[row]), int(samples.shard[row]), int(samples.row[row])
+
+    def _read(self, source: int, shard: int, member: Member) -> bytes:
+        path = self.plan.sources[source].directory.shard_path(shard)
+
+        def read() -> bytes:
+            try:
+                return read_member(self._files.get((source, shard), lambda: _open(path)), member)
+            except OSError:  # the open file may be stale for good where another `open` finds the shard
+                with contextlib.suppress(OSError):
+                    self._files.forget((source, shard))
+                raise
+
+        try:
+            return reads(path, read, folder=path.parent)
+        except OSError as error:
+            raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
+
+    def _check(
+        self,
+        index: ShardIndex,
+        source: int,
+        shard: int,
+        part: Literal["text", "image"],
+        row: int,
+        encoded: list[bytes],
+    ) -> None:
+        """Compare what was read with the checksum that the index holds of it."""
+        expected, found = int(index.arrays[f"{part}_checksums"][row]), checksum(encoded)
+        if found == expected:
+            return
+        directory = self.plan.sources[source].directory
+        directory.check_size(shard)  # another shard altogether, not a damaged sample
+        raise SampleError(
+            f"the {part} bytes are not those that were indexed (checksum {found:08x}, expected {expected:08x})"
+        )
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,267 @@
+"""What has changed in a run's data since a checkpoint, and the history that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from .epochs import Edition, Editions, ShardList
+from .history import DataHistory, LeftOut, Segment, SourceState, StepRange, Timeline
+from .mixture import quotas_of
+
+NAMED = 3
+"""So many shards are named; of more, the number is said."""
+
+
+@dataclass(frozen=True)
+class SourceNow:
+    """A source of the mixture as it is now."""
+
+    name: str
+    weight: float
+    shards: ShardList
+
+
+@dataclass(frozen=True)
+class DataNow:
+    """All that the order of samples depends on, as a run is started with it."""
+
+    samples_per_step: int
+    sources: tuple[SourceNow, ...]
+    seed: int
+    window: int
+    skip_steps: tuple[StepRange, ...] = ()
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that is not as it was, and what follows from it.
+
+    Attributes:
+        text: one line.
+        effect: whether anything of what is to come differs.
+    """
+
+    text: str
+    effect: bool = True
+
+
+def begin(now: DataNow) -> DataHistory:
+    """The history of a run that has no checkpoint."""
+    sources = tuple(SourceState(source.name, source.weight, 0, 0) for source in now.sources)
+    segment = Segment(0, now.samples_per_step, 0, sources)
+    left_out = tuple(_left_out(segment, steps, 0) for steps in now.skip_steps)
+    editions = {source.name: (Edition(source.shards, now.seed, now.window),) for source in now.sources}
+    return DataHistory((replace(segment, left_out=left_out),), editions, now.skip_steps)
+
+
+def go_on(history: DataHistory, now: DataNow, step: int) -> tuple[DataHistory, list[Change]]:
+    """The history of a run that goes on from a checkpoint.
+
+    Args:
+        history: that of the checkpoint.
+        now: what the run is given today.
+        step: steps done.
+
+    Returns:
+        The history and what has changed; where nothing has, the same history.
+    """
+    timeline = Timeline(history)
+    before = timeline.segment(step)
+    editions, sources, changes = _sources(timeline, before, now, step)
+    same_mixture = [s.name for s in sources] == [s.name for s in before.sources] and (
+        quotas_of([s.weight for s in sources]) == quotas_of(before.weights)
+    )
+    if same_mixture:  # also where all weights are multiples of what they were
+        sources = [replace(s, weight=weight) for s, weight in zip(sources, before.weights, strict=True)]
+    else:
+        changes.append(Change(_mixture_text(before, sources, step)))
+    if now.samples_per_step != before.samples_per_step:
+        changes.append(Change(_batch_text(before, now, sum(timeline.consumed(step).values()), step)))
+    left_out, skip_changes = _left_out_now(history, before, now, step)
+    stream = before.reached(step) if same_mixture else 0
+    segment = Segment(
+        step,
+        now.samples_per_step,
+        stream,
+        tuple(sources),
+        tuple(_moved(some, stream - before.reached(step)) for some in left_out),
+    )
+    changes += skip_changes
+    segments = history.segments
+    if any(change.effect for change in changes):
+        segments = (*segments, segment)
+    return DataHistory(segments, editions, now.skip_steps), changes
+
+
+def _sources(
+    timeline: Timeline, before: Segment, now: DataNow, step: int
+) -> tuple[dict[str, tuple[Edition, ...]], list[SourceState], list[Change]]:
+    """All editions, the states of today's sources at the step, and what has changed in them."""
+    states, consumed = timeline.states(step), timeline.consumed(step)
+    editions = dict(timeline.history.editions)
+    sources: list[SourceState] = []
+    changes = list(_order_changes(editions, now, step))
+    current = [source.name for source in before.sources]
+    for source in _in_order(now.sources, current):
+        state = states.get(source.name)
+        start = f"data set {source.name}:"
+        if state is None:
+            editions[source.name] = (Edition(source.shards, now.seed, now.window),)
+            sources.append(SourceState(source.name, source.weight, 0, 0))
+            samples = f"{source.shards.total} samples"
+            changes.append(Change(f"{start} new ({samples}): its first epoch begins at step {step}"))
+            continue
+        if source.name not in current:
+            gave = consumed[source.name]
+            changes.append(
+                Change(f"{start} back: from step {step} on it goes on after the {gave} samples given")
+            )
+        order = timeline.editions[source.name]
+        epoch, taken = order.place(state.edition, state.position)
+        last = editions[source.name][-1]
+        following = Edition(source.shards, now.seed, now.window, epoch, taken)
+        changes += [
+            Change(f"{start} {text}") for text in _shard_changes(source.name, editions, following, step)
+        ]
+        if _same_order(last, following):
+            following = replace(last, shards=source.shards)  # digests of today
+            editions[source.name] = (*editions[source.name][:-1], following)
+        else:
+            editions[source.name] = (*editions[source.name], following)
+            state = replace(state, edition=state.edition + 1, position=0)
+        sources.append(replace(state, weight=source.weight))
+    for name in current:
+        if name not in {source.name for source in now.sources}:
+            text = f"dropped: it ends at step {step} after {consumed[name]} samples, and goes on there if it comes back"
+            changes.append(Change(f"data set {name}: {text}"))
+    return editions, sources, changes
+
+
+def _in_order(sources: Sequence[SourceNow], names: Sequence[str]) -> list[SourceNow]:
+    """Known sources as they stood before, then the others: their order in the configuration means nothing."""
+    return sorted(sources, key=lambda s: names.index(s.name) if s.name in names else len(names))
+
+
+def _same_order(edition: Edition, other: Edition) -> bool:
+    return (edition.seed, edition.window, edition.shards.names, edition.shards.counts) == (
+        other.seed,
+        other.window,
+        other.shards.names,
+        other.shards.counts,
+    )
+
+
+def _order_changes(editions: dict[str, tuple[Edition, ...]], now: DataNow, step: int) -> Iterator[Change]:
+    known = [editions[source.name][-1] for source in now.sources if source.name in editions]
+    for field, value, was in (
+        ("seed", now.seed, sorted({edition.seed for edition in known} - {now.seed})),
+        ("data.shuffle_window", now.window, sorted({edition.window for edition in known} - {now.window})),
+    ):
+        if was:
+            yield Change(
+                f"{field}: was {', '.join(map(str, was))}, now {value}: from step {step} on the unseen samples of each "
+                "source's epoch come in another order"
+            )
+
+
+def _shard_changes(
+    name: str, editions: dict[str, tuple[Edition, ...]], following: Edition, step: int
+) -> Iterator[str]:
+    """Shards added, removed and rewritten, one line each."""
+    before, after = editions[name][-1].shards, following.shards
+    if before == after:
+        return
+    old = dict(zip(before.names, zip(before.counts, before.digests, strict=True), strict=True))
+    new = dict(zip(after.names, zip(after.counts, after.digests, strict=True), strict=True))
+    if added := [shard for shard in after.names if shard not in old]:
+        samples = sum(new[shard][0] for shard in added)
+        yield f"{_shards(added)} added ({samples} samples): part of this epoch from step {step} on"
+    if removed := [shard for shard in before.names if shard not in new]:
+        samples = sum(old[shard][0] for shard in removed)
+        kept = replace(following, shards=before)
+        unseen = Editions(name, [*editions[name], kept]).unseen(len(editions[name]))
+        lost = sum(int(n) for shard, n in zip(before.names, unseen, strict=True) if shard not in new)
+        yield (
+            f"{_shards(removed)} removed ({samples} samples, {lost} of them not seen in this epoch): "
+            f"no part of it from step {step} on"
+        )
+    if rewritten := [shard for shard in after.names if shard in old and old[shard] != new[shard]]:
+        more = sum(max(0, new[shard][0] - old[shard][0]) for shard in rewritten)
+        fewer = sum(max(0, old[shard][0] - new[shard][0]) for shard in rewritten)
+        yield (
+            f"{_shards(rewritten)} rewritten ({more} samples more, {fewer} fewer): each sample is taken for the one "
+            "that was in its place"
+        )
+
+
+def _shards(names: Sequence[str]) -> str:
+    named = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return f"{len(names)} {'shard' if len(names) == 1 else 'shards'} ({named})"
+
+
+def _mixture_text(before: Segment, sources: Sequence[SourceState], step: int) -> str:
+    return (
+        f"data mixture: was {_shares(before.sources)}, now {_shares(sources)} from step {step} on; every source "
+        "goes on in its own order of samples after those that it has given"
+    )
+
+
+def _shares(sources: Sequence[SourceState]) -> str:
+    total = sum(source.weight for source in sources)
+    return ", ".join(f"{source.name} {source.weight / total:.2%}" for source in sources)
+
+
+def _batch_text(before: Segment, now: DataNow, consumed: int, step: int) -> str:
+    return (
+        f"data.global_batch_size: was {before.samples_per_step}, now {now.samples_per_step} from step {step} on; "
+        f"{consumed} samples were consumed, and the next step goes on after them"
+    )
+
+
+def _left_out_now(
+    history: DataHistory, before: Segment, now: DataNow, step: int
+) -> tuple[list[LeftOut], list[Change]]:
+    """What is to be left out from the step on, in the stream of the segment before, and what has changed in that."""
+    pending = [left for some in before.left_out if (left := _from(some, before.reached(step))).ranges]
+    changes, kept = [], [some for some in pending if some.steps in now.skip_steps]
+    for steps in now.skip_steps:
+        if steps in history.skip_steps:
+            continue
+        text = f"data.skip_steps: [{steps[0]}, {steps[1]}] added:"
+        if steps[1] < step:
+            changes.append(Change(f"{text} no effect, these steps are trained already", effect=False))
+            continue
+        kept.append(_left_out(before, steps, step))
+        first = max(steps[0], step)
+        which = (
+            "the data of these steps"
+            if first == steps[0]
+            else f"the data from step {first} on, the next one,"
+        )
+        changes.append(
+            Change(f"{text} {which} is left out; step {first} has that of step {steps[1] + 1} instead")
+        )
+    for steps in history.skip_steps:
+        if steps in now.skip_steps:
+            continue
+        text = f"data.skip_steps: [{steps[0]}, {steps[1]}] removed:"
+        if any(some.steps == steps for some in pending):
+            changes.append(Change(f"{text} its data is trained on after all"))
+        else:
+            changes.append(Change(f"{text} no effect, the run is past it", effect=False))
+    return kept, changes
+
+
+def _left_out(segment: Segment, steps: StepRange, done: int) -> LeftOut:
+    """The data of some steps without those that are done, as the segment numbers them."""
+    first = max(steps[0], done)
+    return LeftOut(steps, tuple(segment.ranges(first, steps[1] - first + 1)))
+
+
+def _from(left_out: LeftOut, position: int) -> LeftOut:
+    return replace(left_out, ranges=tuple(some for some in left_out.ranges if some[0] >= position))
+
+
+def _moved(left_out: LeftOut, by: int) -> LeftOut:
+    return replace(left_out, ranges=tuple((first + by, count) for first, count in left_out.ranges))

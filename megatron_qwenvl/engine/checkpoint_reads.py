@@ -1,0 +1,78 @@
+"""Lets the engine's own readers of checkpoints outlast a file system that is away for a while.
+
+megatron-core and torch open the files of a distributed checkpoint themselves. One rank that fails alone there would
+leave the others waiting, so it is the opening and reading of single files that is repeated, not the load.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import torch
+from megatron.core.dist_checkpointing import core, validation
+from torch.distributed.checkpoint import filesystem
+
+from megatron_qwenvl.checkpoint.storage.files import open_whole
+from megatron_qwenvl.runtime.retry import reads
+
+
+@contextmanager
+def patient_engine_reads() -> Iterator[None]:
+    """While this lasts, what the engine opens to read is read with patience."""
+    names: list[tuple[Any, str, Any]] = [
+        (validation, "os", _OS),  # is there a folder?
+        (core, "os", _OS),  # is there a metadata.json?
+        (core, "open", _open),
+        (torch.serialization, "open", _open),  # common.pt
+        (filesystem.FileSystem, "create_stream", _create_stream),  # .metadata and the tensors
+    ]
+    before = [vars(place).get(name) for place, name, _ in names]
+    for place, name, patient in names:
+        setattr(place, name, patient)
+    try:
+        yield
+    finally:
+        for (place, name, _), value in zip(names, before, strict=True):
+            if value is None:
+                delattr(place, name)  # the built-in function was used
+            else:
+                setattr(place, name, value)
+
+
+def _open(path: Any, mode: str = "r", *more: Any, **options: Any) -> IO[Any]:
+    if mode not in ("r", "rb"):
+        return open(path, mode, *more, **options)
+    binary = io.BufferedReader(open_whole(Path(path)))
+    return binary if mode == "rb" else io.TextIOWrapper(binary, encoding="utf-8")
+
+
+def _stat(path: Any) -> os.stat_result | None:
+    """What is at the path; None: nothing. `os.path` would take any error for nothing."""
+    try:
+        return reads(Path(path), lambda: os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_directory(path: Any) -> bool:
+    found = _stat(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+_OS = SimpleNamespace(
+    path=SimpleNamespace(join=os.path.join, isdir=_is_directory, exists=lambda path: _stat(path) is not None)
+)
+"""As much of `os` as megatron-core uses in these two modules."""
+
+
+@contextmanager
+def _create_stream(self: filesystem.FileSystem, path: Any, mode: str) -> Iterator[IO[Any]]:
+    with _open(path, mode) as stream:
+        yield stream

@@ -1,0 +1,137 @@
+"""Messages between ranks before there is a process group: JSON values over the rendezvous store.
+
+A process group hangs, or fails on every rank alike, where one rank is missing or broken. The store knows who came.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_qwenvl.runtime.processes import ProcessInfo
+
+_POLL_SECONDS = 0.05
+
+
+class RendezvousError(RuntimeError):
+    """The rendezvous cannot be reached or opened, or rank 0 has not answered."""
+
+
+def open_store(process: ProcessInfo, seconds: float, host: bool) -> dist.Store:
+    """A connection of its own to the run's store.
+
+    Args:
+        process: the place of this process; `init_method` says where the store is.
+        seconds: time to reach it.
+        host: whether rank 0 is to open the store that the others reach. torchrun opens one itself.
+
+    Raises:
+        RendezvousError: it cannot be reached in time; on rank 0: it cannot be opened.
+    """
+    scheme, _, place = process.init_method.partition("://")
+    if scheme == "file":
+        return dist.FileStore(place, -1)  # with a number of users the last one to leave would remove the file
+    if scheme != "tcp":
+        return dist.HashStore()
+    address, _, port = place.rpartition(":")
+    address = address.removeprefix("[").removesuffix("]")  # of an IPv6 address in a URL
+    hosts = host and process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return dist.TCPStore(
+            address, int(port), None, hosts, timedelta(seconds=seconds), wait_for_workers=False
+        )
+    except (dist.DistError, ValueError, TimeoutError) as error:
+        what = "cannot be opened" if hosts else f"does not answer within {seconds:.0f} s"
+        raise RendezvousError(
+            f"rank {process.rank}: the rendezvous of rank 0 at {process.init_method} {what} ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].strip()[:200] if str(error) else type(error).__name__
+
+
+class Exchange:
+    """Values of all ranks to rank 0, and from rank 0 to all.
+
+    Args:
+        process: the place of this process.
+        seconds: time to reach the store.
+
+    Raises:
+        RendezvousError: see `open_store`.
+    """
+
+    def __init__(self, process: ProcessInfo, seconds: float) -> None:
+        self.process = process
+        # A key of its own: torchrun's store, and that of a restarted run, serve others too.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"preflight/{attempt}", open_store(process, seconds, host=True))
+
+    def put(self, topic: str, value: Any) -> None:
+        """Leave this rank's value of a topic.
+
+        Raises:
+            RendezvousError: rank 0 has gone.
+        """
+        try:
+            self._store.set(f"{topic}/{self.process.rank}", json.dumps(value))
+        except dist.DistNetworkError as error:
+            raise self._broken(error) from error
+
+    def collect(self, topic: str, seconds: float) -> dict[int, Any]:
+        """On rank 0: the values of all ranks, or of those that left theirs within the time."""
+        keys = {rank: f"{topic}/{rank}" for rank in range(self.process.world_size)}
+        self._wait(list(keys.values()), seconds)
+        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._has(key)}
+
+    def tell(self, topic: str, value: Any) -> None:
+        """On rank 0: leave a value for all ranks."""
+        self._store.set(topic, json.dumps(value))
+
+    def hear(self, topic: str, seconds: float) -> Any:
+        """What rank 0 told.
+
+        Raises:
+            RendezvousError: nothing within the time, or rank 0 has gone.
+        """
+        if not self._wait([topic], seconds):
+            raise RendezvousError(
+                f"rank {self.process.rank}: rank 0 has not answered ({topic}) within {seconds:.0f} s"
+            )
+        return json.loads(self._store.get(topic))
+
+    def leave(self, ranks: Iterable[int], seconds: float) -> None:
+        """Part: rank 0 keeps the store open until `ranks` have read what they need, or the time is over."""
+        try:
+            self.put("left", True)
+            if self.process.rank == 0:
+                self._wait([f"left/{rank}" for rank in ranks], seconds)
+        except RendezvousError:
+            return  # rank 0 has gone before
+
+    def _has(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    def _wait(self, keys: Sequence[str], seconds: float) -> bool:
+        """Wait for the keys; False if the time runs out first."""
+        end = time.monotonic() + seconds
+        try:
+            while not self._store.check(list(keys)):
+                if time.monotonic() > end:
+                    return False
+                time.sleep(_POLL_SECONDS)
+        except dist.DistNetworkError as error:
+            raise self._broken(error) from error
+        return True
+
+    def _broken(self, error: Exception) -> RendezvousError:
+        return RendezvousError(
+            f"rank {self.process.rank}: the connection to rank 0 broke ({_first_line(error)})"
+        )
