@@ -11,7 +11,7 @@ from typing import Any
 from megatron_qwenvl.data.records import attempts, coordinates, dialogues, fields, images, markup, tasks
 from megatron_qwenvl.data.records.errors import SampleError
 from megatron_qwenvl.data.records.tasks import TASKS, decode_record
-from megatron_qwenvl.data.rendering import chatml, formats
+from megatron_qwenvl.data.rendering import chatml, formats, token_builder
 from megatron_qwenvl.data.rendering.formats import RENDERING_VERSION, render_sample
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from megatron_qwenvl.data.shards import media, members
 EXPECTED = {
     "version": 6,
     "renderings": "7d009248fe8ea43a",
-    "logic": "1ed442b8c3720ec1",
+    "logic": "26def740013dceb3",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
