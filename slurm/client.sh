@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the prologue of jobs, submit_pipeline.sh and status.sh: questions to Slurm's controller, which may be
-# restarted, busy or out of reach. A client that fails is no answer.
+# restarted, busy or out of reach, and to the restart policy. A client that fails is no answer.
+
+slurm_scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 # Refusals: trying again changes nothing.
 REFUSED='Invalid job id|Invalid node name|[Aa]ccess.*denied|[Pp]ermission denied|is presently disabled|already (finished|complet)|not permitted'
@@ -89,4 +91,9 @@ how_it_ended() { # JOB
   elif ask 1 sacct --noheader --allocations --parsable2 --jobs "$1" --format State,ExitCode; then
     sed -n '1s/|/, exit code /p' <<<"$answer"
   fi
+}
+
+# Runs restart_policy.py under this host's own Python, outside of any container or environment.
+restart_policy() { # ARGUMENTS...
+  timeout -s KILL 120 python3 -EsSB "$slurm_scripts/restart_policy.py" "$@"
 }

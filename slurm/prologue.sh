@@ -1,19 +1,19 @@
 # shellcheck shell=bash
 # Sourced by every batch script: the site's settings, and what all jobs do around their work.
 #
-# A job's log is one file over all its attempts. Its first line always says how the job stands; every attempt begins
+# A job's log is one file over all its attempts. Its first line always holds the job's status; every attempt begins
 # with a line `=== attempt`. Settings come from slurm/site.env (or SITE=file); slurm/site.env.example explains them.
-# docs/slurm.md says what counts as a failure and what as an interruption.
+# slurm/restart_policy.py decides what follows a phase that did not succeed; docs/slurm.md draws a job's states.
 
 set -euo pipefail
 
-# SIGTERM (requeue, preemption) and SIGUSR1 (a time limit ahead) do not end this shell. It tells the work that runs, or
-# does not begin the next; the work saves, and the shell waits for it.
-signals=0 told="" work=""
+# SIGTERM (requeue, preemption) and SIGUSR1 (a time limit ahead) do not end this shell. It passes them on to the phase
+# that runs, or does not begin the next one; the processes save, and the shell waits for them.
+signal_count=0 received_signal="" phase_pid=""
 on_signal() { # NAME
-  signals=$((signals + 1))
-  told="$1"
-  [[ -z "$work" ]] || kill -USR1 "$work" 2>/dev/null || true
+  signal_count=$((signal_count + 1))
+  received_signal="$1"
+  [[ -z "$phase_pid" ]] || kill -USR1 "$phase_pid" 2>/dev/null || true
 }
 trap 'on_signal SIGTERM' TERM
 trap 'on_signal SIGUSR1' USR1
@@ -29,10 +29,13 @@ source "$root/slurm/client.sh"
 
 log="$(readlink -f /proc/$$/fd/1)"
 attempt=$((${SLURM_RESTART_COUNT:-0} + 1))
-run_dir="" bad_nodes="" log_start=0
-INTERRUPTED=75 # as in megatron_qwenvl/runtime/exit_codes.py
-BAD_NODES=3
-BY_SIGNAL=143 # as a shell reports the end by SIGTERM
+run_dir="" phase_start=0
+max_failures="${MAX_FAILURES:-10}"
+max_failures_without_progress="${MAX_FAILURES_WITHOUT_PROGRESS:-3}"
+# As in megatron_qwenvl/runtime/exit_codes.py; a test compares them.
+RUN_ERROR=1
+INTERRUPTED=75
+BY_SIGTERM=143 # as a shell reports the end by SIGTERM
 
 # --- the log --------------------------------------------------------------------------------------------------------
 
@@ -48,225 +51,110 @@ one_line() { # BYTES, TEXT
 }
 
 # Rewrites the first line of the log, in place: slurmd goes on appending to the same file.
-stand() { # TEXT
+set_status() { # TEXT
   [[ -f "$log" ]] || return 0
   printf '%s\n' "$(LC_ALL=C printf '%-500s' "$(one_line 500 "$SLURM_JOB_NAME: $1")")" |
     dd of="$log" conv=notrunc status=none || true
 }
 
-# Runs bookkeeping whose own processes no signal may end.
-calmly() { # COMMAND...
+# Runs a command whose own processes no signal may end.
+shielded() { # COMMAND...
   (trap '' TERM USR1 && "$@")
 }
 
-begin() {
-  calmly announce
+begin_attempt() {
+  shielded announce
+  [[ "$max_failures$max_failures_without_progress" =~ ^[0-9]+$ ]] ||
+    give_up "MAX_FAILURES=$max_failures, MAX_FAILURES_WITHOUT_PROGRESS=$max_failures_without_progress: expected numbers"
 }
 
 announce() {
   local before=""
   [[ ! -f "$log" || -s "$log" ]] || LC_ALL=C printf '%-500s\n' "" >>"$log"
-  [[ ! -f "$log" ]] || before="$(head -n 1 "$log" | tr -d '\0')"
-  stand "running since $(date '+%F %T'), attempt $attempt"
+  [[ "$(restart_policy read-status "$log" 2>/dev/null)" != running ]] || before="$(head -n 1 "$log" | tr -d '\0')"
+  set_status "running since $(date '+%F %T'), attempt $attempt"
   echo "=== attempt $attempt of job $SLURM_JOB_ID ($SLURM_JOB_NAME) on $SLURM_JOB_NODELIST, $(date '+%F %T')"
-  [[ "$before" != *": running since "* ]] ||
-    echo "=== the attempt before ended without a word (killed, or its node was lost): ${before%"${before##*[! ]}"}"
+  [[ -z "$before" ]] ||
+    echo "=== the previous attempt ended unexpectedly (killed, or its node was lost): ${before%"${before##*[! ]}"}"
 }
 
-end_well() {
-  trap '' TERM USR1
-  leave_run
-  stand "finished $(date '+%F %T')"
-  echo "=== finished, $(date '+%F %T')"
-  exit 0
+# --- phases of a job ------------------------------------------------------------------------------------------------
+
+# Notes where the log of a phase begins.
+mark_phase() {
+  [[ ! -f "$log" ]] || phase_start="$(shielded stat -c %s "$log")"
 }
 
-give_up() { # REASON
-  trap '' TERM USR1
-  local reason="${1:-no reason is known; see the lines above}"
-  leave_run
-  stand "FAILED: $reason"
-  echo "=== FAILED: $reason"
-  exit 1
-}
-
-# The part of the log since the last piece of work of this attempt began.
-this_work() {
-  [[ ! -f "$log" ]] || tail -c "+$((log_start + 1))" "$log" |
-    awk '/^=== attempt /{ text = "" } { text = text $0 "\n" } END { printf "%s", text }'
-}
-
-# What ended the work, as one line: the first of what ranks say of themselves and of what srun says of ranks that
-# could not say anything (killed, node lost). A rank that only lost a neighbour is believed last.
-first_cause() { # EXIT CODE
-  this_work | awk -v code="$1" '
-    { sub(/^ *[0-9]+: /, "") } # the label of srun --label
-    /FAILED \(lost peer\)/ { if (peer == "") peer = $0; next }
-    /FAILED/ { cause = $0; exit }
-    /oom.kill/ { cause = $0; exit }
-    /^srun: error: .*Node failure/ { cause = $0; exit }
-    /^srun: error: .*tasks? [-0-9,\[\]]+: / {
-      # Codes that a rank explains itself, and ends that srun brings about.
-      if (/: Exited with exit code (1|2|70|71|75)$/) { if (exited == "" && !/code (70|75)$/) exited = $0; next }
-      if (/: (Terminated|User defined signal 1)/) next
-      cause = $0; exit
-    }
-    /^srun: (error|fatal): / { if (said == "") said = $0 }
-    END {
-      if (cause == "") cause = peer
-      if (cause == "") cause = exited
-      if (cause == "") cause = said
-      if (cause == "") cause = "exit code " code
-      sub(/^[0-9-]+ [0-9:,]+ /, "", cause) # the time
-      print cause
-    }'
-}
-
-# The last line that a program, not Slurm, left on the log; if none did, the last of Slurm, or the exit code.
-last_words() { # EXIT CODE
-  this_work | awk -v code="${1:-unknown}" '
-    /^(srun|slurmstepd): .*\*\*\* STEP|^===/ || !NF { next }
-    /^(srun|slurmstepd)/ { slurm = $0; next }
-    { line = $0 }
-    END { print line != "" ? line : (slurm != "" ? slurm : "exit code " code) }'
-}
-
-# --- pieces of work -------------------------------------------------------------------------------------------------
-
-begin_work() {
-  [[ ! -f "$log" ]] || log_start="$(calmly stat -c %s "$log")"
-}
-
-# Runs a command to its end, whatever signals come meanwhile; returns its exit code.
-work() { # COMMAND...
-  [[ -z "$told" ]] || return "$BY_SIGNAL"
-  begin_work
+# Runs a command to its end, whatever signals arrive meanwhile; returns its exit code.
+run_phase() { # COMMAND...
+  [[ -z "$received_signal" ]] || return "$BY_SIGTERM"
+  mark_phase
   "$@" &
-  work=$!
-  [[ -z "$told" ]] || kill -USR1 "$work" 2>/dev/null || true # it came just now
+  phase_pid=$!
+  [[ -z "$received_signal" ]] || kill -USR1 "$phase_pid" 2>/dev/null || true # it came just now
   local seen code
   while
-    seen=$signals code=0
-    wait "$work" || code=$?
-    ((signals != seen)) # `wait` was disturbed
+    seen=$signal_count code=0
+    wait "$phase_pid" || code=$?
+    ((signal_count != seen)) # a signal ended `wait`, not the command
   do :; done
-  work=""
+  phase_pid=""
   return "$code"
 }
 
-# Whether work ended because it was asked to: saved, or ended by SIGUSR1 or SIGTERM before it could save. srun sends
-# SIGTERM too, to all others when one rank fails; so what the first rank died of decides.
-was_interrupted() { # EXIT CODE
-  local first
-  case "$1" in
-    0) return 1 ;;
-    "$INTERRUPTED" | 138 | "$BY_SIGNAL") [[ -z "$told" ]] || return 0 ;;
-  esac
-  first="$(this_work | awk '
-    { sub(/^ *[0-9]+: /, "") }
-    /FAILED/ && !/lost peer/ { failed = 1 }
-    /^srun: forcing job termination/ { print "asked"; exit }
-    /^srun: error: .*tasks? [-0-9,\[\]]+: / {
-      if (/: (Terminated|User defined signal 1)/ || /: Exited with exit code 75$/) { print "asked"; exit }
-      if (/: Exited with exit code 70$/ && !failed) next # it lost a neighbour, which comes next
-      print "failed"; exit
-    }')"
-  case "$first" in
-    asked) return 0 ;;
-    failed) return 1 ;;
-  esac
-  (($1 == INTERRUPTED || $1 == 138 || $1 == BY_SIGNAL))
-}
-
-# Whether srun never came to the work, because Slurm could not be reached.
-was_not_started() {
-  this_work | grep -E "^srun: (error|fatal): (Unable|Failed|Could not|_establish).*($UNREACHED)" >/dev/null
-}
-
-# What work that did not end well means wherever it is not the work's own verdict; returns if it is one.
-unless_it_was_not_the_work() { # EXIT CODE, WHAT
-  trap '' TERM USR1
-  ! was_interrupted "$1" || go_on "interrupted ${told:+by $told }in $2"
-  ! was_not_started || go_on "Slurm could not be reached in $2"
-}
-
-# It ends by itself on every rank; were the others ended with the first, the verdict's exit code would be lost.
+# Runs preflight on every rank. Each ends by itself: were the others ended with the first, the verdict's exit code
+# would be lost.
 run_preflight() { # ARGUMENTS
-  PROGRAM=tools/preflight.py SRUN_OPTIONS="--kill-on-bad-exit=0 ${SRUN_OPTIONS:-}" work "$root/launch/srun.sh" "$@"
+  PROGRAM=tools/preflight.py SRUN_OPTIONS="--kill-on-bad-exit=0 ${SRUN_OPTIONS:-}" run_phase "$root/launch/srun.sh" "$@"
 }
 
-# Looks at the machines before a job that is no training; its log lies on the file system that all nodes share.
-preflight_machines() {
+# Runs one process of a program on the first node.
+run_single_task() { # PROGRAM, ARGUMENTS...
+  PROGRAM="$1" SRUN_OPTIONS="--nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap ${SRUN_OPTIONS:-}" \
+    run_phase "$root/launch/srun.sh" "${@:2}"
+}
+
+# --- jobs that do not train -----------------------------------------------------------------------------------------
+
+# A job that is one process of a program.
+single_task_job() { # PROGRAM, ARGUMENTS...
+  task_job run_single_task "$@"
+}
+
+# A job that checks its nodes and then runs a command. A job whose program reports an error ends; one that was killed
+# is requeued a few times.
+task_job() { # COMMAND...
   local code=0
-  run_preflight --directory "$(dirname "$log")" || code=$?
-  ((code == 0)) && return
-  unless_it_was_not_the_work "$code" preflight
-  ((code < 128)) || again_or_give_up "$(first_cause "$code")"
-  give_up "$(last_words "$code")"
-}
-
-# Runs one process of the job's programs on the first node: PROGRAM ARGUMENTS...
-one() {
-  PROGRAM="$1" SRUN_OPTIONS="--nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap ${SRUN_OPTIONS:-}" work "$root/launch/srun.sh" "${@:2}"
-}
-
-# A job whose work is one conversion: PROGRAM ARGUMENTS...
-run_one() {
-  begin
-  preflight_machines
-  finish_with one "$@"
-}
-
-# The last piece of work of a job that is no training. What a program says against its arguments or its input ends the
-# job; killed, it is started again some times.
-finish_with() { # COMMAND...
-  local code=0
+  begin_attempt
+  run_preflight --directory "$(dirname "$log")" || end_attempt preflight $? # the log is on the shared file system
   "$@" || code=$?
-  ((code != 0)) || end_well
-  unless_it_was_not_the_work "$code" "$SLURM_JOB_NAME"
-  ((code < 128)) || again_or_give_up "$(first_cause "$code")"
-  give_up "$(last_words "$code")"
-}
-
-# Starts a job that is no training again after a failure, a few times.
-again_or_give_up() { # CAUSE
-  local before=0
-  [[ ! -f "$log" ]] || before="$(grep -c '^=== to be started again: killed: ' "$log" || true)"
-  ((before + 1 < ${MAX_FAILURES_WITHOUT_PROGRESS:-3})) || give_up "$1; $((before + 1)) failures of this job"
-  go_on "killed: $1"
+  ((code == 0)) || end_attempt task "$code"
+  finish
 }
 
 # --- training -------------------------------------------------------------------------------------------------------
 
-# A training stage: RECIPE OVERRIDES...; a --recipe among the overrides replaces RECIPE.
-train() {
+# A training stage. A --recipe among the overrides replaces RECIPE.
+train() { # RECIPE, OVERRIDES...
   local code=0
-  begin
+  begin_attempt
   configure "$@"
-  enter_run
-  preflight
-  SRUN_OPTIONS="--label ${SRUN_OPTIONS:-}" work "$root/launch/srun.sh" "${arguments[@]}" || code=$?
-  ((code != 0)) || end_well
-  trap '' TERM USR1
-  ((code != INTERRUPTED)) || go_on "interrupted, saved as $(newest)"
-  unless_it_was_not_the_work "$code" "training, newest checkpoint: $(newest)"
-  after_failure "$(first_cause "$code")"
+  claim_run_dir
+  run_preflight "${arguments[@]}" --bad-nodes "$run_dir/bad_nodes.txt" || end_attempt preflight $?
+  SRUN_OPTIONS="--label ${SRUN_OPTIONS:-}" run_phase "$root/launch/srun.sh" "${arguments[@]}" || code=$?
+  ((code == 0)) || end_attempt training "$code"
+  finish
 }
 
 # Sets `arguments` and `run_dir`; a configuration that cannot be used ends the job.
-configure() { # RECIPE OVERRIDES...
+configure() { # RECIPE, OVERRIDES...
   arguments=(--recipe "$@") # of two the last one counts
-  local code=0
-  begin_work
-  run_dir="$(ask_trainer run_dir)" || code=$?
-  if ((code)); then
-    [[ ! "$told" ]] || code="$BY_SIGNAL"
-    run_dir="" # no failure of a run yet
-    unless_it_was_not_the_work "$code" "the configuration"
-    ((code < 128)) || again_or_give_up "$(first_cause "$code")"
-    give_up "$(last_words "$code")"
-  fi
-  calmly mkdir -p "$run_dir" 2>/dev/null || true # one that cannot be made is preflight's to explain
+  local code=0 answer
+  mark_phase
+  answer="$(ask_trainer run_dir)" || code=$?
+  ((code == 0)) || end_attempt configuration "$([[ "$received_signal" ]] && echo "$BY_SIGTERM" || echo "$code")"
+  run_dir="$answer"
+  shielded mkdir -p "$run_dir" 2>/dev/null || true # preflight explains one that cannot be made
 }
 
 # One value of the resolved configuration. The site's options may label output, which would be read as part of it.
@@ -277,63 +165,98 @@ ask_trainer() { # FIELD
   for option in "${options[@]}"; do
     [[ "$option" == --label || "$option" == -l ]] || plain+="$option "
   done
-  SRUN_OPTIONS="$plain" one "-m megatron_qwenvl.train" "${arguments[@]}" --print-value "$1"
+  SRUN_OPTIONS="$plain" run_single_task "-m megatron_qwenvl.train" "${arguments[@]}" --print-value "$1"
 }
 
-# Leaves a note in the run's directory while the job works there. One that is found there was left by a job that ended
-# without a word, or that still runs: then it stays, and the trainer will refuse to start.
-enter_run() {
+# Names this job in RUN/job.txt while it works there. A file that is found was left by a job that ended unexpectedly,
+# or that still runs: then the file stays, and the trainer will refuse to start.
+claim_run_dir() {
   local other
-  other="$(note_of_job)"
+  other="$(job_of_run_dir)"
   if [[ -n "$other" && "$other" != "$SLURM_JOB_ID" ]]; then
-    echo "=== job $other worked here before and left no word of its end: $(calmly describe_end "$other")"
+    echo "=== job $other worked in this run directory and ended unexpectedly: $(shielded describe_end "$other")"
   fi
-  calmly write_note
+  shielded write_job_file
 }
 
-# The job that last said that it works in the run's directory.
-note_of_job() {
+# The job that RUN/job.txt names.
+job_of_run_dir() {
   [[ ! -r "$run_dir/job.txt" ]] || sed -n '1s/ .*//p' "$run_dir/job.txt"
 }
 
-write_note() {
+write_job_file() {
   local other
-  other="$(note_of_job)"
+  other="$(job_of_run_dir)"
   if [[ -n "$other" && "$other" != "$SLURM_JOB_ID" ]] && ask_state 2 "$other" && is_live "$state"; then return; fi
-  # What cannot be written is preflight's to explain.
+  # Preflight explains a directory that cannot be written.
   { echo "$SLURM_JOB_ID since $(date '+%F %T'), attempt $attempt, log $log" >"$run_dir/job.txt"; } 2>/dev/null || true
 }
 
-leave_run() {
-  [[ -z "$run_dir" || "$(note_of_job)" != "$SLURM_JOB_ID" ]] || rm -f "$run_dir/job.txt"
+release_run_dir() {
+  [[ -z "$run_dir" || "$(job_of_run_dir)" != "$SLURM_JOB_ID" ]] || rm -f "$run_dir/job.txt"
 }
 
-# Looks at nodes, network, file system and data before anything is trained on.
-preflight() {
-  local code=0 list="$run_dir/bad_nodes.txt"
-  run_preflight "${arguments[@]}" --bad-nodes "$list" || code=$?
-  ((code == 0)) && return
-  unless_it_was_not_the_work "$code" preflight
-  case "$code" in
-    1 | 2) give_up "$(last_words "$code")" ;;
-    "$BAD_NODES")
-      bad_nodes="$(paste -sd, "$list" 2>/dev/null || true)"
-      after_failure "$(last_words "$code")"
-      ;;
-    *) after_failure "$(first_cause "$code")" ;;
+# --- the end of an attempt ------------------------------------------------------------------------------------------
+
+finish() {
+  trap '' TERM USR1
+  release_run_dir
+  set_status "finished $(date '+%F %T')"
+  echo "=== finished, $(date '+%F %T')"
+  exit 0
+}
+
+# Ends the attempt after a phase that did not succeed.
+end_attempt() { # PHASE, EXIT CODE
+  trap '' TERM USR1 # requeueing ends this shell, and there is more to do then
+  local ended="" decision=()
+  still_running || ended=--ended-by-slurm
+  mapfile -t decision < <(
+    restart_policy decide --phase "$1" --exit-code "$2" --signal="$received_signal" --job "$SLURM_JOB_ID" \
+      --log "$log" --log-start "$phase_start" ${run_dir:+"--run-dir=$run_dir"} --unreachable="$UNREACHED" \
+      --max-failures "$max_failures" --max-failures-without-progress "$max_failures_without_progress" ${ended:+"$ended"}
+  )
+  case "${decision[0]:-}" in
+    requeued) requeue "${decision[1]}" "${decision[2]}" ;;
+    given_up) give_up "${decision[1]}" ;;
+    stopped_by_slurm) report_stopped "${decision[1]}" ;;
+    *) [[ -z "$ended" ]] || report_stopped "exit code $2 during $1" ;;
   esac
+  requeue_without_policy "$@"
 }
 
-# The newest checkpoint, or `nothing`.
-newest() {
-  [[ -z "$run_dir" ]] || cat "$run_dir/checkpoints/latest" 2>/dev/null || echo nothing
+# The same where restart_policy.py cannot run: an interruption is requeued, anything else a few times, so that a run is
+# not lost. Nothing is known of the cause then.
+requeue_without_policy() { # PHASE, EXIT CODE
+  local mark="=== the restart policy cannot run" reason="exit code $2 during $1" count
+  if [[ -n "$received_signal" ]] || (($2 == INTERRUPTED)); then
+    requeue "interrupted${received_signal:+ by $received_signal} during $1"
+  fi
+  echo "$mark: a python3 of version 3.6 or newer is needed on $(hostname)"
+  count="$([[ -f "$log" ]] && grep -c "^$mark" "$log" || echo "$attempt")"
+  ((count < max_failures_without_progress)) || give_up "$reason; $count failures, and the restart policy cannot run (see above)"
+  requeue "$reason; the restart policy cannot run"
 }
 
-# --- what comes next ------------------------------------------------------------------------------------------------
+give_up() { # REASON
+  trap '' TERM USR1
+  release_run_dir
+  set_status "FAILED: $1"
+  echo "=== FAILED: $1"
+  exit "$RUN_ERROR"
+}
 
-# False once Slurm, an administrator or the user has ended or requeued the job: then that is what happens. Not known
-# is not stopped.
-still_running() {
+# Slurm, an administrator or the user has ended or requeued the job, and that is what happens.
+report_stopped() { # REASON
+  local newest=""
+  [[ -z "$run_dir" ]] || newest="$(cat "$run_dir/checkpoints/latest" 2>/dev/null || echo nothing)"
+  set_status "stopped by Slurm $(date '+%F %T')${newest:+, newest checkpoint: $newest}"
+  echo "=== stopped by Slurm: $1"
+  exit "$INTERRUPTED"
+}
+
+# False once Slurm says that the job does not run any more; without an answer it does.
+still_running() { # [TRIES]
   ask_state "${1:-5}" "$SLURM_JOB_ID" || return 0
   case "$state" in
     RUNNING | SUSPENDED | STOPPED | SIGNALING | RESIZING | CONFIGURING) true ;;
@@ -341,26 +264,18 @@ still_running() {
   esac
 }
 
-stopped_by_slurm() { # REASON
-  stand "stopped by Slurm $(date '+%F %T')${run_dir:+, newest checkpoint: $(newest)}"
-  echo "=== stopped by Slurm: $1"
-  exit "$INTERRUPTED"
-}
-
-# Starts the job again, at its end of the queue, without the nodes in `bad_nodes`.
-go_on() { # REASON
-  trap '' TERM USR1 # requeueing ends this shell, and the last line is still to be done
-  leave_run
-  still_running || stopped_by_slurm "$1"
-  stand "to be started again: $1"
+# Puts the job back into the queue, without the nodes to be excluded.
+requeue() { # REASON, [NODES]
+  release_run_dir
+  set_status "to be started again: $1"
   echo "=== to be started again: $(one_line 1000 "$1")"
-  requeue "$1"
-  [[ -z "$bad_nodes" ]] || leave_out "$bad_nodes"
+  request_requeue "$1"
+  [[ -z "${2:-}" ]] || exclude_nodes "$2"
   exit "$INTERRUPTED"
 }
 
 # Slurm's controller may be away; the job waits for it, as it could not be started again otherwise.
-requeue() { # REASON
+request_requeue() { # REASON
   local code why deadline=$((SECONDS + ${SLURM_WAIT_SECONDS:-3600})) pause=1
   while
     code=0
@@ -368,41 +283,20 @@ requeue() { # REASON
     ((code != 0))
   do
     why="$answer"
-    still_running 1 || return 0 # it was done, though no answer came
+    still_running 1 || return 0 # it was requeued, though no answer came
     if ((code == 1 || SECONDS >= deadline)) || ! command -v scontrol >/dev/null; then
       give_up "$1; and the job could not be requeued: $why"
     fi
-    echo "=== Slurm cannot be asked to start the job again, next try in $pause s: $why"
+    echo "=== Slurm cannot be asked to requeue the job, next attempt in $pause s: $why"
     sleep "$pause"
     pause=$((pause < 30 ? pause * 2 : 60))
   done
 }
 
-leave_out() { # NODES
+exclude_nodes() { # NODES
   local before=""
   ! ask 3 scontrol --oneliner show job "$SLURM_JOB_ID" || before="$(sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' <<<"$answer")"
   [[ "$before" != "(null)" ]] || before=""
-  echo "=== left out from now on: $1 (back in: scontrol update jobid=$SLURM_JOB_ID ExcNodeList=$before)"
-  ask 3 scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$1" || echo "=== not left out: $answer"
-}
-
-# Starts the job again unless that would only repeat the failure. RUN_DIR/failures.tsv keeps time, job, newest
-# checkpoint and cause of every failure.
-after_failure() { # CAUSE
-  trap '' TERM USR1
-  local cause here same stuck all ledger="$run_dir/failures.tsv"
-  cause="$(one_line 2000 "$1")"
-  still_running || stopped_by_slurm "$cause"
-  printf '%s\t%s\t%s\t%s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$(newest)" "$cause" >>"$ledger" || give_up "$cause"
-  here="$(awk -F'\t' -v at="$(newest)" '{ if ($3 == at) text = text $4 "\n"; else text = "" } END { printf "%s", text }' "$ledger")"
-  stuck="$(wc -l <<<"$here")"
-  # The same but for numbers: another rank, port or node may say it.
-  same="$(grep -cxF -- "${cause//[0-9]/}" <<<"${here//[0-9]/}" || true)"
-  all="$(awk -F'\t' -v job="$SLURM_JOB_ID" '$2 == job' "$ledger" | wc -l)"
-  ((all < ${MAX_FAILURES:-10})) || give_up "$cause; $all failures of this job"
-  if [[ -z "$bad_nodes" ]]; then # else it is other nodes that try next
-    ((same < 2)) || give_up "$cause; it is the same as at the last start from here ($(newest))"
-    ((stuck < ${MAX_FAILURES_WITHOUT_PROGRESS:-3})) || give_up "$cause; $stuck failures without a new checkpoint"
-  fi
-  go_on "$cause"
+  echo "=== excluded from now on: $1 (to undo: scontrol update jobid=$SLURM_JOB_ID ExcNodeList=$before)"
+  ask 3 scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$1" || echo "=== not excluded: $answer"
 }

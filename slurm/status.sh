@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Where a chain of slurm/submit_pipeline.sh is: for every step its job and state, and of training its step, loss, rate
-# and time left; of a failed step the reason, and of a job that ended without a word what Slurm knows of its end.
+# and time left; of a failed step the reason, and of a job that ended unexpectedly what Slurm knows of its end.
 #   slurm/status.sh runs/qwenvl
 set -euo pipefail
 
@@ -13,8 +13,8 @@ run="${1:?usage: slurm/status.sh RUN}"
   exit 2
 }
 
-# Sets `shown`, a job's state, by Slurm's word and the first line of its log, which may be the job's last word.
-judge() { # JOB, STANDS
+# Sets `shown`, the state of a job: Slurm's, and after its end the one that the first line of the job's log names.
+describe_job() { # JOB, LOG
   if ! ask_state 2 "$1"; then
     shown="UNKNOWN (Slurm cannot be asked: $answer)"
   elif is_live "$state"; then
@@ -22,12 +22,12 @@ judge() { # JOB, STANDS
     ! ask 1 squeue --noheader --job "$1" --format '%T %r' || shown="${answer%%$'\n'*}"
     return
   fi
-  case "$2" in
-    finished*) shown=FINISHED ;;
-    FAILED*) shown=FAILED ;;
-    "stopped by Slurm"*) shown="${shown:-ENDED}" ;;
-    "") shown="${shown:-CANCELLED before it started}" ;;
-    *) shown="${shown:-"ENDED without a word; $(describe_end "$1")"}" ;;
+  case "$(restart_policy read-status "$2")" in
+    finished) shown=FINISHED ;;
+    given_up) shown=FAILED ;;
+    stopped_by_slurm) shown="${shown:-ENDED}" ;;
+    pending) shown="${shown:-CANCELLED before it started}" ;;
+    *) shown="${shown:-"ENDED unexpectedly; $(describe_end "$1")"}" ;;
   esac
 }
 
@@ -35,11 +35,10 @@ judge() { # JOB, STANDS
 jobs="$(awk -F'\t' '!($1 in job) { order[++count] = $1 } { job[$1] = $2 } END { for (i = 1; i <= count; i++) print order[i] "\t" job[order[i]] }' "$run/jobs.tsv")"
 while IFS=$'\t' read -r step job; do
   log="$run/logs/$step-$job.log"
-  # A log's first line says how the job stands.
-  stands="$(head -n 1 "$log" 2>/dev/null | sed -e 's/^[^:]*: //' -e 's/ *$//' || true)"
+  status="$(head -n 1 "$log" 2>/dev/null | sed -e 's/^[^:]*: //' -e 's/ *$//' || true)"
   progress="" shown=""
   [[ "$step" != stage? ]] || progress="$(python3 "$root/tools/run_progress.py" "$run/$step")"
-  judge "$job" "$stands"
+  describe_job "$job" "$log"
   printf '%-12s job %-8s %-12s %s\n' "$step" "$job" "$shown" "$progress"
-  [[ "$stands" == "" || "$stands" == finished* ]] || printf '%-12s %s\n' "" "$stands"
+  [[ "$status" == "" || "$status" == finished* ]] || printf '%-12s %s\n' "" "$status"
 done <<<"$jobs"

@@ -103,10 +103,8 @@ find_live_job() { # STEP
   if [[ -n "$job" ]]; then
     ask_state 5 "$job" || die "Slurm cannot be asked about job $job of $1, so nothing more is submitted; call again ($answer)"
     ! is_live "$state" || return 0
-    case "$(head -n 1 "$run/logs/$1-$job.log" 2>/dev/null)" in
-      *": running since "* | *": to be started again: "*)
-        echo "$1: job $job ended without a word: $(describe_end "$job")"
-        ;;
+    case "$(restart_policy read-status "$run/logs/$1-$job.log")" in
+      running | requeued) echo "$1: job $job ended unexpectedly: $(describe_end "$job")" ;;
     esac
   fi
   find_unnoted_job "$1"

@@ -71,9 +71,9 @@ def test_signals_and_an_absent_controller_end_no_stage(
     cluster.wait_while_alive(job, lambda: records() > seen + 1, "no steps")
     assert faults.one("shell KILL", job)
     assert cluster.wait_for_state(job, "FAILED") == "FAILED"
-    assert "ENDED without a word; Slurm says FAILED, exit code 0:9" in status(cluster, run)
+    assert "ENDED unexpectedly; Slurm says FAILED, exit code 0:9" in status(cluster, run)
     again = pipeline(cluster, site, run, "--to", "next_stage2")
-    assert f"stage1: job {job} ended without a word" in again.stdout
+    assert f"stage1: job {job} ended unexpectedly" in again.stdout
     finish_chain(cluster, run, "import", "stage1", "next_stage2")
     assert (
         compare(

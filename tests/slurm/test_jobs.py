@@ -165,7 +165,7 @@ def test_a_node_that_fails_preflight_is_left_out(cluster: Cluster, data: Path, t
         "--data.global_batch_size", "9", options=("--nodes=3", "--ntasks-per-node=1", "--cpus-per-task=1"),
     )  # fmt: skip
     text = finish(cluster, job, log)
-    assert "preflight: FAILED" in text and "left out from now on: node2" in text
+    assert "preflight: FAILED" in text and "excluded from now on: node2" in text
     attempts = [line for line in text.splitlines() if line.startswith("=== attempt")]
     assert len(attempts) == 2 and "node[1-3]" in attempts[0] and "node[1,3-4]" in attempts[1]
     assert read_manifest(find_checkpoint(tmp_path / "stage1")).step == 3

@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[3]
 
 SRUN = """
 while [[ "$1" == --* ]]; do shift; done
-told=0
-trap 'told=$((told + 1)); kill -USR1 "$task" 2>/dev/null' USR1 # srun passes signals on to its tasks
+signals=0
+trap 'signals=$((signals + 1)); kill -USR1 "$task" 2>/dev/null' USR1 # srun passes signals on to its tasks
 "$@" &
 task=$!
 while
-  before=$told code=0
+  before=$signals code=0
   wait "$task" || code=$?
-  ((told != before))
+  ((signals != before))
 do :; done
 # A program may say itself how srun ends.
 [[ ! -s "$HERE/srun_says" ]] || { cat "$HERE/srun_says" >&2; rm "$HERE/srun_says"; exit "$code"; }
@@ -116,7 +116,7 @@ class Site:
         }
 
     @property
-    def stands(self) -> str:
+    def status(self) -> str:
         """The first line of the log."""
         return self.log.read_text().splitlines()[0].rstrip()
 

@@ -106,12 +106,12 @@ def test_status_says_that_a_job_ended_without_a_word(site: Site) -> None:
     site.does("squeue", "echo FAILED")
     site.does("scontrol", 'echo "JobId=9 JobState=FAILED Reason=x ExitCode=0:9 y=z"')
     shown = site.tool("status.sh", str(site.run_dir)).stdout
-    assert "ENDED without a word; Slurm says FAILED, exit code 0:9" in shown
+    assert "ENDED unexpectedly; Slurm says FAILED, exit code 0:9" in shown
     site.does("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     site.does("sacct", 'echo "NODE_FAIL|0:0"')
     site.does("squeue", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
     shown = site.tool("status.sh", str(site.run_dir)).stdout
-    assert "ENDED without a word; Slurm says NODE_FAIL, exit code 0:0" in shown
+    assert "ENDED unexpectedly; Slurm says NODE_FAIL, exit code 0:0" in shown
     site.does("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     assert "nothing of it any more" in site.tool("status.sh", str(site.run_dir)).stdout
 
@@ -121,7 +121,7 @@ def test_the_next_call_of_the_chain_says_it_too(site: Site) -> None:
     (site.run_dir / "weights/stage1_start").mkdir(parents=True)
     done = submit(site, "--from", "stage1", "--to", "stage1")
     assert done.returncode == 0, done.stderr
-    assert "stage1: job 9 ended without a word" in done.stdout and "submitted as job 101" in done.stdout
+    assert "stage1: job 9 ended unexpectedly" in done.stdout and "submitted as job 101" in done.stdout
 
 
 def test_scontrol_answers_where_squeue_does_not(site: Site) -> None:
@@ -129,7 +129,7 @@ def test_scontrol_answers_where_squeue_does_not(site: Site) -> None:
     site.does("squeue", "exit 0")
     site.does("scontrol", 'echo "JobId=9 JobState=NODE_FAIL Reason=x ExitCode=0:0 y=z"')
     shown = site.tool("status.sh", str(site.run_dir)).stdout
-    assert "ENDED without a word; Slurm says NODE_FAIL, exit code 0:0" in shown
+    assert "ENDED unexpectedly; Slurm says NODE_FAIL, exit code 0:0" in shown
 
 
 @pytest.mark.parametrize("squeue", [AWAY, "exit 1"])

@@ -37,7 +37,7 @@ def test_a_signal_that_ends_work_before_it_can_save_is_no_failure(
     site.does(place, ENDS[name])
     for restarts in ("0", "1", "2", "3"):
         assert site.run(script, SLURM_RESTART_COUNT=restarts) == 75
-        assert "to be started again: interrupted" in site.stands
+        assert "to be started again: interrupted" in site.status
     assert site.clients.count("scontrol requeue 7") == 4
     assert site.failures == []
 
@@ -90,7 +90,7 @@ def test_what_the_first_rank_died_of_decides_failed(site: Site, said: str, code:
     assert site.run() == 75 and site.requeued
     assert site.failures == [cause]
     assert site.run(SLURM_RESTART_COUNT="1") == 1
-    assert cause in site.stands and "same as at the last start" in site.stands
+    assert cause in site.status and "same as at the last start" in site.status
 
 
 def test_interruptions_between_failures_do_not_count(site: Site) -> None:
@@ -105,7 +105,7 @@ def test_a_conversion_that_is_killed_is_started_again_some_times(site: Site) -> 
     site.does("work", "kill -KILL $BASHPID")
     codes = [site.run("next_stage.sbatch", SLURM_RESTART_COUNT=str(n)) for n in range(3)]
     assert codes == [75, 75, 1]
-    assert "FAILED: srun: error: node1: task 0: Killed; 3 failures" in site.stands
+    assert "FAILED: srun: error: node1: task 0: Killed; 3 failures" in site.status
 
 
 @pytest.mark.parametrize(
@@ -119,11 +119,11 @@ def test_a_conversion_that_is_killed_is_started_again_some_times(site: Site) -> 
 def test_a_verdict_of_the_work_ends_the_job_with_a_reason(site: Site, place: str, script: str) -> None:
     site.does(place, "echo 'it cannot be: because' >&2; exit 1")
     assert site.run(script) == 1
-    assert "FAILED: it cannot be: because" in site.stands and not site.requeued
+    assert "FAILED: it cannot be: because" in site.status and not site.requeued
     site.does(place, "exit 1")
     site.log.unlink()
     assert site.run(script) == 1
-    assert "FAILED: srun: error: node1: task 0: Exited with exit code 1" in site.stands
+    assert "FAILED: srun: error: node1: task 0: Exited with exit code 1" in site.status
 
 
 # --- signals to the batch shell itself --------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_a_signal_to_the_shell_reaches_the_work_or_keeps_it_from_starting(
     assert job.wait(60) == 75
     # The shell asks for the configuration in a subshell, waits for the answer, and starts nothing else.
     assert (site.folder / "told").exists() == (place != "configure")
-    assert "to be started again: interrupted" in site.stands and site.requeued and site.failures == []
+    assert "to be started again: interrupted" in site.status and site.requeued and site.failures == []
     assert [call[0] for call in site.calls][-1] == place
 
 
@@ -163,7 +163,7 @@ def test_no_answer_of_squeue_does_not_mean_stopped(site: Site, squeue: str, work
     site.does("squeue", squeue)
     site.does("work", work)
     assert site.run() == 75
-    assert site.requeued and "to be started again" in site.stands
+    assert site.requeued and "to be started again" in site.status
     assert len(site.failures) == (work == "exit 70")
 
 
@@ -172,21 +172,21 @@ def test_stopped_is_what_slurm_says(site: Site, state: str) -> None:
     site.does("squeue", f"echo {state}")
     site.does("work", "exit 70")
     assert site.run() == 75
-    assert "stopped by Slurm" in site.stands and not site.requeued and site.failures == []
+    assert "stopped by Slurm" in site.status and not site.requeued and site.failures == []
 
 
 def test_requeue_waits_for_the_controller(site: Site) -> None:
     site.does("work", "exit 75")
     site.does("scontrol", f'echo x >>"$HERE/tries"; (($(wc -l <"$HERE/tries") > 3)) || {{ {AWAY}; }}')
     assert site.run() == 75
-    assert site.clients.count("scontrol requeue 7") == 4 and "to be started again" in site.stands
+    assert site.clients.count("scontrol requeue 7") == 4 and "to be started again" in site.status
 
 
 def test_a_requeue_that_was_done_without_an_answer_is_done(site: Site) -> None:
     site.does("work", "exit 75")
     site.does("scontrol", f"echo 'echo PENDING' >\"$HERE/squeue\"; {AWAY}")
     assert site.run() == 75
-    assert site.clients.count("scontrol requeue 7") == 1 and "FAILED" not in site.stands
+    assert site.clients.count("scontrol requeue 7") == 1 and "FAILED" not in site.status
 
 
 @pytest.mark.parametrize("case", ["refused", "too long", "no scontrol"])
@@ -203,7 +203,7 @@ def test_a_job_that_cannot_be_requeued_says_why(site: Site, case: str) -> None:
         (site.programs / "scontrol").unlink()
         settings["PATH"] = f"{site.programs}:{basics(site)}"
     assert site.run(**settings) == 1
-    assert "FAILED: interrupted" in site.stands and said in site.stands
+    assert "FAILED: interrupted" in site.status and said in site.status
 
 
 def basics(site: Site) -> Path:
@@ -211,7 +211,7 @@ def basics(site: Site) -> Path:
     folder = site.folder / "basics"
     folder.mkdir()
     for name in ("awk", "bash", "basename", "cat", "date", "dd", "dirname", "env", "grep", "head", "mkdir", "paste",
-                 "readlink", "rm", "sed", "sleep", "stat", "tail", "tr", "wc", "cp"):  # fmt: skip
+                 "python3", "readlink", "rm", "sed", "sleep", "stat", "tail", "timeout", "tr", "wc", "cp"):  # fmt: skip
         found = next(Path(p, name) for p in ("/usr/bin", "/bin") if Path(p, name).exists())
         (folder / name).symlink_to(found)
     return folder
@@ -223,7 +223,7 @@ def test_srun_that_cannot_reach_slurm_is_no_verdict(site: Site) -> None:
         (site.folder / "said").write_text(message + "\n")
         site.does(place, 'cp "$HERE/said" "$HERE/srun_says"; exit 1')
         assert site.run() == 75
-        assert "to be started again: Slurm could not be reached" in site.stands
+        assert "to be started again: Slurm could not be reached" in site.status
         (site.folder / place).unlink()
     assert site.failures == []
 
@@ -237,6 +237,54 @@ def test_bad_nodes_are_left_out_though_scontrol_fails_at_first(site: Site) -> No
               '[[ "$2" != show ]] || echo "JobId=7 ExcNodeList=node9 x=1"')  # fmt: skip
     assert site.run() == 75
     assert "scontrol update jobid=7 ExcNodeList=node9,node2" in site.clients
+
+
+# --- without the restart policy ---------------------------------------------------------------------------------------
+
+
+def break_policy(site: Site, how: str) -> dict[str, str]:
+    """Let slurm/restart_policy.py fail; returns the environment of the job."""
+    if how == "no python3":
+        folder = basics(site)
+        (folder / "python3").unlink()
+        return {"PATH": f"{site.programs}:{folder}"}
+    site._program("python3", {"old": "exit 1", "killed": "kill -KILL $$", "nonsense": "echo well"}[how])
+    return {}
+
+
+@pytest.mark.parametrize("how", ["no python3", "old", "killed", "nonsense"])
+def test_without_the_policy_a_failure_is_requeued_a_few_times(site: Site, how: str) -> None:
+    settings = break_policy(site, how)
+    site.does("work", "exit 70")
+    assert [site.run(SLURM_RESTART_COUNT=str(n), **settings) for n in range(3)] == [75, 75, 1]
+    assert site.clients.count("scontrol requeue 7") == 2
+    assert (
+        "FAILED: exit code 70 during training; 3 failures, and the restart policy cannot run" in site.status
+    )
+    assert "python3 of version 3.6 or newer is needed" in site.log.read_text()
+
+
+def test_without_the_policy_an_interruption_is_no_failure(site: Site) -> None:
+    settings = break_policy(site, "no python3")
+    site.does("work", "exit 75")
+    assert [site.run(SLURM_RESTART_COUNT=str(n), **settings) for n in range(5)] == [75] * 5
+    assert site.clients.count("scontrol requeue 7") == 5
+    site.does("work", "exit 0")
+    assert site.run(SLURM_RESTART_COUNT="5", **settings) == 0
+
+
+def test_without_the_policy_stopped_is_what_slurm_says(site: Site) -> None:
+    settings = break_policy(site, "no python3")
+    site.does("work", "exit 70")
+    site.does("squeue", "echo CANCELLED")
+    assert site.run(**settings) == 75
+    assert "stopped by Slurm" in site.status and not site.requeued
+
+
+def test_limits_that_are_no_numbers_end_the_job_with_their_names(site: Site) -> None:
+    assert site.run(MAX_FAILURES="three") == 1
+    assert "FAILED: MAX_FAILURES=three" in site.status and "expected numbers" in site.status
+    assert site.calls == []
 
 
 # --- arguments and the log --------------------------------------------------------------------------------------------
@@ -287,7 +335,7 @@ def test_the_first_line_stays_one_line(site: Site) -> None:
     assert second.startswith(b"=== attempt 1 of job 7")
 
 
-# --- jobs that ended without a word -----------------------------------------------------------------------------------
+# --- jobs that ended unexpectedly -----------------------------------------------------------------------------------
 
 
 def kill_shell_at_work(site: Site) -> None:
@@ -302,7 +350,7 @@ def kill_shell_at_work(site: Site) -> None:
 
 def test_the_next_attempt_and_the_next_job_say_that_one_ended_without_a_word(site: Site) -> None:
     kill_shell_at_work(site)
-    assert "running since" in site.stands
+    assert "running since" in site.status
     ended = "echo FAILED"
     site.does("squeue", f'[[ "$*" != *"--job 7 "* ]] || {{ {ended}; exit; }}; echo RUNNING')
     site.does("scontrol", '[[ "$2" != show ]] || echo "JobId=7 JobState=FAILED Reason=x ExitCode=0:9 y=z"')
@@ -311,11 +359,12 @@ def test_the_next_attempt_and_the_next_job_say_that_one_ended_without_a_word(sit
     assert site.run(SLURM_JOB_ID="8") == 0
     text = site.log.read_text()
     assert (
-        "=== job 7 worked here before and left no word of its end: Slurm says FAILED, exit code 0:9" in text
+        "=== job 7 worked in this run directory and ended unexpectedly: Slurm says FAILED, exit code 0:9"
+        in text
     )
     site.log = other
     assert site.run(SLURM_RESTART_COUNT="1") == 0
-    assert "=== the attempt before ended without a word" in site.log.read_text()
+    assert "=== the previous attempt ended unexpectedly" in site.log.read_text()
     assert not (site.run_dir / "job.txt").exists()
 
 

@@ -1,14 +1,13 @@
-"""What a job's log is taken to say about its end (slurm/prologue.sh)."""
+"""The end of a job as its log tells it."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from job_log import first_cause, last_message, one_line, read_phase_log
+from restart_policy import Phase, was_interrupted
 
-ROOT = Path(__file__).parents[3]
 LOST = "1: 2026-01-01 10:00:01,000 [rank 1] FAILED (lost peer) Connection closed by peer"
 SRUN_ENDS_OTHERS = "srun: error: node1: task 0: Terminated"
 
@@ -46,10 +45,7 @@ def test_the_first_cause_of_the_last_attempt_is_found(lines: list[str], cause: s
     log = tmp_path / "log"
     earlier = ["=== attempt 1 of job 7", "0: 2026-01-01 09:00:00,000 [rank 0] FAILED (crash) earlier"]
     log.write_text("\n".join([*earlier, "=== attempt 2 of job 7", *lines]) + "\n")
-    script = f'source "{ROOT}/slurm/prologue.sh"; log="{log}"; first_cause 143'
-    env = {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NAME": "stage1", "SITE": "/dev/null"}
-    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout.strip()) == (0, cause), done.stderr
+    assert first_cause(read_phase_log(log, 0), 143) == cause
 
 
 EXITED = "srun: error: node1: task {}: Exited with exit code {}"
@@ -73,11 +69,33 @@ EXITED = "srun: error: node1: task {}: Exited with exit code {}"
     ],
 )
 def test_what_the_first_rank_died_of_decides_what_an_exit_code_means(
-    lines: list[str], code: int, interrupted: bool, tmp_path: Path
+    lines: list[str], code: int, interrupted: bool
 ) -> None:
+    phase = Phase("preflight", code, "", lines, checkpoint=None, bad_nodes="", ended_by_slurm=False)
+    assert was_interrupted(phase) == interrupted
+
+
+def test_a_phase_is_read_from_its_first_byte(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("\n".join(["=== attempt 1 of job 7", *lines]) + "\n")
-    script = f'source "{ROOT}/slurm/prologue.sh"; log="{log}"; was_interrupted {code} && echo yes || echo no'
-    env = {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NAME": "stage1", "SITE": "/dev/null"}
-    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=30)
-    assert done.stdout.strip() == ("yes" if interrupted else "no"), done.stderr
+    before = "=== attempt 1\npreflight: FAILED: x\n"
+    log.write_text(before + "srun: error: node1: task 0: Killed\n")
+    assert "Killed" in first_cause(read_phase_log(log, len(before)), 137)
+    assert read_phase_log(tmp_path / "none", 0) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["it cannot be: because", "srun: error: node1: task 0: Exited with exit code 1", ""], "it cannot be: because"),
+        (["srun: error: x", "slurmstepd: error: *** STEP 7.0 ON node1 CANCELLED ***"], "srun: error: x"),
+        (["=== attempt 1", " "], "exit code 2"),
+    ],
+)  # fmt: skip
+def test_the_last_message_is_a_programs(lines: list[str], message: str) -> None:
+    assert last_message(lines, 2) == message
+
+
+def test_a_cause_is_one_line_of_whole_characters_whatever_bytes_it_holds() -> None:
+    assert one_line("a\tb\r\nc") == "a b  c"
+    assert one_line("x" + "运" * 1000).encode() == ("x" + "运" * 666).encode()
+    assert one_line("bad \udcff byte") == "bad  byte"
