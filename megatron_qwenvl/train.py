@@ -67,7 +67,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     from megatron_qwenvl.data.records.errors import DataError
     from megatron_qwenvl.engine import start as engine
     from megatron_qwenvl.engine.backends import LayerBackendError
-    from megatron_qwenvl.engine.cpu_adapter import EngineVersionError
+    from megatron_qwenvl.engine.versions import EngineVersionError
     from megatron_qwenvl.training.errors import TrainingError
     from megatron_qwenvl.training.loop import Trainer
 

@@ -25,6 +25,7 @@ class AdamW(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         adam_w_mode: must be True; the argument exists for FusedAdam's signature.
+        capturable: must be False; likewise.
     """
 
     def __init__(
@@ -35,7 +36,10 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError("AdamW: expected capturable=False, found True (CUDA graphs are not supported)")
         if not adam_w_mode:
             raise ValueError(
                 "AdamW: expected adam_w_mode=True, found False (L2 regularisation is not supported)"

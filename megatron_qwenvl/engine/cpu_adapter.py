@@ -3,24 +3,17 @@
 megatron-core names CUDA in a few places where the device does not matter to the algorithm: tensors of one
 element, receive buffers, the random state that activation recomputation restores. On a CPU run `adapt_engine`
 answers those places with the CPU equivalent. Nothing of the engine's logic is replaced, and nothing at all is
-touched when a GPU is used. The places were read in one version of megatron-core, so another one is refused.
+touched when a GPU is used. The places were read in the versions that `versions` names; it refuses others on CPU.
 """
 
 from __future__ import annotations
 
 import types
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-TESTED_MEGATRON_CORE = "0.16.1"
-
 _CPU = torch.device("cpu")
-
-
-class EngineVersionError(RuntimeError):
-    """The installed megatron-core is not the one that the CPU adapter was read against."""
 
 
 class _CpuTorch(types.ModuleType):
@@ -44,23 +37,8 @@ def _on_cpu(constructor: Any) -> Any:
     return construct
 
 
-def check_version() -> None:
-    """Refuse a megatron-core other than the tested one.
-
-    Raises:
-        EngineVersionError: naming both versions.
-    """
-    installed = version("megatron-core")
-    if installed != TESTED_MEGATRON_CORE:
-        raise EngineVersionError(
-            f"the CPU adapter is tested with megatron-core {TESTED_MEGATRON_CORE}, found {installed}: "
-            f"install megatron-core=={TESTED_MEGATRON_CORE} or run on a GPU"
-        )
-
-
 def adapt_engine() -> None:
     """Make megatron-core use the CPU in this process; idempotent."""
-    check_version()
     if getattr(torch.cuda.current_device, "on_cpu", False):
         return
     _adapt_devices()
@@ -78,6 +56,7 @@ _current_device.on_cpu = True  # type: ignore[attr-defined]
 def _adapt_devices() -> None:
     torch.cuda.current_device = _current_device  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
     original = torch.Tensor.type
 
     def cuda_named_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

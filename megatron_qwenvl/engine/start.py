@@ -25,6 +25,7 @@ from megatron_qwenvl.runtime.temporary import choose_temporary_directory
 from . import adamw
 from .backends import LayerBackend, choose_backend
 from .cpu_adapter import adapt_engine
+from .versions import check_version
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
         logger.warning(change)
     reads.seconds = config.runtime.patience_seconds
     device = choose_device(config.runtime.device, process.local_rank, process.launcher)
+    check_version(on_gpu=device.type == "cuda", speaks=process.rank == 0)
     kernels = choose_backend(config.runtime.kernels, on_gpu=device.type == "cuda")
     _prepare_device(device, config)
     if kernels.name != "te":

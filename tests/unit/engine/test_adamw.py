@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megatron_qwenvl.engine.adamw import AdamW
@@ -34,3 +35,9 @@ def test_state_has_the_fused_layout() -> None:
     optimizer.step()
     assert [group["step"] for group in optimizer.param_groups] == [1, 1]
     assert optimizer.state[parameter].keys() == {"exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("argument", [{"capturable": True}, {"adam_w_mode": False}])
+def test_what_it_cannot_do_is_refused(argument: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match=f"AdamW: expected {next(iter(argument))}="):
+        AdamW([torch.nn.Parameter(torch.ones(1))], **argument)  # type: ignore[arg-type]
