@@ -1,17 +1,17 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # read by the scripts that source this
-# Sourced by the launchers and by batch scripts: what is started, by which Python, in which container, and where
-# the processes meet. It sets
+# Sourced by the launchers and by batch scripts: the program, its Python interpreter, the container and the rendezvous.
+# It sets
 #   root         the repository
-#   program      what the launchers start: PROGRAM, which is `-m MODULE` or a script's path in the repository
+#   program      the program that the launchers start: PROGRAM, which is `-m MODULE` or a script's path in the repository
 #                (tools/preflight.py); the default is the trainer
 #   interpreter  the Python of a rank; inside the container where there is one
-#   container    what srun must be told of the container
+#   container    options of srun for the container
 #   python       the same Python for one process that the calling script starts itself:
 #                "${python[@]}" tools/convert_checkpoint.py ...
 # PYTHON chooses the interpreter; the default is .venv's, or python3 where there is none. In a container it is python3.
 # CONTAINER_IMAGE with CONTAINER_RUNTIME=pyxis or apptainer runs all of it in a container; CONTAINER_MOUNTS (default:
-# the repository, at its own path) says what is seen inside, CONTAINER_OPTIONS holds further options of the runtime.
+# the repository, at its own path) lists the mounts, CONTAINER_OPTIONS holds further options of the runtime.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -57,7 +57,7 @@ choose_container() {
   words options "${CONTAINER_OPTIONS:-}"
   case "${CONTAINER_RUNTIME:-}" in
     pyxis)
-      # The image's own working directory would take what a run writes to a relative path, and go with the container.
+      # In the image's own working directory, files that a run writes to relative paths would vanish with the container.
       container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD"
         "${options[@]}")
       interpreter=("${PYTHON:-python3}")
@@ -77,15 +77,15 @@ refuse_pyxis() {
   ((${#container[@]} == 0)) || die "CONTAINER_RUNTIME=pyxis works through srun only: use launch/srun.sh"
 }
 
-# Where the processes meet: MASTER_ADDR and MASTER_PORT, each as given or found and chosen here.
+# Exports the rendezvous, MASTER_ADDR and MASTER_PORT: each as given, or else found and chosen here.
 export_rendezvous() { # COMMAND THAT PRINTS THE ADDRESS OF THE FIRST NODE
-  [[ -n "${MASTER_ADDR:-}" ]] || MASTER_ADDR="$("$@")" || exit # it has said why
+  [[ -n "${MASTER_ADDR:-}" ]] || MASTER_ADDR="$("$@")" || exit # it has printed the reason
   export MASTER_ADDR
   export MASTER_PORT="${MASTER_PORT:-$(free_port)}"
 }
 
-# A port that nobody answers on this machine, below those that the system hands out by itself. A random one, so that
-# jobs differ that share a node, also where that node is another one than this.
+# Prints a port on which nothing listens here, below the system's ephemeral ports. It is random, so that jobs that share
+# a node get different ones, even if that node is not this one.
 free_port() {
   local port
   while
@@ -95,7 +95,7 @@ free_port() {
   echo "$port"
 }
 
-# The first name of a list of hosts as Slurm writes it: gpu-a[01-02,07].example is gpu-a01.example.
+# Prints the first name of a list of hosts in Slurm's notation: gpu-a01.example of gpu-a[01-02,07].example.
 first_host() { # LIST
   local rest="$1" name=""
   while [[ "$rest" =~ ^([^][,]*)\[([^],-]+)[^]]*\](.*)$ ]]; do
@@ -105,8 +105,8 @@ first_host() { # LIST
   echo "$name${rest%%,*}"
 }
 
-# The address of the first node of the allocation: Slurm's, as a node's name need not resolve; where Slurm cannot be
-# asked (its controller is away, or a container has srun alone) the name, if it resolves.
+# Prints the address of the allocation's first node according to Slurm, as a node's name need not resolve. Where Slurm
+# cannot be asked (its controller is away, or a container has srun alone) prints the name, if it resolves.
 first_node_address() {
   local list="${SLURM_JOB_NODELIST:-${SLURM_STEP_NODELIST:-${SLURM_NODELIST:-}}}" first shown why try
   [[ -n "$list" ]] || die "SLURM_JOB_NODELIST is not set: set MASTER_ADDR to the address of the job's first node"

@@ -25,7 +25,7 @@ else
 fi
 [[ -z "${NPROC:-}" ]] || where+=(-np "$NPROC")
 
-# Unlike torchrun and srun, mpirun hands its environment to processes of this machine only.
+# Unlike torchrun and srun, mpirun passes its environment to processes on this machine only.
 shared='PATH|LD_LIBRARY_PATH|PYTHON.*|(MASTER|OMP|MKL|CUDA|NVIDIA|NCCL|GLOO|TORCH|PYTORCH|NVTE|TRITON|HF|UCX|FI)_.*'
 exports=()
 while read -r name; do

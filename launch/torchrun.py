@@ -1,7 +1,7 @@
-"""torchrun, with the exit code of the process that failed first and with time to save.
+"""Run torchrun, with the exit code of the process that failed first and with time to save.
 
-torchrun's own exit code is always 1. It kills its processes 30 s after a SIGTERM, and dies of SIGUSR1 and leaves them
-behind; here stop signals are passed on to the processes, and they decide when they end.
+torchrun's own exit code is always 1. It kills its processes 30 s after a SIGTERM, and at SIGUSR1 it dies and leaves
+them running. This launcher passes stop signals on to the processes, which end when they have saved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 def pass_on(number: int, _: FrameType | None) -> None:
-    """Send a signal to all processes; without any, die of it."""
+    """Send a signal to all processes; die of it if there are none."""
     import psutil
 
     processes = psutil.Process().children()
@@ -35,7 +35,9 @@ def main() -> int:
     from torch.distributed.run import main as torchrun
 
     try:
-        with tempfile.TemporaryDirectory(prefix="torchelastic_") as logs:  # it would leave its own behind
+        with tempfile.TemporaryDirectory(
+            prefix="torchelastic_"
+        ) as logs:  # torchrun would leave its own directory behind
             # It ends its processes at these two signals.
             torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", "--log-dir", logs, *sys.argv[1:]])
     except ChildFailedError as error:

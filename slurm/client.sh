@@ -4,9 +4,9 @@
 
 slurm_scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-# Refusals: trying again changes nothing.
+# Messages of a refusal: trying again changes nothing.
 REFUSED='Invalid job id|Invalid node name|[Aa]ccess.*denied|[Pp]ermission denied|is presently disabled|already (finished|complet)|not permitted'
-# Slurm could not be reached: it may be in a while.
+# Messages when Slurm cannot be reached: trying again may help.
 # shellcheck disable=SC2034  # read by the scripts that source this
 UNREACHED='[Uu]nable to contact|[Cc]onnection (failure|refused|reset|timed out)|[Ss]ocket timed out|Zero Bytes were transmitted|controller not responding|Resource temporarily unavailable|establish a configuration source'
 
@@ -25,7 +25,7 @@ ask_once() { # COMMAND...
   return 2
 }
 
-# The same, up to TRIES times with longer and longer pauses while there is no answer.
+# The same, up to TRIES times while there is no answer, with increasing pauses.
 ask() { # TRIES, COMMAND...
   local tries="$1" try code
   for ((try = 1; ; try++)); do
@@ -36,8 +36,8 @@ ask() { # TRIES, COMMAND...
   done
 }
 
-# Sets `state` to Slurm's word for a job (RUNNING, PENDING, FAILED, ...), by squeue or else by scontrol, to GONE where
-# Slurm has forgotten it, or to nothing and `answer` to the reason where Slurm does not answer; then it returns 2.
+# Sets `state` to Slurm's state of a job (RUNNING, PENDING, FAILED, ...), by squeue or else by scontrol, or to GONE for
+# a job that Slurm does not know. Without an answer returns 2 and sets `state` to nothing and `answer` to the reason.
 ask_state() { # TRIES, JOB
   local code=0 try why=""
   state=""
@@ -71,7 +71,7 @@ is_live() { # STATE
   esac
 }
 
-# What became of a job, in words.
+# Describes in words how a job ended, or that it has not.
 describe_end() { # JOB
   local ended
   if ! ask_state 2 "$1"; then
@@ -80,11 +80,11 @@ describe_end() { # JOB
     echo "Slurm says that it is $state"
   else
     ended="$(how_it_ended "$1")"
-    echo "Slurm says ${ended:-nothing of it any more}"
+    echo "Slurm says ${ended:-nothing about it any more}"
   fi
 }
 
-# How a job ended, as Slurm knows it: `FAILED, exit code 0:9`; nothing where it does not.
+# Prints how a job ended according to Slurm (`FAILED, exit code 0:9`), or nothing for a job that it does not know.
 how_it_ended() { # JOB
   if ask 1 scontrol --oneliner show job "$1"; then
     sed -nE 's/^.* JobState=([A-Z_]+) .* ExitCode=([0-9:]+) .*$/\1, exit code \2/p' <<<"$answer" | head -n 1

@@ -208,7 +208,7 @@ def limit_reached(history: Sequence[Failure], newest: Failure, limits: Limits, e
         here = [*here, failure.cause] if failure.checkpoint == newest.checkpoint else []
     # Another rank, port or node may report the same failure.
     if sum(_without_digits(cause) == _without_digits(newest.cause) for cause in here) >= 2:
-        return f"it is the same as at the last start from here ({newest.checkpoint})"
+        return f"the same failure twice from the same checkpoint ({newest.checkpoint})"
     if len(here) >= limits.without_progress:
         return f"{len(here)} failures without a new checkpoint"
     return ""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Where a chain of slurm/submit_pipeline.sh is: for every step its job and state, and of training its step, loss, rate
-# and time left; of a failed step the reason, and of a job that ended unexpectedly what Slurm knows of its end.
+# Show the progress of a chain of slurm/submit_pipeline.sh: for every step its job and state; for a training stage also
+# step, loss, rate and time left; for a failed step the reason; for a job that ended unexpectedly Slurm's report of it.
 #   slurm/status.sh runs/qwenvl
 set -euo pipefail
 

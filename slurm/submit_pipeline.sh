@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Submit the whole training as a chain of jobs: import -> stage 1 -> next-stage -> stage 2 -> next-stage -> stage 3 ->
-# export. Each starts when the one before has finished well; a failed step cancels those behind it.
-#   slurm/submit_pipeline.sh runs/qwenvl                        # what each step needs is said in slurm/site.env
+# export. Each step starts when the previous one has succeeded; a failed step cancels those after it.
+#   slurm/submit_pipeline.sh runs/qwenvl                        # slurm/site.env holds what each step needs
 #   slurm/submit_pipeline.sh runs/qwenvl --dry-run
 #   slurm/submit_pipeline.sh runs/qwenvl --from stage2 --to next_stage3
 #   slurm/submit_pipeline.sh runs/qwenvl -- --parallel.pipeline 2      # overrides for every training stage
-# Called again it goes on: what is finished is left alone, what is queued or running is kept, the rest is submitted.
-# slurm/status.sh RUN shows where the chain is. In RUN: weights/, stage1/ to stage3/, export/, logs/ and jobs.tsv.
+# Called again it continues: finished steps are skipped, queued or running jobs are kept, the rest is submitted.
+# slurm/status.sh RUN shows the progress. In RUN: weights/, stage1/ to stage3/, export/, logs/ and jobs.tsv.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -63,8 +63,8 @@ export SITE="${SITE:-$here/site.env}"
 # shellcheck source=slurm/site.env.example
 [[ ! -f "$SITE" ]] || source "$SITE"
 
-# Sets `script` and `arguments` of a step, and `result`, which is there when the step is finished.
-describe() { # STEP
+# Sets `script` and `arguments` of a step, and `result`, which exists when the step is finished.
+describe_step() { # STEP
   local -n own="${1}_arguments"
   local weights="$run/weights"
   case "$1" in
@@ -96,8 +96,8 @@ finished() { # STEP
   fi
 }
 
-# Sets `job` to the job of a step that is queued or running, or to nothing. Never guesses: two jobs would work on one
-# directory.
+# Sets `job` to the queued or running job of a step, or to nothing. Never guesses: otherwise two jobs could work in the
+# same directory.
 find_live_job() { # STEP
   job="$(awk -F'\t' -v step="$1" '$1 == step { job = $2 } END { print job }' "$run/jobs.tsv" 2>/dev/null || true)"
   if [[ -n "$job" ]]; then
@@ -107,11 +107,11 @@ find_live_job() { # STEP
       running | requeued) echo "$1: job $job ended unexpectedly: $(describe_end "$job")" ;;
     esac
   fi
-  find_unnoted_job "$1"
+  find_unrecorded_job "$1"
 }
 
-# A job that Slurm took although no answer came, or before this script could note it.
-find_unnoted_job() { # STEP
+# Sets `job` to a job that Slurm accepted without an answer, or that this script had no time to record.
+find_unrecorded_job() { # STEP
   local number comment
   job=""
   [[ -z "$dry_run" ]] || command -v squeue >/dev/null || return 0
@@ -122,7 +122,7 @@ find_unnoted_job() { # STEP
   done <<<"$answer"
 }
 
-# Sets `job`. Slurm may have taken a job though it did not answer.
+# Sets `job`. Slurm may have accepted a job although it did not answer.
 submit() { # STEP, COMMAND...
   local try code
   for try in 1 2 3 4 5; do
@@ -136,7 +136,7 @@ submit() { # STEP, COMMAND...
       die "$1 was not accepted: ${answer//sbatch: error: /} (settings: $SITE)"
     ((try < 5)) || die "$1 could not be submitted, Slurm is out of reach: ${answer//sbatch: error: /}; call again later"
     sleep $((2 ** try))
-    find_unnoted_job "$1"
+    find_unrecorded_job "$1"
     [[ -z "$job" ]] || return 0
   done
 }
@@ -150,15 +150,15 @@ has_option() { # NAME, ARGUMENTS...
   return 1
 }
 
-# Nothing that is submitted will make what the step starts from, so it must be there.
+# Checks that the start weights of a step exist, where no submitted job will write them.
 check_start() { # STEP, NUMBER
   if [[ "$1" == import ]]; then
     ((${#import_arguments[@]})) || die "import needs import_arguments in $SITE, for instance (import-qwenvl --from DIR)"
     return
   fi
-  ! has_option --checkpoint.init_from "${arguments[@]:4}" || return 0 # the site says itself what it starts from
+  ! has_option --checkpoint.init_from "${arguments[@]:4}" || return 0 # the site names the start weights
   local before="${steps[$2 - 1]}"
-  describe "$before"
+  describe_step "$before"
   finished "$before" || die "$1 starts from $result, which is not finished: begin with --from $before"
 }
 
@@ -167,7 +167,7 @@ for ((number = from; number <= to; number++)); do
   step="${steps[number]}"
   declare -a "${step}_arguments+=()" "${step}_sbatch+=()"
   declare -n options="${step}_sbatch"
-  describe "$step"
+  describe_step "$step"
   if finished "$step"; then
     echo "$step: finished ($result)"
     continue
@@ -180,7 +180,7 @@ for ((number = from; number <= to; number++)); do
   fi
   if [[ -z "$previous" ]]; then
     check_start "$step" "$number"
-    describe "$step"
+    describe_step "$step"
   fi
   # Slurm replaces %x and the like, also where they are part of a directory's name.
   command=(sbatch --parsable --job-name="$step" --comment="chain $run" --output="${run//%/%%}/logs/%x-%j.log" "${options[@]}")

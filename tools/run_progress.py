@@ -1,9 +1,9 @@
-"""Where a training run is, read from its directory: step, loss, rate, newest checkpoint, time left.
+"""Show the progress of a training run from its directory: step, loss, rate, newest checkpoint, time left.
 
     python tools/run_progress.py runs/stage1
-    python tools/run_progress.py runs/stage1 --finished    # says nothing; exit code 0 if its last step is saved, else 1
+    python tools/run_progress.py runs/stage1 --finished  # prints nothing; exit code 0 if its last step is saved, else 1
 
-Needs nothing but Python itself, so that it runs on a login node.
+Needs only Python's standard library, so that it runs on a login node.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 TAIL_BYTES = 200_000
-"""Of the metrics this much is read from the end."""
+"""Bytes of the metrics that are read, from the end."""
 RECENT_RECORDS = 20
-"""Steps that the rate and the time left are taken from."""
+"""Steps from which the rate and the time left are computed."""
 
 
 def total_steps(run: Path) -> int | None:
-    """Steps of the run's schedule by its resolved configuration; None before it has started, or where that is lost."""
+    """Read the number of steps from the resolved configuration; None before the run has started or where it is lost."""
     try:
         steps = json.loads((run / "config.json").read_text(encoding="utf-8"))["train"]["steps"]
         if isinstance(steps, int):
@@ -33,7 +33,7 @@ def total_steps(run: Path) -> int | None:
 
 
 def _steps_of_yaml(path: Path) -> int | None:
-    """The same by the other file: a version before wrote no config.json."""
+    """Read it from config.yaml: earlier versions wrote no config.json."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -44,14 +44,14 @@ def _steps_of_yaml(path: Path) -> int | None:
 
 
 def saved_step(run: Path) -> int | None:
-    """Step of the newest complete checkpoint."""
+    """Find the step of the newest complete checkpoint."""
     folder = run / "checkpoints"
     steps = [path.parent.name.removeprefix("step_") for path in folder.glob("step_*/manifest.json")]
     return max((int(step) for step in steps if step.isdigit()), default=None)
 
 
 def recent_records(run: Path) -> list[dict[str, Any]]:
-    """The last records of training steps, oldest first."""
+    """Read the last records of training steps, oldest first."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             file.seek(0, 2)
@@ -67,19 +67,17 @@ def recent_records(run: Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(record, dict):
             continue
-        if (
-            record.get("kind") == "rewind"
-        ):  # the run went back: what came before says nothing about what is to come
+        if record.get("kind") == "rewind":  # the run went back to an older checkpoint on request
             records.clear()
         elif record.get("kind") == "train":
-            if records and record["step"] <= records[-1]["step"]:  # started again from an older checkpoint
+            if records and record["step"] <= records[-1]["step"]:  # resumed from an older checkpoint
                 records.clear()
             records.append(record)
     return records[-RECENT_RECORDS:]
 
 
 def describe(run: Path) -> str:
-    """One line."""
+    """Describe the progress in one line."""
     steps, records, saved = total_steps(run), recent_records(run), saved_step(run)
     if steps is None and not records and saved is None:
         return "not started"
@@ -98,7 +96,7 @@ def describe(run: Path) -> str:
 
 
 def seconds_left(records: list[dict[str, Any]], steps: int) -> float | None:
-    """Until the last step at the recent rate, saves and validations included; None if there is no rate yet."""
+    """Estimate the seconds to the last step from the recent rate, with saves and validations; None without a rate."""
     if len(records) < 2 or records[-1]["step"] <= records[0]["step"]:
         return None
     rate = (records[-1]["time"] - records[0]["time"]) / (records[-1]["step"] - records[0]["step"])
@@ -106,7 +104,7 @@ def seconds_left(records: list[dict[str, Any]], steps: int) -> float | None:
 
 
 def format_time(seconds: float) -> str:
-    """`3d 04h`, `2h 05m` or `1m 10s`."""
+    """Format a duration as `3d 04h`, `2h 05m` or `1m 10s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -116,7 +114,7 @@ def format_time(seconds: float) -> str:
 
 
 def main() -> int:
-    """Print the line, or answer by exit code."""
+    """Print the progress, or answer by exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -73,7 +73,7 @@ def status(cluster: Cluster, run: Path) -> str:
 
 
 def first_line(log: Path) -> str:
-    """How the job of a log stands."""
+    """Status of a job in its log."""
     return log.read_text().splitlines()[0].strip()
 
 

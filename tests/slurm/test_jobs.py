@@ -1,4 +1,4 @@
-"""Single jobs of the shipped scripts: what they compute, what they survive, and what the user sees when they fail."""
+"""Single jobs of the shipped scripts: what they compute, what they survive, and their messages when they fail."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def test_what_cannot_work_is_one_clear_line_and_is_not_tried_again(
         cluster, site, log, "stage1_pretrain.sbatch", "--recipe", str(recipe), *overrides, options=SMALL
     )
     text = finish(cluster, job, log, "FAILED")
-    stands = first_line(log)
-    assert stands.startswith("stage1: FAILED: ")
+    status = first_line(log)
+    assert status.startswith("stage1: FAILED: ")
     for part in said:
-        assert part in stands
+        assert part in status
     assert "Traceback" not in text
     assert text.count("=== attempt") == 1
 
@@ -138,7 +138,7 @@ def test_the_same_failure_twice_ends_the_job(cluster: Cluster, data: Path, tmp_p
         killed.add(kill_rank_1(cluster, job, run_dir, killed))
     text = finish(cluster, job, log, "FAILED")
     assert text.count("=== attempt") == 2
-    assert "task 1: Killed" in first_line(log) and "same as at the last start" in first_line(log)
+    assert "task 1: Killed" in first_line(log) and "same failure twice" in first_line(log)
     assert "FAILED (lost peer)" in text
 
 
@@ -156,7 +156,7 @@ def kill_rank_1(cluster: Cluster, job: str, run_dir: Path, killed: set[int]) -> 
     return rank
 
 
-def test_a_node_that_fails_preflight_is_left_out(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+def test_a_node_that_fails_preflight_is_excluded(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     """One of three nodes has another version of a package; the job goes on with the fourth node in its place."""
     recipe, log = write_recipe(tmp_path, data, "stage1"), tmp_path / "log"
     site = write_site(tmp_path, f"export PYTHON={odd_python(tmp_path, 'node2')}")

@@ -1,4 +1,4 @@
-"""Submitting a chain and asking where it is, while Slurm answers and while it does not."""
+"""Submitting a chain and showing its progress, while Slurm answers and while it does not."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def chain_of_one(site: Site, first_line: str) -> None:
     (site.run_dir / "jobs.tsv").write_text("stage1\t9\t2026-01-01\n")
 
 
-GONE_WITHOUT_A_WORD = "running since 2026-01-01 10:00:00, attempt 2"
+ENDED_UNEXPECTEDLY = "running since 2026-01-01 10:00:00, attempt 2"
 
 
-def test_status_says_that_a_job_ended_without_a_word(site: Site) -> None:
-    chain_of_one(site, GONE_WITHOUT_A_WORD)
+def test_status_reports_a_job_that_ended_unexpectedly(site: Site) -> None:
+    chain_of_one(site, ENDED_UNEXPECTEDLY)
     site.does("squeue", "echo FAILED")
     site.does("scontrol", 'echo "JobId=9 JobState=FAILED Reason=x ExitCode=0:9 y=z"')
     shown = site.tool("status.sh", str(site.run_dir)).stdout
@@ -113,11 +113,11 @@ def test_status_says_that_a_job_ended_without_a_word(site: Site) -> None:
     shown = site.tool("status.sh", str(site.run_dir)).stdout
     assert "ENDED unexpectedly; Slurm says NODE_FAIL, exit code 0:0" in shown
     site.does("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    assert "nothing of it any more" in site.tool("status.sh", str(site.run_dir)).stdout
+    assert "nothing about it any more" in site.tool("status.sh", str(site.run_dir)).stdout
 
 
-def test_the_next_call_of_the_chain_says_it_too(site: Site) -> None:
-    chain_of_one(site, GONE_WITHOUT_A_WORD)
+def test_the_next_call_of_the_chain_reports_it_too(site: Site) -> None:
+    chain_of_one(site, ENDED_UNEXPECTEDLY)
     (site.run_dir / "weights/stage1_start").mkdir(parents=True)
     done = submit(site, "--from", "stage1", "--to", "stage1")
     assert done.returncode == 0, done.stderr
@@ -125,7 +125,7 @@ def test_the_next_call_of_the_chain_says_it_too(site: Site) -> None:
 
 
 def test_scontrol_answers_where_squeue_does_not(site: Site) -> None:
-    chain_of_one(site, GONE_WITHOUT_A_WORD)
+    chain_of_one(site, ENDED_UNEXPECTEDLY)
     site.does("squeue", "exit 0")
     site.does("scontrol", 'echo "JobId=9 JobState=NODE_FAIL Reason=x ExitCode=0:0 y=z"')
     shown = site.tool("status.sh", str(site.run_dir)).stdout
@@ -134,7 +134,7 @@ def test_scontrol_answers_where_squeue_does_not(site: Site) -> None:
 
 @pytest.mark.parametrize("squeue", [AWAY, "exit 1"])
 def test_status_does_not_guess(site: Site, squeue: str) -> None:
-    chain_of_one(site, GONE_WITHOUT_A_WORD)
+    chain_of_one(site, ENDED_UNEXPECTEDLY)
     site.does("squeue", squeue)
     done = site.tool("status.sh", str(site.run_dir))
     assert done.returncode == 0 and "UNKNOWN (Slurm cannot be asked:" in done.stdout
@@ -142,7 +142,7 @@ def test_status_does_not_guess(site: Site, squeue: str) -> None:
 
 
 def test_status_of_what_runs_and_what_has_finished(site: Site) -> None:
-    chain_of_one(site, GONE_WITHOUT_A_WORD)
+    chain_of_one(site, ENDED_UNEXPECTEDLY)
     site.does("squeue", 'echo "RUNNING None"')
     assert "RUNNING None" in site.tool("status.sh", str(site.run_dir)).stdout
     (site.run_dir / "logs/stage1-9.log").write_text("stage1: finished 2026-01-01\n")

@@ -1,5 +1,5 @@
-"""What a job makes of its work's end: finished, interrupted or failed, whatever signals come and whichever client of
-Slurm fails."""
+"""How a job judges the end of its phases: finished, interrupted or failed, whatever signals come and whichever client
+of Slurm fails."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_the_first_rank_died_of_decides_failed(site: Site, said: str, code:
     assert site.run() == 75 and site.requeued
     assert site.failures == [cause]
     assert site.run(SLURM_RESTART_COUNT="1") == 1
-    assert cause in site.status and "same as at the last start" in site.status
+    assert cause in site.status and "same failure twice" in site.status
 
 
 def test_interruptions_between_failures_do_not_count(site: Site) -> None:
@@ -131,13 +131,13 @@ def test_a_verdict_of_the_work_ends_the_job_with_a_reason(site: Site, place: str
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("place", ["configure", "preflight", "work"])
-def test_a_signal_to_the_shell_reaches_the_work_or_keeps_it_from_starting(
+def test_a_signal_to_the_shell_reaches_the_phase_or_keeps_it_from_starting(
     site: Site, place: str, number: signal.Signals
 ) -> None:
     """Slurm sends the notice of a time limit to the shell, at whatever moment."""
     site.does(
         place,
-        'trap \'touch "$HERE/told"; exit 75\' USR1; touch "$HERE/there"\n'
+        'trap \'touch "$HERE/signalled"; exit 75\' USR1; touch "$HERE/there"\n'
         "for ((i = 0; i < 40; i++)); do /bin/sleep 0.05; done",
     )
     job = site.start()
@@ -147,7 +147,7 @@ def test_a_signal_to_the_shell_reaches_the_work_or_keeps_it_from_starting(
     job.send_signal(number)
     assert job.wait(60) == 75
     # The shell asks for the configuration in a subshell, waits for the answer, and starts nothing else.
-    assert (site.folder / "told").exists() == (place != "configure")
+    assert (site.folder / "signalled").exists() == (place != "configure")
     assert "to be started again: interrupted" in site.status and site.requeued and site.failures == []
     assert [call[0] for call in site.calls][-1] == place
 
@@ -228,7 +228,7 @@ def test_srun_that_cannot_reach_slurm_is_no_verdict(site: Site) -> None:
     assert site.failures == []
 
 
-def test_bad_nodes_are_left_out_though_scontrol_fails_at_first(site: Site) -> None:
+def test_bad_nodes_are_excluded_though_scontrol_fails_at_first(site: Site) -> None:
     site.does(
         "preflight", 'printf "node2\\n" >"$HERE/run #1/bad_nodes.txt"; echo "preflight: FAILED: x"; exit 3'
     )
@@ -312,7 +312,7 @@ def test_arguments_arrive_as_they_were_given(site: Site) -> None:
 
 
 @pytest.mark.parametrize("given", [["--recipe", "mine.yaml"], ["--recipe=mine.yaml"]])
-def test_a_recipe_of_ones_own_comes_last_and_wins(site: Site, given: list[str]) -> None:
+def test_a_recipe_among_the_arguments_comes_last_and_wins(site: Site, given: list[str]) -> None:
     assert site.run("stage1_pretrain.sbatch", *given) == 0
     assert all(call[-4:] != ["--recipe", "stage1"] for call in site.calls)
     assert site.calls[-1][1:] == ["-m", "megatron_qwenvl.train", "--recipe", "stage1", *given]
@@ -348,7 +348,7 @@ def kill_shell_at_work(site: Site) -> None:
     site.does("work", "exit 0")
 
 
-def test_the_next_attempt_and_the_next_job_say_that_one_ended_without_a_word(site: Site) -> None:
+def test_the_next_attempt_and_the_next_job_report_one_that_ended_unexpectedly(site: Site) -> None:
     kill_shell_at_work(site)
     assert "running since" in site.status
     ended = "echo FAILED"

@@ -94,9 +94,9 @@ def test_what_slurm_has_ended_is_neither_requeued_nor_a_failure(end: Phase) -> N
     ("history", "newest", "limit"),
     [
         ([], failed("a"), ""),
-        ([failed("rank 1 on port 2")], failed("rank 3 on port 4"), "same as at the last start from here (step_8)"),
-        ([failed("a"), failed("b")], failed("a"), "same as at the last start"),
-        ([failed("a", job="6")], failed("a"), "same as at the last start"),
+        ([failed("rank 1 on port 2")], failed("rank 3 on port 4"), "twice from the same checkpoint (step_8)"),
+        ([failed("a"), failed("b")], failed("a"), "same failure twice"),
+        ([failed("a", job="6")], failed("a"), "same failure twice"),
         ([failed("a"), failed("b")], failed("c"), "3 failures without a new checkpoint"),
         ([failed("a", "step_4"), failed("b", "step_4")], failed("a"), ""),
         ([failed("a"), failed("b", "step_4")], failed("a"), ""),
@@ -180,19 +180,28 @@ def test_every_end_of_every_phase_has_a_decision() -> None:
     assert found == {State.REQUEUED, State.GIVEN_UP, State.STOPPED}
 
 
-def test_exit_codes_are_those_of_the_package() -> None:
-    names = [name for name in vars(exit_codes) if name.isupper() and hasattr(job_log, name)]
-    assert {"RUN_ERROR", "BAD_NODES", "CRASHED", "HUNG", "INTERRUPTED"} <= set(names)
-    for name in names:
-        assert getattr(job_log, name) == getattr(exit_codes, name), name
-    for path in (*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), *ROOT.glob("launch/*")):
-        text = path.read_text() if path.is_file() else ""
-        for name, code in re.findall(r"^([A-Z_]+) ?= ?([0-9]+)\b", text, re.MULTILINE):
-            if hasattr(exit_codes, name):
-                assert int(code) == getattr(exit_codes, name), f"{path.name}: {name}"
-    assert re.search(
-        rf"^INTERRUPTED={exit_codes.INTERRUPTED}$", (ROOT / "slurm/prologue.sh").read_text(), re.MULTILINE
-    )
+SCRIPTS = [path for folder in ("slurm", "launch") for path in (ROOT / folder).iterdir() if path.is_file()]
+
+
+def test_exit_codes_of_scripts_are_those_of_the_package() -> None:
+    codes = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
+    given = set()
+    for path in SCRIPTS:
+        for name, code in re.findall(r"^([A-Z_]+) ?= ?([0-9]+)\b", path.read_text(), re.MULTILINE):
+            assert int(code) == codes.get(name, int(code)), f"{path.name}: {name}"
+            given.add((path.name, name))
+    used = {"BAD_NODES", "CRASHED", "HUNG", "INTERRUPTED", "RUN_ERROR"}
+    assert {name for file, name in given if file == "job_log.py"} >= used
+    assert given >= {
+        ("prologue.sh", "INTERRUPTED"),
+        ("prologue.sh", "RUN_ERROR"),
+        ("torchrun.py", "INTERRUPTED"),
+    }
+
+
+def test_scripts_give_no_other_exit_code() -> None:
+    literal = {int(code) for path in SCRIPTS for code in re.findall(r"\bexit ([0-9]+)", path.read_text())}
+    assert literal == {0, job_log.USAGE_ERROR}
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -232,7 +241,7 @@ def test_the_tool_runs_under_every_python_of_a_batch_host(python: str, tmp_path:
     assert ask(python, *of_run)[0] == "requeued"
     state, reason, exclude, _ = ask(python, *of_run)
     assert (state, exclude) == ("given_up", "")
-    assert reason.startswith("FAILED (error) DataError: ") and "same as at the last start" in reason
+    assert reason.startswith("FAILED (error) DataError: ") and "same failure twice" in reason
     assert "(step_00000008)" in reason
     assert len((run / "failures.tsv").read_bytes().splitlines()) == 2
     (run / "bad_nodes.txt").write_text("node2\nnode3\n")

@@ -1,4 +1,4 @@
-"""How far a run is, by plain Python on a login node."""
+"""The progress of a run, shown by plain Python on a login node."""
 
 from __future__ import annotations
 
