@@ -12,13 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test mutants test-slurm slurm-packages lint setup gpu-check bench-convert clean
+.PHONY: demo test docs mutants test-slurm slurm-packages lint setup gpu-check bench-convert clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo 'make demo [TP=2 PP=2]  train a tiny model through the three stages on CPU and question it'
 	@echo 'make test              linters and all tests that need no GPU'
+	@echo 'make docs              the documentation as a site in site/'
 	@echo 'make mutants           break the source in one place after the other: are the tests able to fail? (MUTANTS=word)'
 	@echo 'make test-slurm        the batch scripts on a real Slurm cluster of this machine (as root; installs Slurm)'
 	@echo 'make lint              ruff, mypy, shellcheck'
@@ -32,6 +33,11 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -m 'not gpu and not slurm'
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/properdocs build --strict --quiet
+	@echo 'Open site/index.html'
 
 mutants: $(INSTALLED)
 	$(BIN)/python -W ignore -m tests.mutants.check $(MUTANTS)
@@ -70,9 +76,9 @@ $(INSTALLED): pyproject.toml requirements/cpu.txt requirements/te-contract.txt
 	@echo 'Installing into $(VENV): about 400 MB to download, some minutes the first time'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps --retries 1 --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION)
-	$(BIN)/pip install --quiet --constraint requirements/cpu.txt --editable '.[test,lint]'
+	$(BIN)/pip install --quiet --constraint requirements/cpu.txt --editable '.[test,lint,docs]'
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/te-contract --requirement requirements/te-contract.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache *.egg-info

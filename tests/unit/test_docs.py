@@ -1,0 +1,80 @@
+"""The documentation: it builds without a broken link, its generated part is current, and what it names exists."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+CODE = re.compile(r"`([^`\n]+)`")
+SOURCE_FILE = re.compile(r"(?:[\w.-]+/)+[\w.-]+\.(?:py|sh|sbatch|md|toml|txt|yml|example)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)(?:#[^)]*)?\)")
+SOMEBODY_ELSES = ("RUN/", "OUT/", "DIR/", "runs/", "weights/", "data/demo", "/")
+"""Beginnings of paths that are not of the repository."""
+
+
+def build(project: Path, site: Path) -> tuple[int, str]:
+    """Exit code and messages of a strict build of `project`."""
+    command = [sys.executable, "-m", "properdocs", "build", "--strict", "--site-dir", str(site)]
+    done = subprocess.run(command, cwd=project, text=True, capture_output=True, check=False)
+    return done.returncode, done.stderr
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    code, messages = build(ROOT, tmp_path / "site")
+    assert code == 0, messages
+    built = {page.name for page in (tmp_path / "site").glob("*.html")}
+    assert {page.with_suffix(".html").name for page in (ROOT / "docs").glob("*.md")} <= built
+    for page in (tmp_path / "site").glob("*.html"):
+        loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', page.read_text())
+        assert loaded == [], f"{page.name} needs a network"
+
+
+def test_broken_links_and_anchors_fail_the_build(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "properdocs.yml", tmp_path)
+    with (tmp_path / "docs/index.md").open("a") as page:
+        page.write("\n[a](no_such_page.md) [b](running.md#no-such-anchor)\n")
+    (tmp_path / "docs/unlisted.md").write_text("# Not in the navigation\n")
+    code, messages = build(tmp_path, tmp_path / "site")
+    assert code == 1
+    for missing in ("no_such_page.md", "#no-such-anchor", "unlisted.md"):
+        assert missing in messages
+
+
+def test_the_configuration_reference_is_current() -> None:
+    path = ROOT / "docs/generate_configuration.py"
+    spec = importlib.util.spec_from_file_location("generate_configuration", path)
+    assert spec is not None and spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    current = (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == generator.render()
+    assert current, "docs/configuration.md is not current: run `python docs/generate_configuration.py`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = {
+        path for code in CODE.findall(page.read_text(encoding="utf-8")) for path in SOURCE_FILE.findall(code)
+    }
+    missing = [
+        path
+        for path in sorted(named)
+        if not path.startswith(SOMEBODY_ELSES)
+        and not any((folder / path).exists() for folder in (ROOT, ROOT / "megatron_qwenvl", ROOT / "docs"))
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_pages_outside_of_the_site(page: str) -> None:
+    targets = LINK.findall((ROOT / page).read_text(encoding="utf-8"))
+    missing = [t for t in targets if not t.startswith(("http:", "https:")) and not (ROOT / t).exists()]
+    assert missing == []
