@@ -65,23 +65,24 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     )  # what it says on import of kernels that are absent
     from megatron_qwenvl.checkpoint.storage.files import CheckpointError
     from megatron_qwenvl.data.records.errors import DataError
-    from megatron_qwenvl.engine import start as engine
     from megatron_qwenvl.engine.backends import LayerBackendError
+    from megatron_qwenvl.engine.start import is_lost_peer, start_engine, stop_engine
     from megatron_qwenvl.engine.versions import EngineVersionError
+    from megatron_qwenvl.runtime.logs import configure_logging
     from megatron_qwenvl.training.errors import TrainingError
     from megatron_qwenvl.training.loop import Trainer
 
-    engine.configure_logging(process.rank)
+    configure_logging(process.rank)
     try:
         if stop.received():
             return _stopped_early(stop.name)
-        runtime = engine.start(config, process)
+        runtime = start_engine(config, process)
         trainer = Trainer.build(config, runtime, stop, arguments.from_step)
         progress = trainer.run()
         if runtime.is_main:
             how = "interrupted" if trainer.interrupted else "finished"
             logger.info("%s at step %d of %d", how, progress.step, config.train.steps)
-        engine.stop()
+        stop_engine()
         return INTERRUPTED if trainer.interrupted else 0
     except (
         CheckpointError,
@@ -94,9 +95,9 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
         logger.error("FAILED (error) %s: %s", type(error).__name__, error)
         return RUN_ERROR
     except Exception as error:
-        if stop.came_early and engine.is_lost_peer(error):  # which got the signal, too, and was faster
+        if stop.came_early and is_lost_peer(error):  # which got the signal, too, and was faster
             return _stopped_early(stop.name)
-        if engine.is_lost_peer(error):
+        if is_lost_peer(error):
             logger.error("FAILED (lost peer) %s", " ".join(str(error).split()))
             time.sleep(PEER_SECONDS)
         else:

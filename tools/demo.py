@@ -139,11 +139,11 @@ def question(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_qwenvl.demo.answers import Answers
     from megatron_qwenvl.demo.dataset import TEST_TASKS
     from megatron_qwenvl.demo.examination import evaluate_demo, read_questions, show_examples
-    from megatron_qwenvl.engine import start as engine
+    from megatron_qwenvl.engine.start import start_engine, stop_engine
     from megatron_qwenvl.inference.generate import Generator
 
     config = load_config("tiny_stage3", ["--data.root", str(arguments.data.resolve())])
-    runtime = engine.start(config)
+    runtime = start_engine(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
     generator = Generator.load(arguments.out / "stage3", config, tokenizer, runtime)
     answer = Answers(generator, config, tokenizer)
@@ -152,7 +152,7 @@ def question(arguments: argparse.Namespace) -> dict[str, Any]:
     examples = {
         title: show_examples(answer, tests[task][:EXAMPLES]) for task, title in SECTIONS.items()
     }  # fmt: skip
-    engine.stop()
+    stop_engine()
     for example in examples[SECTIONS["vqa"]]:
         print(f"  {example.question}  {example.answer}  (expected: {example.expected})")
     for name, value in scores.items():

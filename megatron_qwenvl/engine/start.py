@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,7 +114,7 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU ({platform.machine()})"
 
 
-def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
+def start_engine(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
     """Join the run: choose the device, create the process groups and megatron-core's parallel state.
 
     The configuration has been validated against the world size before.
@@ -162,7 +160,7 @@ def start(config: RunConfig, process: ProcessInfo | None = None) -> Runtime:
     return runtime
 
 
-def stop() -> None:
+def stop_engine() -> None:
     """Leave the run: destroy process groups and parallel state."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -203,28 +201,3 @@ def _join_processes(process: ProcessInfo, device: torch.device, config: RunConfi
         timeout=timedelta(minutes=config.runtime.timeout_minutes),
         device_id=device if device.type == "cuda" else None,
     )
-
-
-class _RankFormatter(logging.Formatter):
-    """`time [rank N] message` on every line, tracebacks included; rank 0 is named in errors only."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__("%(message)s")
-        self._rank = rank
-
-    def format(self, record: logging.LogRecord) -> str:
-        named = self._rank > 0 or record.levelno >= logging.ERROR
-        prefix = self.formatTime(record) + (f" [rank {self._rank}] " if named else " ")
-        return "\n".join(prefix + line for line in super().format(record).splitlines())
-
-
-def configure_logging(rank: int) -> None:
-    """Log to stderr: rank 0 from INFO, other ranks from WARNING; errors name their rank.
-
-    Libraries speak from WARNING on. Set MEGATRON_QWENVL_LOG to another level for this package.
-    """
-    level = os.environ.get("MEGATRON_QWENVL_LOG", "INFO" if rank == 0 else "WARNING")
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)
-    logging.root.handlers[0].setFormatter(_RankFormatter(rank))
-    logging.getLogger("megatron_qwenvl").setLevel(level)
-    logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -7,32 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.engine.backends import LayerBackend
-
-
-@dataclass(frozen=True)
-class StageLayers:
-    """The layers of one tower that a pipeline stage holds, in the form that megatron-core asks for.
-
-    Stands in for megatron-core's own pipeline layout, which knows decoder layers only.
-    """
-
-    offset: int
-    count: int
-
-    def get_layer_offset(self, layer_type: LayerType | None = None, vp_stage: int | None = None) -> int:
-        """Layers of the tower on earlier pipeline stages."""
-        return self.offset
-
-    def get_num_layers_to_build(
-        self, layer_type: LayerType | None = None, vp_stage: int | None = None, pp_rank: int | None = None
-    ) -> int:
-        """Layers of the tower on this pipeline stage."""
-        return self.count
 
 
 @dataclass(frozen=True)

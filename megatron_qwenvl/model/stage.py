@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from megatron_qwenvl.batch import Batch
 from megatron_qwenvl.config.schema import ModelConfig
 from megatron_qwenvl.engine.backends import LayerBackend
+from megatron_qwenvl.engine.stage_layers import StageLayers
 
 from .adapter import Adapter
-from .engine_config import EngineConfigs, StageLayers
+from .engine_config import EngineConfigs
 from .layers import Layer, LayerKind
 from .long_context import Segments, Stretch, scale_queries
 from .patch_embedding import PatchEmbedding

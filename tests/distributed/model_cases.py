@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_qwenvl.batch import IGNORED_TASK, Batch
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, RunConfig, VisionConfig
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import build_stage, initialize_weights
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.runtime.processes import ProcessInfo
@@ -83,7 +83,7 @@ def make_batch(seed: int, images: int, config: RunConfig, length: int = 48) -> B
 
 def build_runner(process: ProcessInfo, config: RunConfig, seed: int = 0) -> StepRunner:
     """Start the engine on this rank and build its part of the model with layout-independent weights."""
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     partition = make_partition(config, runtime.data_size)
     stage = build_stage(config, runtime, partition)
     initialize_weights(stage, config.model, seed)

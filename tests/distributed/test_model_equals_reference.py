@@ -12,7 +12,7 @@ from megatron_qwenvl.batch import Batch
 from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, qwenvl_rules
 from megatron_qwenvl.config.schema import RunConfig, RuntimeConfig
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.inference.generate import Generator, Prompt
 from megatron_qwenvl.model.build import build_stage, initialize_weights, named_tensors
 from megatron_qwenvl.model.partition import make_partition
@@ -26,7 +26,7 @@ from .model_cases import SMALL, make_batch, small_config
 
 def build_both(process: ProcessInfo, config: RunConfig) -> tuple[QwenVLStage, ReferenceModel]:
     """Our model and the reference with the same random weights, biases and norms included."""
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     stage = build_stage(config, runtime, make_partition(config, 1))
     initialize_weights(stage, config.model, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -161,7 +161,7 @@ def meta_shapes(process: ProcessInfo, config: RunConfig) -> dict[str, tuple[int,
     """Full shapes of the model's tensors, built on the meta device."""
     from megatron_qwenvl.model.engine_config import build_engine_configs
 
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     with torch.device("meta"):
         configs = build_engine_configs(config, runtime.kernels, on_gpu=False)
         layers = make_partition(config, 1).layers

@@ -28,7 +28,7 @@ from megatron_qwenvl.config.cli import RunArguments
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.records.errors import DataError
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks
@@ -60,7 +60,7 @@ class _Lines(logging.Handler):
 
 
 def build(process: ProcessInfo, config: RunConfig, from_step: int | None) -> tuple[Trainer, list[str]]:
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     handler = _Lines()
     logging.getLogger("megatron_qwenvl").addHandler(handler)
     return Trainer.build(config, runtime, from_step=from_step), handler.lines

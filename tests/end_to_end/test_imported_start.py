@@ -15,7 +15,7 @@ from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, pl
 from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.inference.generate import Generator, Prompt
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
@@ -77,7 +77,7 @@ def answers(
 ) -> list[list[int]]:
     tokenizer = load_tokenizer(None)
     tokenizer.vocab_size = config.model.decoder.vocab_size
-    generator = Generator.load(checkpoint, config, tokenizer, engine.start(config, process))
+    generator = Generator.load(checkpoint, config, tokenizer, start_engine(config, process))
     return generator.generate(prompts, 6)
 
 

@@ -16,7 +16,7 @@ import pytest
 from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights
 from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.runtime.exit_codes import INTERRUPTED
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
@@ -84,7 +84,7 @@ def test_a_signal_saves_and_the_next_start_goes_on_exactly(tmp_path: Path) -> No
 
 
 def hang(process: ProcessInfo, config: RunConfig) -> None:
-    trainer = Trainer.build(config, engine.start(config, process))
+    trainer = Trainer.build(config, start_engine(config, process))
 
     def get_stuck(*_: Any) -> None:
         time.sleep(600)
@@ -113,7 +113,7 @@ def test_a_slow_run_that_makes_steps_is_no_hang(tmp_path: Path) -> None:
 
 
 def slow(process: ProcessInfo, config: RunConfig) -> None:
-    trainer = Trainer.build(config, engine.start(config, process))
+    trainer = Trainer.build(config, start_engine(config, process))
     train = trainer.runner.train
 
     def train_slowly(*arguments: Any) -> Any:

@@ -12,7 +12,7 @@ from pytest import approx
 
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.loading.loader import Step, build_loader
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import Runtime, start_engine
 from megatron_qwenvl.model.flops import Workload, total_flops
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
@@ -89,10 +89,10 @@ class SlowLoader:
 
 def train_unequally(process: ProcessInfo, config: RunConfig, delay: float) -> None:
     """Train with data that comes late and 7 terabytes in use on the last rank."""
-    trainer = Trainer.build(config, engine.start(config, process))
+    trainer = Trainer.build(config, start_engine(config, process))
     if process.rank == process.world_size - 1:
         trainer.loader = SlowLoader(trainer.loader, delay)  # type: ignore[assignment]
-        engine.Runtime.peak_memory_bytes = lambda self: 7 * 10**12  # type: ignore[method-assign]
+        Runtime.peak_memory_bytes = lambda self: 7 * 10**12  # type: ignore[method-assign]
     trainer.run()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_qwenvl.checkpoint.run.owner import RunOwner
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.runtime.identity import ProcessIdentity
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
@@ -24,7 +24,7 @@ LOST_AFTER = 3
 
 def lose_the_run(process: ProcessInfo, config: Any) -> tuple[str, bool]:
     """Train until another start takes over; the error, and whether the directory changed after that."""
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     trainer = Trainer.build(config, runtime)
     run, before = Path(config.run_dir), {}
     train_step = trainer._train

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks
@@ -106,7 +106,7 @@ def half(data: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.F
 
 def train_changed(process: ProcessInfo, config: RunConfig) -> dict[str, Any]:
     """Resume with other settings: the optimizer's groups, and whether anything moved."""
-    trainer = Trainer.build(config, engine.start(config, process))
+    trainer = Trainer.build(config, start_engine(config, process))
     parameters = [p.detach().clone() for p in trainer.runner.model.module.parameters()]
     trainer.run()
     now = trainer.runner.model.module.parameters()

@@ -18,7 +18,7 @@ from megatron_qwenvl.checkpoint.run import folder, manager
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.records.errors import DataError
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.runtime import watchdog
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.errors import TrainingError
@@ -79,7 +79,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(on_failure: str, data: Path, tmp_p
 
 def train_without_room(process: ProcessInfo, config: RunConfig) -> Any:
     """Train where no file can grow beyond 40 kB: the steps done, or the error."""
-    trainer = Trainer.build(config, engine.start(config, process))
+    trainer = Trainer.build(config, start_engine(config, process))
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
     try:
         return trainer.run().step
@@ -98,7 +98,7 @@ def slowly(action: Callable[..., Any], seconds: float) -> Callable[..., Any]:
 def train_with_slow_saves(process: ProcessInfo, config: RunConfig) -> int:
     """Gathering takes a second, and writing on rank 1 longer than a step may."""
     watchdog.GRACE_SECONDS = 0.2
-    trainer = Trainer.build(config, engine.start(config, process))
+    trainer = Trainer.build(config, start_engine(config, process))
     trainer.optimizer.sharded_state_dict = slowly(trainer.optimizer.sharded_state_dict, 1)
     if process.rank == 1:
         folder.FolderSave.write = slowly(folder.FolderSave.write, 4)  # type: ignore[method-assign]
@@ -117,7 +117,7 @@ def test_a_slow_save_is_neither_a_hang_nor_a_lost_rank(data: Path, tmp_path: Pat
 def end_by_error(process: ProcessInfo, config: RunConfig, kind: type[Exception], ranks: list[int]) -> str:
     """Let `ranks` fail with an error of `kind` in the step after the save of step 3, which is still going on."""
     manager.TOGETHER_SECONDS = 2.0
-    trainer = Trainer.build(config, engine.start(config, process))
+    trainer = Trainer.build(config, start_engine(config, process))
     folder.FolderSave.write = slowly(folder.FolderSave.write, 1)  # type: ignore[method-assign]
     train = trainer.runner.train
 

@@ -17,7 +17,7 @@ from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from megatron_qwenvl.demo.answers import Answers
 from megatron_qwenvl.demo.dataset import make_demo_data
 from megatron_qwenvl.demo.examination import read_questions
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.inference.generate import Generator
 from megatron_qwenvl.model.shapes import count_parameters
 from megatron_qwenvl.runtime.processes import ProcessInfo
@@ -49,7 +49,7 @@ def tiny(stage: str, data: Path, run_dir: Path, *overrides: str, world: int = 1)
 
 
 def answers_of(process: ProcessInfo, config: RunConfig, checkpoint: Path, data: Path) -> list[str]:
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     tokenizer = load_tokenizer(None)
     generator = Generator.load(checkpoint, config, tokenizer, runtime)
     return Answers(generator, config, tokenizer, max_new_tokens=4)(read_questions(data / "test" / "vqa"))

@@ -12,7 +12,7 @@ import torch
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.records.tasks import TASKS
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import named_tensors
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
@@ -69,7 +69,7 @@ def run_arguments(data: Path, run_dir: Path, *overrides: str) -> list[str]:
 
 def train(process: ProcessInfo, config: RunConfig) -> dict[str, Any]:
     """Run a training on this rank; returns its losses, final weights and optimizer state by shard."""
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     trainer = Trainer.build(config, runtime)
     trainer.run()
     weights = [

@@ -13,7 +13,7 @@ from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, qwenvl_rules
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
 from megatron_qwenvl.data.loading.loader import build_loader
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import named_tensors
 from megatron_qwenvl.model.stage import QwenVLStage
 from megatron_qwenvl.runtime.processes import ProcessInfo
@@ -131,7 +131,7 @@ def run_product(config: RunConfig, ranks: int = 1) -> Result:
 
 
 def _train(process: ProcessInfo, config: RunConfig) -> tuple[list[Any], list[Any]]:
-    trainer = Trainer.build(config, engine.start(config, process))
+    trainer = Trainer.build(config, start_engine(config, process))
     stage = trainer.runner.model.module
     before = _shards(stage)
     trainer.run()

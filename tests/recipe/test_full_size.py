@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, RuntimeConfig
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.engine_config import build_engine_configs
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.model.stage import QwenVLStage
@@ -20,7 +20,7 @@ from tests.distributed.harness import run_ranks
 
 def built(process: ProcessInfo, config: RunConfig) -> dict[str, Any]:
     """Settings of the modules of a whole model, built on the meta device."""
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     with torch.device("meta"):
         configs = build_engine_configs(config, runtime.kernels, on_gpu=False)
         layers = make_partition(config, 1).layers

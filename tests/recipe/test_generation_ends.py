@@ -10,7 +10,7 @@ import torch
 
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.inference.generate import Generator, Prompt
 from megatron_qwenvl.model.build import build_stage, initialize_weights
 from megatron_qwenvl.model.partition import make_partition
@@ -36,7 +36,7 @@ def prompt(text: str, seed: int) -> Prompt:
 def answers_with_row(process: ProcessInfo, rows: list[int]) -> list[tuple[Answers, Answers]]:
     """Answers to two prompts together and to each alone: first of the model as it is, then with each row exchanged."""
     config = RECIPES["tiny_stage2"]()
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     stage = build_stage(config, runtime, make_partition(config, 1))
     initialize_weights(stage, config.model, seed=0)
     generator = Generator(stage, load_tokenizer(None), torch.device("cpu"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks
@@ -21,7 +21,7 @@ from .runs import make_config, write_examples
 
 def dtypes(process: ProcessInfo, config: RunConfig) -> dict[str, Any]:
     """Types of everything that the optimizer reads and writes, after a run."""
-    trainer = Trainer.build(config, engine.start(config, process))
+    trainer = Trainer.build(config, start_engine(config, process))
     trainer.run()
     parameters = list(trainer.runner.model.parameters())
     optimizer = trainer.optimizer.chained_optimizers[0].optimizer

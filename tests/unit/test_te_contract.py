@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_qwenvl.config.schema import RuntimeConfig
-from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.engine.backends import KernelName, LayerBackend
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import build_stage, named_tensors, parameter_keys
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.runtime.processes import ProcessInfo
@@ -33,7 +33,7 @@ def describe_rank(process: ProcessInfo, kernels: KernelName) -> Description:
     """
     config = small_config(tensor=2, sequence_parallel=True)
     config = config.model_copy(update={"runtime": RuntimeConfig(device="cpu")})
-    runtime = dataclasses.replace(engine.start(config, process), kernels=LayerBackend(kernels))
+    runtime = dataclasses.replace(start_engine(config, process), kernels=LayerBackend(kernels))
     stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
     classes = {type(module) for module in stage.modules()}
     return {

@@ -19,8 +19,8 @@ from megatron_qwenvl.checkpoint.run.weights import load_weights
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError, write_bytes
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.engine import start as engine
 from megatron_qwenvl.engine.checkpoint_index import read_index
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.runtime.processes import ProcessInfo
@@ -89,7 +89,7 @@ def test_an_export_refuses_it(checkpoint: Path, ran: Path, tmp_path: Path) -> No
 
 
 def load(process: ProcessInfo, weights: Path, config: RunConfig) -> str:
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     stage = build_stage(config, runtime, make_partition(config, 1))
     return failing(lambda: load_weights(weights, config, stage))
 

@@ -23,7 +23,7 @@ from megatron_qwenvl.checkpoint.run.weights import (
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, RunConfig, VisionConfig
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.runtime.processes import ProcessInfo
@@ -57,7 +57,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_and_save(process: ProcessInfo, weights: Path, config: RunConfig, out: Path) -> None:
     """Into sharded models and out again."""
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
     load_weights(weights, config, stage)
     CheckpointManager(out, config).save(1, model_state(stage), {}, {})
@@ -78,7 +78,7 @@ def test_weights_pass_through_every_layout_bitwise(
 
 
 def logits(process: ProcessInfo, weights: Path, config: RunConfig) -> Tensor:
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     stage = build_stage(config, runtime, make_partition(config, 1)).eval()
     load_weights(weights, config, stage)
     batch = make_batch(3, 2, config)
@@ -111,7 +111,7 @@ def test_logits_of_imported_weights_equal_the_published_formulas(tmp_path: Path,
 
 
 def start_elsewhere(process: ProcessInfo, weights: Path, config: RunConfig) -> str:
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     stage = build_stage(config, runtime, make_partition(config, 1))
     return failing(lambda: load_weights(weights, config, stage))
 

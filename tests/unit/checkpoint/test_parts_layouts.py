@@ -11,7 +11,7 @@ from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_part
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.run.weights import load_weights, model_state
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
-from megatron_qwenvl.engine import start as engine
+from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.runtime.processes import ProcessInfo
@@ -29,7 +29,7 @@ def config_of(model: ModelConfig, **changes: object) -> RunConfig:
 
 def load_and_save(process: ProcessInfo, weights: Path, config: RunConfig, out: Path) -> None:
     """Into sharded models and out again, in the weights' own precision."""
-    runtime = engine.start(config, process)
+    runtime = start_engine(config, process)
     stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
     if config.train.precision == "bf16":
         stage.bfloat16()
