@@ -232,7 +232,7 @@ requeue_without_policy() { # PHASE, EXIT CODE
   if [[ -n "$received_signal" ]] || (($2 == INTERRUPTED)); then
     requeue "interrupted${received_signal:+ by $received_signal} during $1"
   fi
-  echo "$mark: a python3 of version 3.6 or newer is needed on $(hostname)"
+  echo "$mark: a python3 of version 3.6 or newer is needed on $HOSTNAME"
   count="$([[ -f "$log" ]] && grep -c "^$mark" "$log" || echo "$attempt")"
   ((count < max_failures_without_progress)) || give_up "$reason; $count failures, and the restart policy cannot run (see above)"
   requeue "$reason; the restart policy cannot run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .jobs import JOBS
 from .model import INITIALIZATION, MODEL
 from .mutant import Mutant
 from .samples import DATA, INFERENCE
@@ -15,4 +16,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *INITIALIZATION,
     *DATA,
     *INFERENCE,
+    *JOBS,
 )
