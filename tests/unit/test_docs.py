@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib.util
 import re
 import shutil
@@ -78,3 +80,37 @@ def test_links_of_the_pages_outside_of_the_site(page: str) -> None:
     targets = LINK.findall((ROOT / page).read_text(encoding="utf-8"))
     missing = [t for t in targets if not t.startswith(("http:", "https:")) and not (ROOT / t).exists()]
     assert missing == []
+
+
+@functools.cache
+def texts_of_the_code() -> str:
+    """All texts of the Python code, placeholders left out, and the shell scripts."""
+    found = []
+    for folder in ("megatron_qwenvl", "tools", "launch", "slurm"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            found += [
+                node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            ]
+    scripts = [path for folder in ("launch", "slurm") for path in sorted((ROOT / folder).glob("*.*h"))]
+    return "\0".join([*found, *(path.read_text(encoding="utf-8") for path in scripts)])
+
+
+def unknown_parts(message: str) -> list[str]:
+    """The fixed parts of a quoted message that no text of the code holds; `...` stands for what varies."""
+    parts = [part.strip(" :;,().") for part in message.split("...")]
+    assert any(len(part) >= 8 for part in parts), f"too little of {message!r} is fixed"
+    return [part for part in parts if part not in texts_of_the_code()]
+
+
+QUOTED = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("message", QUOTED)
+def test_a_quoted_message_exists(message: str) -> None:
+    assert unknown_parts(message) == []
+
+
+def test_an_invented_message_is_noticed() -> None:
+    assert len(QUOTED) > 50
+    assert unknown_parts("damaged checkpoint: ... is bored of training") == ["is bored of training"]
