@@ -100,26 +100,29 @@ class Faults:
 def disturb_chain(cluster: Cluster, site: Path, run: Path, faults: Faults, count: int, *options: str) -> None:
     """Run a chain to its end under `count` faults, calling the pipeline again whenever a job has ended for good, as a
     person would."""
-    deadline = time.monotonic() + 2 * PATIENCE
-    calls = 0
-    while True:
-        assert time.monotonic() < deadline, f"the chain does not end; faults: {faults.done}"
+    for _ in range(count + 3):
         done = pipeline(cluster, site, run, *options)
         assert done.returncode == 0, done.stderr
         if all(": finished (" in line for line in done.stdout.splitlines()):
             return
-        calls += 1
-        assert calls <= 2 + count, f"the chain ends again and again; faults: {faults.done}\n{done.stdout}"
-        watch(cluster, run, faults, count, deadline)
+        watch(cluster, run, faults, count)
+    raise AssertionError(f"the chain ends again and again; faults: {faults.done}\n{done.stdout}")
 
 
-def watch(cluster: Cluster, run: Path, faults: Faults, count: int, deadline: float) -> None:
-    """Disturb what runs until every job has ended."""
-    while time.monotonic() < deadline:
+def watch(cluster: Cluster, run: Path, faults: Faults, count: int) -> None:
+    """Disturb what runs until every job has ended; fails when nothing happens any more."""
+    seen: object = None
+    while True:
         states = {job: cluster.state(job) for job in chain_jobs(run).values()}
         running = [job for job, state in states.items() if state == "RUNNING"]
         if all(state in ENDED for state in states.values()):
             return
+        progress = (states, len(faults.done), [log.stat().st_size for log in sorted(run.glob("logs/*.log"))])
+        if progress != seen:
+            seen, deadline = progress, time.monotonic() + PATIENCE
+        assert time.monotonic() < deadline, (
+            f"nothing happens for {PATIENCE:.0f} s: {states}; faults: {faults.done}"
+        )
         faults.pause()
         if running and len(faults.done) < count:
             faults.any(running[0])

@@ -97,7 +97,8 @@ def repeat_a_finished_conversion(cluster: Cluster, run: Path) -> None:
     assert first_line(log).startswith("next_stage2: finished")
 
 
-@pytest.mark.skipif(COUNT == 0, reason="SLURM_FAULTS=30 runs it; takes half an hour")
+@pytest.mark.skipif(COUNT == 0, reason="SLURM_FAULTS=30 runs it; takes half an hour on an idle machine")
+@pytest.mark.timeout(4 * 3600)
 def test_a_whole_chain_under_random_faults(
     cluster: Cluster, undisturbed: Path, data: Path, published: Path, tmp_path: Path
 ) -> None:
