@@ -199,6 +199,12 @@ def test_exit_codes_of_scripts_are_those_of_the_package() -> None:
     }
 
 
+def test_the_documentation_lists_the_exit_codes() -> None:
+    documented = re.findall(r"^\| ([0-9]+) \| ", (ROOT / "docs/slurm.md").read_text(), re.MULTILINE)
+    known = {code for name, code in vars(exit_codes).items() if name.isupper()}
+    assert sorted(map(int, documented)) == sorted(known | {0, job_log.USAGE_ERROR})
+
+
 def test_scripts_give_no_other_exit_code() -> None:
     literal = {int(code) for path in SCRIPTS for code in re.findall(r"\bexit ([0-9]+)", path.read_text())}
     assert literal == {0, job_log.USAGE_ERROR}
