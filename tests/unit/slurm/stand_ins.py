@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
+PATIENCE = 300
+"""Seconds until a script counts as hanging."""
 
 SRUN = """
 while [[ "$1" == --* ]]; do shift; done
@@ -96,13 +98,13 @@ class Site:
 
     def run(self, script: str = "stage1_pretrain.sbatch", *arguments: str, **environment: str) -> int:
         """Run a batch script to its end; returns its exit code."""
-        return self.start(script, *arguments, **environment).wait(60)
+        return self.start(script, *arguments, **environment).wait(PATIENCE)
 
     def tool(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a script that is called by people."""
         return subprocess.run(
             ["bash", self.folder / "slurm" / script, *arguments], cwd=self.folder, capture_output=True, text=True,
-            env=self.environment | environment, timeout=60,
+            env=self.environment | environment, timeout=PATIENCE,
         )  # fmt: skip
 
     @property

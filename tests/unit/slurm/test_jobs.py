@@ -4,12 +4,13 @@ of Slurm fails."""
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from .stand_ins import Site
+from .stand_ins import PATIENCE, Site
 
 SCRIPTS = {
     "stage1_pretrain.sbatch": ("configure", "preflight", "work"),
@@ -129,6 +130,19 @@ def test_a_verdict_of_the_work_ends_the_job_with_a_reason(site: Site, place: str
 # --- signals to the batch shell itself --------------------------------------------------------------------------------
 
 
+UNTIL_TOLD = 'for ((i = 0; i < 6000; i++)); do [[ ! -e "$HERE/go" ]] || exit 0; /bin/sleep 0.05; done'
+"""A phase works until the file `go` appears, however slow the machine is."""
+
+
+def start_and_wait(site: Site) -> subprocess.Popen[bytes]:
+    """Start a job and wait until the stand-in that touches `there` runs."""
+    job = site.start()
+    while not (site.folder / "there").exists():
+        assert job.poll() is None, site.log.read_text()
+        time.sleep(0.02)
+    return job
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("place", ["configure", "preflight", "work"])
 def test_a_signal_to_the_shell_reaches_the_phase_or_keeps_it_from_starting(
@@ -137,15 +151,14 @@ def test_a_signal_to_the_shell_reaches_the_phase_or_keeps_it_from_starting(
     """Slurm sends the notice of a time limit to the shell, at whatever moment."""
     site.does(
         place,
-        'trap \'touch "$HERE/signalled"; exit 75\' USR1; touch "$HERE/there"\n'
-        "for ((i = 0; i < 40; i++)); do /bin/sleep 0.05; done",
+        f'trap \'touch "$HERE/signalled"; exit 75\' USR1; touch "$HERE/there"\n{UNTIL_TOLD}',
     )
-    job = site.start()
-    while not (site.folder / "there").exists():
-        time.sleep(0.02)
+    job = start_and_wait(site)
     job.send_signal(number)
     job.send_signal(number)
-    assert job.wait(60) == 75
+    if place == "configure":
+        (site.folder / "go").touch()
+    assert job.wait(PATIENCE) == 75
     # The shell asks for the configuration in a subshell, waits for the answer, and starts nothing else.
     assert (site.folder / "signalled").exists() == (place != "configure")
     assert "to be started again: interrupted" in site.status and site.requeued and site.failures == []
@@ -339,12 +352,11 @@ def test_the_first_line_stays_one_line(site: Site) -> None:
 
 
 def kill_shell_at_work(site: Site) -> None:
-    site.does("work", 'touch "$HERE/there"; for ((i = 0; i < 40; i++)); do /bin/sleep 0.05; done')
-    job = site.start()
-    while not (site.folder / "there").exists():
-        time.sleep(0.02)
+    site.does("work", f'touch "$HERE/there"; {UNTIL_TOLD}')
+    job = start_and_wait(site)
     job.kill()
-    job.wait(60)
+    job.wait(PATIENCE)
+    (site.folder / "go").touch()
     site.does("work", "exit 0")
 
 

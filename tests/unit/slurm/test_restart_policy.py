@@ -223,7 +223,7 @@ def interpreters() -> list[str]:
 def ask(python: str, *arguments: str) -> list[str]:
     """Call the tool in the poorest locale, without the environment of the tests."""
     done = subprocess.run(
-        [python, "-EsSB", TOOL, *arguments], capture_output=True, env={"LC_ALL": "C"}, timeout=60
+        [python, "-EsSB", TOOL, *arguments], capture_output=True, env={"LC_ALL": "C"}, timeout=300
     )
     assert (done.returncode, done.stderr) == (0, b""), done.stderr
     return done.stdout.decode().split("\n")

@@ -18,7 +18,7 @@ TOOL = Path(__file__).parents[3] / "tools/run_progress.py"
 def shown(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Without site packages, as on a login node."""
     return subprocess.run(
-        [sys.executable, "-I", "-S", TOOL, run, *options], capture_output=True, text=True, timeout=60
+        [sys.executable, "-I", "-S", TOOL, run, *options], capture_output=True, text=True, timeout=300
     )
 
 
