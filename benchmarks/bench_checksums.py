@@ -21,7 +21,7 @@ from PIL import Image
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.data.loading import reader
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.sampling.sampler import open_training_sampler
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from megatron_qwenvl.data.shards.samples import checksum
 
@@ -37,7 +37,7 @@ def write_shard(path: Path, samples: int) -> None:
     with tarfile.open(path, "w") as tar:
         for number in range(samples):
             record = json.dumps(
-                {"task": "caption", "caption": f"picture {number} " + "of some words " * 4}
+                {"task": "caption", "caption": f"image {number} " + "of some words " * 4}
             ).encode()
             for suffix, data in (("jpg", buffer.getvalue()), ("json", record)):
                 info = tarfile.TarInfo(f"{number:06d}.{suffix}")
@@ -78,9 +78,9 @@ def main() -> None:
         ]
         config = load_config("tiny_stage1", [*overrides, "--data.image_size", str(arguments.side)])
         tokenizer = load_tokenizer()
-        plan = training_plan(config, tokenizer.fingerprint)
-        samples = plan.global_batch(0).samples
-        reads = reader.SampleReader(plan, tokenizer, config.model.image_tokens)
+        sampler = open_training_sampler(config, tokenizer.fingerprint)
+        samples = sampler.global_batch(0).samples
+        reads = reader.SampleReader(sampler, tokenizer, config.model.image_tokens)
         reader.checksum = timed  # type: ignore[assignment]
         for _ in range(3):
             spent, start = 0.0, time.thread_time()

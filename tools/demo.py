@@ -1,4 +1,4 @@
-"""Train a tiny model through the three stages on this machine and question it about held-out pictures.
+"""Train a tiny model through the three stages on this machine and question it about held-out images.
 
     python tools/demo.py [--tensor 2] [--pipeline 2] [--out runs/demo] [--data data/demo]
 
@@ -85,7 +85,7 @@ def heading(text: str) -> None:
 
 def make_data(arguments: argparse.Namespace) -> None:
     """Draw and index the data set."""
-    heading("data: pictures with shapes and digits, all tasks, English and Chinese")
+    heading("data: images with shapes and digits, all tasks, English and Chinese")
     data = str(arguments.data.resolve())
     run("tools/make_demo_data.py", "--out", data, "--seed", str(arguments.seed))
     folders = sorted({str(shard.parent) for shard in Path(data).glob("**/*.tar")})
@@ -132,7 +132,7 @@ def train(arguments: argparse.Namespace, stage: str, previous: str | None) -> No
 
 def question(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load the final checkpoint into one process, ask about held-out images, and write the page."""
-    heading("questions about held-out pictures")
+    heading("questions about held-out images")
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     from megatron_qwenvl.config.load import load_config
     from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
@@ -184,7 +184,7 @@ def conclude(report: dict[str, Any], out: Path) -> int:
     )
     print(
         f"The model {'learned' if learned else 'DID NOT learn'} to see: {report['vqa_accuracy']:.0%} of the "
-        f"answers are right, {report['vqa_accuracy_shuffled_images']:.0%} with exchanged pictures "
+        f"answers are right, {report['vqa_accuracy_shuffled_images']:.0%} with exchanged images "
         f"(chance is {report['vqa_chance']:.0%})."
     )
     return 0 if learned else 1

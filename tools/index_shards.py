@@ -30,9 +30,9 @@ from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 if __name__ == "__main__":
     end_at_stop_signals("index_shards")  # before what takes time to import
 
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.shards.dataset import failed_shards, indexed_options, list_shards, open_directory
+from megatron_qwenvl.data.shards.directory import failed_shards, indexed_options, list_shards, open_directory
 from megatron_qwenvl.data.shards.index import load_index
 from megatron_qwenvl.data.shards.indexing import JOINT, IndexJob, ShardResult, index_directory
 from megatron_qwenvl.data.shards.skipped import merge, printable
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="qwen.tiktoken file; left out: the byte-level vocabulary")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (without MPI)")
     parser.add_argument(
-        "--verify-images", action="store_true", help="decode every picture, not its header only"
+        "--verify-images", action="store_true", help="decode every image, not its header only"
     )
     parser.add_argument("--force", action="store_true", help="index again what is current")
     parser.add_argument(
@@ -152,7 +152,7 @@ def summarise(directory: Path, results: list[ShardResult]) -> int:
     entries = [result.entry for result in results if result.entry]
     failed = len(results) - len(entries)
     print(
-        f"{directory}: {sum(e.samples for e in entries)} samples with {sum(e.images for e in entries)} pictures in "
+        f"{directory}: {sum(e.samples for e in entries)} samples with {sum(e.images for e in entries)} images in "
         f"{len(entries)} shards ({sum(r.fresh for r in results)} indexed now), "
         f"{sum(e.skipped for e in entries)} samples skipped, {failed} shards failed"
     )

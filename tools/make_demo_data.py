@@ -1,6 +1,6 @@
 """python tools/make_demo_data.py --out DIR [--train N] [--held-out N] [--seed S]
 
-Draws pictures of coloured shapes and digits and writes them as WebDataset shards with records of all seven tasks and
+Draws images of coloured shapes and digits and writes them as WebDataset shards with records of all seven tasks and
 ChatML dialogues, in English and Chinese: training data in DIR/<source>, held-out data in DIR/val and DIR/test. Equal
 arguments give equal files. The shards are not indexed yet: see tools/index_shards.py.
 """

@@ -35,10 +35,15 @@ from megatron_qwenvl.checkpoint.storage.files import CheckpointError, replace_by
 from megatron_qwenvl.checkpoint.storage.manifest import checkpoints_of_run
 from megatron_qwenvl.config.cli import HEAD_START_SECONDS, USAGE_ERROR, RunArguments, parse_start_arguments
 from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.sampling.plan import StepPlan, open_training, plan_training, validation_plan
 from megatron_qwenvl.data.sampling.resume import start_data
+from megatron_qwenvl.data.sampling.sampler import (
+    StepSampler,
+    open_training_sources,
+    open_validation_sampler,
+    training_sampler,
+)
 from megatron_qwenvl.preflight.rules import Finding, bad_nodes, ok, run_failure, warning
 from megatron_qwenvl.runtime.environment import describe_environment
 from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR
@@ -96,23 +101,23 @@ def check_data(config: RunConfig, start: Start) -> list[Finding]:
     """Data sources exist, are indexed, fit the tokenizer, and may differ from what the checkpoint records."""
     try:
         tokenizer = load_tokenizer(config.data.tokenizer).fingerprint
-        sources = open_training(config, tokenizer)
+        sources = open_training_sources(config, tokenizer)
         checkpoint, step = (
             (start.checkpoint, start.manifest.step) if start.own and start.manifest else (None, 0)
         )
         data = start_data(config, sources, checkpoint, step)
         if data.refused:
             return [run_failure("data", data.refused)]
-        plans = [plan_training(config, sources, data.history)]
+        plans = [training_sampler(config, sources, data.history)]
         if config.data.validation_sources and config.train.validation_interval:
-            plans.append(validation_plan(config, tokenizer))
+            plans.append(open_validation_sampler(config, tokenizer))
         changed = [warning("data", line) for line in data.lines]
         return [*changed, ok("data", "; ".join(map(describe_plan, plans)))]
     except (DataError, OSError) as error:
         return [run_failure("data", str(error))]
 
 
-def describe_plan(plan: StepPlan) -> str:
+def describe_plan(plan: StepSampler) -> str:
     """One line; reads the first index of every source."""
     for number in range(len(plan.sources)):
         plan.index(number, 0)

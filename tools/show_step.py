@@ -24,10 +24,16 @@ if __name__ == "__main__":
 from megatron_qwenvl.checkpoint.run.start import find_start
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.load import ConfigError, load_config
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.sampling.plan import StepPlan, describe_step, open_training, plan_training
 from megatron_qwenvl.data.sampling.resume import start_data
+from megatron_qwenvl.data.sampling.sampler import (
+    StepSampler,
+    describe_step,
+    open_training_sampler,
+    open_training_sources,
+    training_sampler,
+)
 from megatron_qwenvl.runtime.output import print_any_name
 
 
@@ -48,25 +54,25 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     return arguments, overrides
 
 
-def make_plan(arguments: argparse.Namespace, overrides: list[str]) -> StepPlan:
-    """The plan of a run or of a recipe.
+def make_sampler(arguments: argparse.Namespace, overrides: list[str]) -> StepSampler:
+    """The sampler of a run or of a recipe.
 
     Raises:
         ConfigError, DataError, CheckpointError: it cannot be made.
     """
     if arguments.run is None:
         config = load_config(arguments.recipe, overrides)
-        return plan_training(config, open_training(config, load_tokenizer(config.data.tokenizer).fingerprint))
+        return open_training_sampler(config, load_tokenizer(config.data.tokenizer).fingerprint)
     own = ["--run_dir", str(arguments.run), "--checkpoint.init_from", "null"]
     config = load_config(str(arguments.run / "config.yaml"), [*own, *overrides])
-    sources = open_training(config, load_tokenizer(config.data.tokenizer).fingerprint)
+    sources = open_training_sources(config, load_tokenizer(config.data.tokenizer).fingerprint)
     start = find_start(config)
     if start.checkpoint is None or start.manifest is None:
-        return plan_training(config, sources)
+        return training_sampler(config, sources)
     data = start_data(config, sources, start.checkpoint, start.manifest.step)
     for line in data.lines:
         print(f"if started now: {line}", file=sys.stderr)
-    return plan_training(config, sources, data.history)
+    return training_sampler(config, sources, data.history)
 
 
 def print_step(described: dict[str, Any]) -> None:
@@ -74,16 +80,16 @@ def print_step(described: dict[str, Any]) -> None:
     packs = described["packs"]
     print(
         f"step {described['step']}: {sum(len(pack['samples']) for pack in packs)} samples in {len(packs)} "
-        f"micro-batches, {sum(pack['tokens'] for pack in packs)} tokens, {sum(p['images'] for p in packs)} pictures"
+        f"micro-batches, {sum(pack['tokens'] for pack in packs)} tokens, {sum(p['images'] for p in packs)} images"
     )
     for pack in packs:
         print(
             f"  rank {pack['dp_rank']} micro-batch {pack['micro_batch']}: {len(pack['samples'])} samples, "
-            f"{pack['tokens']} tokens, {pack['images']} pictures"
+            f"{pack['tokens']} tokens, {pack['images']} images"
         )
         for sample in pack["samples"]:
             print(
-                f"    {sample['task']:16} {sample['tokens']:5} tokens {sample['images']} pictures  {sample['key']}"
+                f"    {sample['task']:16} {sample['tokens']:5} tokens {sample['images']} images  {sample['key']}"
             )
 
 
@@ -91,7 +97,7 @@ def main() -> int:
     arguments, overrides = parse_arguments()
     print_any_name()
     try:
-        described = describe_step(make_plan(arguments, overrides), arguments.step, arguments.data_parallel)
+        described = describe_step(make_sampler(arguments, overrides), arguments.step, arguments.data_parallel)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""A model's greedy answers to questions with pictures."""
+"""A model's greedy answers to questions with images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.records.images import image_size, load_pixels
+from megatron_qwenvl.data.images import image_size, load_pixels
 from megatron_qwenvl.data.rendering.formats import render_prompt
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ class Answers:
 
     Args:
         generator: the model.
-        config: gives image size and slots per picture.
+        config: gives image size and slots per image.
         tokenizer: the model's vocabulary.
         max_new_tokens: longest answer.
     """
@@ -47,9 +47,9 @@ class Answers:
 
     def _prompt(self, question: Question) -> Prompt:
         data, slots = self._config.data, self._config.model.image_tokens
-        images = [ImageInfo(name, *image_size(picture)) for name, picture in question.pictures]
+        images = [ImageInfo(name, *image_size(image)) for name, image in question.images]
         rendered = render_prompt(question.record, images, self._tokenizer, slots)
-        pixels = [load_pixels(p, data.image_size, data.max_image_pixels) for _, p in question.pictures]
+        pixels = [load_pixels(p, data.image_size, data.max_image_pixels) for _, p in question.images]
         shown = (
             np.stack([pixels[i] for i in rendered.image_order])
             if pixels

@@ -1,4 +1,4 @@
-"""The demo's data set: drawn pictures with records of every task, as WebDataset shards.
+"""The demo's data set: drawn images with records of every task, as WebDataset shards.
 
 DIR/<source>/00000.tar ..           training: caption, vqa, grounding, ocr, text, chat
 DIR/val/<source>/00000.tar          the same sources, held out, for validation
@@ -95,8 +95,8 @@ def _write_part(directory: Path, samples: Iterable[Drawn], samples_per_shard: in
     with webdataset.ShardWriter(pattern, maxcount=samples_per_shard, verbose=0, mtime=0.0) as shards:
         for number, (record, scenes) in enumerate(samples):
             names = [f"{i}.png" for i in range(len(scenes))] if len(scenes) > 1 else ["png"] * len(scenes)
-            pictures = {name: _png(scene) for name, scene in zip(names, scenes, strict=True)}
-            shards.write({"__key__": f"{number:06d}", **pictures, "json": record})
+            images = {name: _png(scene) for name, scene in zip(names, scenes, strict=True)}
+            shards.write({"__key__": f"{number:06d}", **images, "json": record})
 
 
 def _png(scene: Scene) -> bytes:

@@ -1,4 +1,4 @@
-"""What the demo's model has learned to see: scores on held-out drawn pictures."""
+"""What the demo's model has learned to see: scores on held-out drawn images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.images import image_size
 from megatron_qwenvl.data.records.coordinates import normalise
-from megatron_qwenvl.data.records.errors import DataError
-from megatron_qwenvl.data.records.images import image_size
 from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring, Sample, decode_record
-from megatron_qwenvl.data.shards.dataset import list_shards
+from megatron_qwenvl.data.shards.directory import list_shards
 from megatron_qwenvl.data.shards.samples import read_member, scan_shard
 from megatron_qwenvl.evaluation.metrics import (
     Box,
@@ -30,11 +30,11 @@ class Question:
 
     Attributes:
         record: what is asked; without the answer when it is given to a model.
-        pictures: file name (`png`, `0.png`) and encoded bytes of each picture.
+        images: file name (`png`, `0.png`) and encoded bytes of each image.
     """
 
     record: Sample
-    pictures: tuple[tuple[str, bytes], ...]
+    images: tuple[tuple[str, bytes], ...]
 
 
 AnswerFunction = Callable[[Sequence[Question]], list[str]]
@@ -42,7 +42,7 @@ AnswerFunction = Callable[[Sequence[Question]], list[str]]
 
 
 def read_questions(directory: Path) -> list[Question]:
-    """The samples of a directory of shards that hold one picture each, in order.
+    """The samples of a directory of shards that hold one image each, in order.
 
     Raises:
         DataError: no such directory, no shard in it, or a damaged shard.
@@ -72,15 +72,15 @@ def evaluate_demo(
     captions: Sequence[Question],
     seed: int = 0,
 ) -> dict[str, float]:
-    """Question a model about held-out pictures.
+    """Question a model about held-out images.
 
     Args:
         answer: the model; it is given no answers.
-        vqa: questions with their answers; asked twice, the second time with the pictures exchanged between
+        vqa: questions with their answers; asked twice, the second time with the images exchanged between
             equal questions.
-        ocr_vqa: questions about what is written in the picture.
+        ocr_vqa: questions about what is written in the image.
         referring: phrases with their boxes.
-        captions: pictures with their captions.
+        captions: images with their captions.
         seed: seed of the exchange.
 
     Returns:
@@ -89,7 +89,7 @@ def evaluate_demo(
     """
     texts, expected = _asked(vqa)
     source = derange_within_groups(texts, Random(seed))
-    shuffled = [replace(question, pictures=vqa[i].pictures) for question, i in zip(vqa, source, strict=True)]
+    shuffled = [replace(question, images=vqa[i].images) for question, i in zip(vqa, source, strict=True)]
     described = [q.record.caption or "" for q in captions if isinstance(q.record, Caption)]
     boxes = [_expected_box(question) for question in referring]
     return {
@@ -109,7 +109,7 @@ def show_examples(answer: AnswerFunction, questions: Sequence[Question]) -> list
 
 
 def _example(question: Question, answer: str) -> Example:
-    record, image = question.record, question.pictures[0][1]
+    record, image = question.record, question.images[0][1]
     if isinstance(record, Referring):
         box = _expected_box(question)
         right = box_accuracy([answer], [box]) == 1
@@ -140,10 +140,10 @@ def _unanswered(questions: Sequence[Question]) -> list[Question]:
 
 
 def _expected_box(question: Question) -> Box:
-    """The only box of a referring sample in thousandths of its picture."""
+    """The only box of a referring sample in thousandths of its image."""
     record = question.record
     if not isinstance(record, Referring) or not record.boxes:
         raise ValueError(f"expected a referring sample with a box, found {record}")
-    width, height = image_size(question.pictures[0][1])
+    width, height = image_size(question.images[0][1])
     x1, y1, x2, y2 = record.boxes[0]
     return (*normalise((x1, y1), width, height), *normalise((x2, y2), width, height))

@@ -1,7 +1,7 @@
-"""Records over drawn pictures: the seven task formats and ChatML dialogues, in English and Chinese.
+"""Records over drawn images: the seven task formats and ChatML dialogues, in English and Chinese.
 
-What is asked for is independent of everything but the picture (see `synthetic_scenes`), and every kind of
-question is asked equally often, so that an answer without a look at the picture is right by chance only.
+What is asked for is independent of everything but the image (see `scenes.py`), and every kind of
+question is asked equally often, so that an answer without a look at the image is right by chance only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .scenes import DIGITS, QUARTERS, Figure, Scene, shape_scene, text_scene
 
 Record = dict[str, Any]
 Drawn = tuple[Record, tuple[Scene, ...]]
-"""A record and the scenes of its pictures."""
+"""A record and the scenes of its images."""
 
 CHINESE_SHARE = 0.25
 _SHAPES = {"circle": "圆", "square": "方", "triangle": "三角", "star": "星"}
@@ -27,7 +27,7 @@ QUESTIONS: dict[str, dict[str, str]] = {
     "place": {"en": "Where is it?", "zh": "位置？"},
     "digit": {"en": "What digit?", "zh": "数字？"},
 }
-"""What is asked about a picture with one shape and one digit."""
+"""What is asked about an image with one shape and one digit."""
 
 _ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
     "color": {"en": tuple(_COLORS), "zh": tuple(_COLORS.values())},
@@ -39,11 +39,11 @@ POSSIBLE_ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
     task: {QUESTIONS[kind][language]: _ANSWERS[kind][language] for kind in kinds for language in ("en", "zh")}
     for task, kinds in {"vqa": ("color", "shape", "place"), "ocr_vqa": ("digit",)}.items()
 }
-"""All answers to every question, by task: `ocr_vqa` asks about what is written in the picture."""
+"""All answers to every question, by task: `ocr_vqa` asks about what is written in the image."""
 
 
 def answer(kind: str, scene: Scene, language: str) -> str:
-    """The answer to a question of `QUESTIONS` about a picture with one shape."""
+    """The answer to a question of `QUESTIONS` about an image with one shape."""
     (figure,) = scene.figures
     zh = language == "zh"
     answers = {
@@ -63,7 +63,7 @@ def describe(figure: Figure, language: str) -> str:
 
 
 def caption(rng: Random) -> Drawn:
-    """Shape, place and digit of a picture."""
+    """Shape, place and digit of an image."""
     scene, language = shape_scene(rng), _language(rng)
     (figure,) = scene.figures
     if language == "zh":
@@ -118,7 +118,7 @@ def ocr(rng: Random) -> Drawn:
 
 
 def text(rng: Random) -> Drawn:
-    """A sentence without a picture."""
+    """A sentence without an image."""
     color, shape = rng.choice(list(_COLORS)), rng.choice(list(_SHAPES))
     a, b = rng.randint(0, 4), rng.randint(0, 5)
     sentences = (
@@ -131,8 +131,8 @@ def text(rng: Random) -> Drawn:
 
 
 def chat(rng: Random) -> Drawn:
-    """A dialogue: mostly several questions about one picture, sometimes two pictures, or none."""
-    make = rng.choices((_picture_dialogue, _two_picture_dialogue, _text_dialogue), weights=(16, 1, 1))[0]
+    """A dialogue: mostly several questions about one image, sometimes two images, or none."""
+    make = rng.choices((_image_dialogue, _two_image_dialogue, _text_dialogue), weights=(16, 1, 1))[0]
     turns, scenes = make(rng, _language(rng))
     speakers = ("user", "assistant")
     conversations = [{"from": speakers[i % 2], "value": value} for i, value in enumerate(turns)]
@@ -140,11 +140,11 @@ def chat(rng: Random) -> Drawn:
 
 
 def dialogue_question(question: str) -> str:
-    """A question about the only picture `png` as the first turn of a dialogue."""
+    """A question about the only image `png` as the first turn of a dialogue."""
     return f"Picture 1: <img>png</img>\n{question}"
 
 
-def _picture_dialogue(rng: Random, language: str) -> tuple[list[str], tuple[Scene, ...]]:
+def _image_dialogue(rng: Random, language: str) -> tuple[list[str], tuple[Scene, ...]]:
     scene = shape_scene(rng)
     turns: list[str] = []
     for kind in rng.sample(list(QUESTIONS), rng.randint(2, 4)):
@@ -153,8 +153,8 @@ def _picture_dialogue(rng: Random, language: str) -> tuple[list[str], tuple[Scen
     return turns, (scene,)
 
 
-def _two_picture_dialogue(rng: Random, language: str) -> tuple[list[str], tuple[Scene, ...]]:
-    """The second picture comes with the second question."""
+def _two_image_dialogue(rng: Random, language: str) -> tuple[list[str], tuple[Scene, ...]]:
+    """The second image comes with the second question."""
     turns: list[str] = []
     scenes = (shape_scene(rng), shape_scene(rng))
     for i, scene in enumerate(scenes):

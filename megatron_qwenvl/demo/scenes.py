@@ -1,4 +1,4 @@
-"""Drawn pictures for the demo and the tests: coloured shapes and a digit, each in its own quarter of the picture."""
+"""Drawn images for the demo and the tests: coloured shapes and a digit, each in its own quarter of the image."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 """In raster order: quarter i is column i % 2, row i // 2."""
 DIGITS = "0123456789"
 SIDES = (112, 128)
-"""Widths and heights of pictures in pixels."""
+"""Widths and heights of images in pixels."""
 
-# Near the mean of natural pictures, which normalisation maps to zero: what is drawn stands out.
+# Near the mean of natural images, which normalisation maps to zero: what is drawn stands out.
 _BACKGROUNDS = ((118, 118, 118), (110, 118, 128), (128, 118, 108), (128, 128, 128))
 _INK = (255, 255, 255)
-# In fractions of the picture's sides. Digits, of which there are most kinds, move least.
+# In fractions of the image's sides. Digits, of which there are most kinds, move least.
 _RADIUS = (0.17, 0.21)
 _FONT_SIZE = 0.5
 _FIGURE_JITTER = 0.015
@@ -81,7 +81,7 @@ class Lettering:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture of `width` x `height` pixels shows, figures in raster order of their quarters."""
+    """What an image of `width` x `height` pixels shows, figures in raster order of their quarters."""
 
     width: int
     height: int
@@ -147,7 +147,7 @@ def _font_size(width: int, height: int) -> int:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB."""
+    """The image of a scene, RGB."""
     image = Image.new("RGB", (scene.width, scene.height), scene.background)
     pen = ImageDraw.Draw(image)
     for figure in scene.figures:
@@ -185,7 +185,7 @@ def _star(figure: Figure) -> list[tuple[float, float]]:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own scalable font, so that pictures do not depend on the machine."""
+    """Pillow's own scalable font, so that images do not depend on the machine."""
     loaded = ImageFont.load_default(size)
     if not isinstance(loaded, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow lacks FreeType, which draws the demo's text")

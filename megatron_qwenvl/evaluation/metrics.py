@@ -56,7 +56,7 @@ def box_accuracy(answers: Sequence[str], expected: Sequence[Box], iou: float = 0
 
     Args:
         answers: generated texts.
-        expected: boxes in units of 1/1000 of the picture.
+        expected: boxes in units of 1/1000 of the image.
 
     Raises:
         ValueError: different numbers of answers and expectations, or none.
@@ -70,7 +70,7 @@ def box_accuracy(answers: Sequence[str], expected: Sequence[Box], iou: float = 0
 def derange_within_groups(groups: Sequence[str], rng: Random) -> list[int]:
     """A permutation that moves every element to another place of its own group.
 
-    Exchanging pictures only between equal questions keeps each question sensible for the picture that it is
+    Exchanging images only between equal questions keeps each question sensible for the image that it is
     asked about, and keeps the distribution of the answers: only the link between the two is cut.
 
     Returns:

@@ -15,7 +15,7 @@ from html import escape
 
 from PIL import Image
 
-from megatron_qwenvl.data.records.images import image_size, load_pixels
+from megatron_qwenvl.data.images import image_size, load_pixels
 
 from .charts import Line, line_chart
 

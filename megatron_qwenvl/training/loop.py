@@ -25,8 +25,8 @@ from megatron_qwenvl.checkpoint.run.rewind import Rewind
 from megatron_qwenvl.checkpoint.run.weights import OPTIMIZER_METADATA, model_state
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import Step, StepLoader
-from megatron_qwenvl.data.records.errors import DataError
 from megatron_qwenvl.data.sampling.history_file import RECORD_NAME, encode_history
 from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import build_stage
@@ -322,7 +322,9 @@ class Trainer:
             model = model_state(self.runner.model.module)
             optimizer = self.optimizer.sharded_state_dict(model, metadata=dict(OPTIMIZER_METADATA))
         step, progress = self.progress.step, asdict(self.progress)
-        data = {RECORD_NAME: encode_history(self.loader.plan.history, step)} if self.runtime.is_main else {}
+        data = (
+            {RECORD_NAME: encode_history(self.loader.sampler.history, step)} if self.runtime.is_main else {}
+        )
         self._report_save(lambda: self.checkpoints.save(step, model, optimizer, progress, began, data))
 
     @contextmanager

@@ -16,11 +16,11 @@ from megatron_qwenvl.checkpoint.run.rewind import Rewind
 from megatron_qwenvl.checkpoint.run.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
 from megatron_qwenvl.checkpoint.storage.manifest import Published
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
-from megatron_qwenvl.data.records.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.data.sampling.plan import StepPlan, open_training, plan_training
 from megatron_qwenvl.data.sampling.resume import DataStart, modified_lines, start_data
+from megatron_qwenvl.data.sampling.sampler import StepSampler, open_training_sources, training_sampler
 from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import initialize_weights
 from megatron_qwenvl.model.shapes import describe_parameters
@@ -105,10 +105,10 @@ def set_aside_newer(checkpoints: CheckpointManager, step: int) -> Rewind:
     return rewind
 
 
-def make_plan(
+def make_sampler(
     config: RunConfig, tokenizer: Tokenizer, checkpoint: Path | None, first_step: int, ranks: Ranks
-) -> StepPlan:
-    """The plan of the training steps, which goes on from what a checkpoint records of its data. Collective: rank 0
+) -> StepSampler:
+    """The sampler of the training steps, which goes on from what a checkpoint records of its data. Collective: rank 0
     compares and tells, and all ranks follow the same history.
 
     Args:
@@ -121,7 +121,7 @@ def make_plan(
     Raises:
         DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
     """
-    sources = open_training(config, tokenizer.fingerprint)
+    sources = open_training_sources(config, tokenizer.fingerprint)
 
     def compare() -> tuple[DataStart | None, str]:
         try:
@@ -138,7 +138,7 @@ def make_plan(
             logger.warning(line)
     if found.refused:
         raise DataError(found.refused)
-    return plan_training(config, sources, found.history)
+    return training_sampler(config, sources, found.history)
 
 
 def make_loaders(
@@ -150,13 +150,13 @@ def make_loaders(
     ranks: Ranks,
 ) -> tuple[StepLoader, StepLoader | None]:
     """This rank's training steps from `first_step` on (counted from 0), and its validation set if there is one.
-    Collective; arguments as `make_plan`.
+    Collective; arguments as `make_sampler`.
 
     Raises:
         DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
-    plan = make_plan(config, tokenizer, checkpoint, first_step, ranks)
+    sampler = make_sampler(config, tokenizer, checkpoint, first_step, ranks)
     needs = DataNeeds(
         pixels=stage.patch_embed is not None,
         tokens=stage.embedding is not None or stage.output_layer is not None,
@@ -175,13 +175,13 @@ def make_loaders(
 
     validated = bool(config.data.validation_sources) and config.train.validation_interval > 0
     training, validation = (
-        build(first_step=first_step, plan=plan),
+        build(first_step=first_step, sampler=sampler),
         build(split="validation") if validated else None,
     )
     if runtime.is_main:
         for loader in filter(None, (training, validation)):
-            for line in loader.plan.source_notes():
+            for line in loader.sampler.source_notes():
                 logger.info(line)
-        for line in modified_lines(validation.plan.sources if validation else ()):
+        for line in modified_lines(validation.sampler.sources if validation else ()):
             logger.warning(line)
     return training, validation

@@ -25,7 +25,7 @@ from megatron_qwenvl.preflight.rules import Finding, bad_nodes
 from megatron_qwenvl.preflight.run import Checklist, run_preflight
 from megatron_qwenvl.runtime.environment import common_facts, describe_environment
 from megatron_qwenvl.runtime.processes import ProcessInfo
-from tests.unit.data.shards import picture, random_record, sample, write_source
+from tests.unit.data.data_cases import png_image, random_record, sample, write_source
 
 from .harness import run_ranks
 
@@ -249,7 +249,7 @@ def with_a_broken_link(process: ProcessInfo, run_dir: Path) -> tuple[int, list[F
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, folder = random.Random(0), tmp_path_factory.mktemp("data")
-    samples = [sample(f"{i:05d}", random_record("caption", rng), png=picture()) for i in range(8)]
+    samples = [sample(f"{i:05d}", random_record("caption", rng), png=png_image()) for i in range(8)]
     write_source(folder / "mixed", samples, per_shard=4)
     return folder
 

@@ -26,13 +26,13 @@ from megatron_qwenvl.checkpoint.storage.manifest import (
 )
 from megatron_qwenvl.config.cli import RunArguments
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks
-from tests.unit.data.shards import random_record, sample, write_shard
+from tests.unit.data.data_cases import random_record, sample, write_shard
 
 from .training_cases import records, run_config
 
@@ -68,9 +68,9 @@ def build(process: ProcessInfo, config: RunConfig, from_step: int | None) -> tup
 
 def planned(trainer: Trainer, steps: range) -> list[list[str]]:
     """Keys of the samples of each step, in the order of the batch."""
-    plan = trainer.loader.plan
-    batches = [plan.global_batch(step) for step in steps]
-    return [[plan.key(batch.samples, row) for row in range(len(batch.samples))] for batch in batches]
+    sampler = trainer.loader.sampler
+    batches = [sampler.global_batch(step) for step in steps]
+    return [[sampler.key(batch.samples, row) for row in range(len(batch.samples))] for batch in batches]
 
 
 def train(process: ProcessInfo, config: RunConfig, from_step: int | None = None) -> dict[str, Any]:
@@ -174,12 +174,12 @@ def test_a_run_over_growing_and_shrinking_data_shows_every_sample_once(tmp_path:
 
     assert [record["samples"] for record in records(run)] == [8] * 5 + [6] * 9
     assert show_step(run, 11) == (Counter(third["steps"][6]), "")
-    plan = tool("show_step").make_plan(argparse.Namespace(run=run), [])
-    assert [plan.key(plan.global_batch(4).samples, row) for row in range(8)] == second[0]["steps"][1]
+    sampler = tool("show_step").make_sampler(argparse.Namespace(run=run), [])
+    assert [sampler.key(sampler.global_batch(4).samples, row) for row in range(8)] == second[0]["steps"][1]
     with pytest.raises(
         DataError, match=rf"{shard:03d}\.tar: this step was made with a shard that is gone since"
     ):
-        [plan.global_batch(step) for step in range(5)]
+        [sampler.global_batch(step) for step in range(5)]
 
 
 def test_a_checkpoint_without_a_record_goes_on_as_it_did(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_qwenvl.checkpoint.run.weights import model_state
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.errors import TrainingError
 from megatron_qwenvl.training.optimizer import Schedule, build_optimizer
@@ -32,7 +32,7 @@ def train_or_error(process: ProcessInfo, config: Any) -> Any:
         return type(error).__name__, str(error)
 
 
-def damage_pictures(shard: Path, every: int) -> int:
+def damage_images(shard: Path, every: int) -> int:
     """Overwrite the data (not the headers) of every n-th PNG in a tar; returns how many."""
     data = bytearray(shard.read_bytes())
     at, number, damaged = 0, 0, 0
@@ -45,10 +45,10 @@ def damage_pictures(shard: Path, every: int) -> int:
     return damaged
 
 
-def test_unreadable_pictures_are_masked_alike_in_every_layout(tmp_path: Path) -> None:
+def test_unreadable_images_are_masked_alike_in_every_layout(tmp_path: Path) -> None:
     """Ranks without pixels mask the same samples: losses agree, and the samples are counted."""
     source = write_data(tmp_path)
-    assert damage_pictures(source / "000000.tar", every=3) >= 4
+    assert damage_images(source / "000000.tar", every=3) >= 4
     one = run_config(tmp_path, tmp_path / "one", "--train.steps", "6")
     run_ranks(1, train, one)
     four = run_config(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.runtime import retry
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks

@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(config: RunConfig, data_parallel: int, step: int) -> dict[str, Any]:
     """What the plan says of a step, and the sum of the squared lengths of what attends to itself."""
     loader = build_loader(config, dp_size=data_parallel)
-    info, batch = loader.info(step), loader.plan.global_batch(step)
+    info, batch = loader.info(step), loader.sampler.global_batch(step)
     packs = [[int(batch.samples.length[row]) for row in pack] for pack in batch.packs]
     if config.data.packing == "interleaved":
         pairs = sum(sum(pack) ** 2 for pack in packs)

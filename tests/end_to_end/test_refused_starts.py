@@ -15,7 +15,7 @@ import pytest
 
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.load import load_config
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 

@@ -17,7 +17,7 @@ import torch
 from megatron_qwenvl.checkpoint.run import folder, manager
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.runtime import watchdog
 from megatron_qwenvl.runtime.processes import ProcessInfo

@@ -12,7 +12,7 @@ from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_ma
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.sampling.sampler import open_training_sampler
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from megatron_qwenvl.demo.answers import Answers
 from megatron_qwenvl.demo.dataset import make_demo_data
@@ -104,10 +104,10 @@ def test_frozen_parts_keep_their_weights_bit_for_bit(data: Path, tmp_path: Path)
 def test_packs_of_the_demo_are_filled(stage: str, data: Path) -> None:
     """At least 95% of the positions that the tiny recipes compute on the demo's mix are tokens."""
     config = load_config(f"tiny_{stage}", ["--data.root", str(data)])
-    plan = training_plan(config, load_tokenizer(None).fingerprint)
-    batches = [plan.global_batch(step) for step in range(5)]
+    sampler = open_training_sampler(config, load_tokenizer(None).fingerprint)
+    batches = [sampler.global_batch(step) for step in range(5)]
     tokens = sum(int(batch.samples.length.sum()) for batch in batches)
-    assert tokens / sum(plan.positions(batch, 1) for batch in batches) >= 0.95
+    assert tokens / sum(sampler.positions(batch, 1) for batch in batches) >= 0.95
 
 
 def test_large_interleaved_batches_of_the_demo_mix_are_filled(data: Path) -> None:
@@ -117,6 +117,6 @@ def test_large_interleaved_batches_of_the_demo_mix_are_filled(data: Path) -> Non
         ["--data.root", str(data), "--data.packing", "interleaved", "--data.global_batch_size", "4096",
          "--data.pack_length", "1024"],
     )  # fmt: skip
-    plan = training_plan(config, load_tokenizer(None).fingerprint)
-    batch = plan.global_batch(0)
+    sampler = open_training_sampler(config, load_tokenizer(None).fingerprint)
+    batch = sampler.global_batch(0)
     assert int(batch.samples.length.sum()) / (len(batch.packs) * 1024) >= 0.95

@@ -13,8 +13,8 @@ import torch
 
 from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import build_loader
-from megatron_qwenvl.data.records.errors import DataError
 from megatron_qwenvl.data.shards.index import load_index
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.errors import TrainingError

@@ -22,7 +22,7 @@ from megatron_qwenvl.runtime.helpers import start_resource_tracker
 from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 from megatron_qwenvl.runtime.leave import leave
 from tests.distributed.harness import run_ranks
-from tests.unit.data.shards import sample, write_shard
+from tests.unit.data.data_cases import sample, write_shard
 from tools import convert_checkpoint, preflight
 
 from .stop_cases import before, redirect, wait

@@ -16,24 +16,24 @@ from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import named_tensors
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
-from tests.unit.data.shards import picture as png
-from tests.unit.data.shards import random_record, sample, write_source
+from tests.unit.data.data_cases import png_image as png
+from tests.unit.data.data_cases import random_record, sample, write_source
 
 
 def write_data(folder: Path, tasks: tuple[str, ...] = TASKS, samples: int = 60, name: str = "mixed") -> Path:
-    """An indexed source with random records of `tasks`; pictures differ in colour."""
+    """An indexed source with random records of `tasks`; images differ in colour."""
     rng = random.Random(0)
 
     def one(number: int) -> dict[str, Any]:
         task = tasks[number % len(tasks)]
         colour = tuple(rng.randrange(256) for _ in range(3))
         record = random_record(task, rng)
-        pictures = (
+        images = (
             {}
             if task == "text" or (task == "chat" and "<img>" not in json.dumps(record))
             else {"png": png(colour=colour)}
         )
-        return sample(f"{number:05d}", record, **pictures)
+        return sample(f"{number:05d}", record, **images)
 
     return write_source(folder / name, [one(i) for i in range(samples)], per_shard=20)
 

@@ -8,10 +8,10 @@ CHATML = f"{PACKAGE}/data/rendering/chatml.py"
 COLLATE = f"{PACKAGE}/data/loading/collate.py"
 FORMATS = f"{PACKAGE}/data/rendering/formats.py"
 GENERATE = f"{PACKAGE}/inference/generate.py"
-IMAGES = f"{PACKAGE}/data/records/images.py"
+IMAGES = f"{PACKAGE}/data/images.py"
 PIXELS = ("tests/recipe/test_pixels.py",)
 WRITER = f"{PACKAGE}/data/rendering/token_builder.py"
-UNREADABLE = ("tests/end_to_end/test_faults.py::test_unreadable_pictures_are_masked_alike_in_every_layout",)
+UNREADABLE = ("tests/end_to_end/test_faults.py::test_unreadable_images_are_masked_alike_in_every_layout",)
 GENERATION = ("tests/recipe/test_generation_ends.py",)
 
 DATA = [
@@ -21,7 +21,7 @@ DATA = [
     ),
     Mutant(
         "loss mask: not shifted", COLLATE,
-        "learned[start:last] = rendered.learned[1:]", "learned[start:last] = rendered.learned[:-1]", STAGE1,
+        "loss_mask[start:last] = rendered.loss_mask[1:]", "loss_mask[start:last] = rendered.loss_mask[:-1]", STAGE1,
     ),
     Mutant(
         "interleaved samples do not see each other", COLLATE,
@@ -40,25 +40,25 @@ DATA = [
         "agreed = self.runtime.model_parallel_max(flags.to(self.runtime.device)).cpu()", "agreed = flags", UNREADABLE,
     ),
     Mutant(
-        "formats: the end of the text is not learned", FORMATS,
-        "writer.ids([tokenizer.eos])", "writer.ids([tokenizer.eos], learn=False)", STAGE1,
+        "formats: the end of the text is not supervised", FORMATS,
+        "writer.ids([tokenizer.eos])", "writer.ids([tokenizer.eos], supervised=False)", STAGE1,
     ),
-    Mutant("formats: prompts are learned", WRITER, "self.learn = False", "self.learn = True", STAGE1),
+    Mutant("formats: prompts are supervised", WRITER, "self.supervised = False", "self.supervised = True", STAGE1),
     Mutant(
-        "formats: image slots are learned", WRITER,
-        "*slots, tokenizer.img_end], learn=False)", "*slots, tokenizer.img_end], learn=True)", STAGE1,
-    ),
-    Mutant(
-        "dialogues: the user's text is learned", CHATML,
-        'writer.learn = turn.speaker == "assistant"', "writer.learn = True", STAGE3,
+        "formats: image slots are supervised", WRITER,
+        "*slots, tokenizer.img_end], supervised=False)", "*slots, tokenizer.img_end], supervised=True)", STAGE1,
     ),
     Mutant(
-        "dialogues: turns begin unlearned", CHATML,
-        "writer.ids([writer.tokenizer.im_start], learn=True)", "writer.ids([writer.tokenizer.im_start])", STAGE3,
+        "dialogues: the user's text is supervised", CHATML,
+        'writer.supervised = turn.speaker == "assistant"', "writer.supervised = True", STAGE3,
     ),
     Mutant(
-        "dialogues: the newline after a turn is not learned", CHATML,
-        'writer.text("\\n", learn=True)', 'writer.text("\\n", learn=False)', STAGE3,
+        "dialogues: the begin of a turn is not supervised", CHATML,
+        "writer.ids([writer.tokenizer.im_start], supervised=True)", "writer.ids([writer.tokenizer.im_start])", STAGE3,
+    ),
+    Mutant(
+        "dialogues: the newline after a turn is not supervised", CHATML,
+        'writer.text("\\n", supervised=True)', 'writer.text("\\n", supervised=False)', STAGE3,
     ),
     Mutant(
         "images: resized before RGB", IMAGES,

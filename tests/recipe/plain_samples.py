@@ -34,13 +34,13 @@ class Example:
 
     key: str
     record: dict[str, Any]
-    picture: bytes | None
+    image: bytes | None
     text: str
 
     def stored(self) -> dict[str, Any]:
         """The sample as webdataset writes it."""
         members = {"__key__": self.key, "json": json.dumps(self.record).encode()}
-        return members if self.picture is None else {**members, "png": self.picture}
+        return members if self.image is None else {**members, "png": self.image}
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Tokens:
 
     Attributes:
         ids: token ids; image slots hold `<imgpad>`.
-        learned: whether predicting the token belongs to the loss.
+        loss_mask: whether predicting the token belongs to the loss.
         image_starts: first slot of each image.
         pixels: uint8 `[images, 3, side, side]`.
     """
 
     ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
     image_starts: list[int]
     pixels: Tensor
 
@@ -63,26 +63,26 @@ class Tokens:
 def tokens_of(example: Example, slots: int, side: int) -> Tokens:
     """Ids of the bytes and special tokens of an example's text, an image being `slots` positions."""
     ids: list[int] = []
-    learned: list[bool] = []
+    loss_mask: list[bool] = []
     starts = []
-    learn = False
+    supervised = False
     for piece in _PIECES.split(example.text):
         if piece in ("=>", "<="):
-            learn = piece == "=>"
+            supervised = piece == "=>"
             continue
         new = [IDS[piece]] if piece in IDS else list(piece.encode())
         if piece == "<img>":
             starts.append(len(ids) + 1)
             new += [IDS["<imgpad>"]] * slots
         ids += new
-        learned += [learn] * len(new)
-    return Tokens(ids, learned, starts, _pixels(example.picture, side))
+        loss_mask += [supervised] * len(new)
+    return Tokens(ids, loss_mask, starts, _pixels(example.image, side))
 
 
-def _pixels(picture: bytes | None, side: int) -> Tensor:
-    if picture is None:
+def _pixels(image: bytes | None, side: int) -> Tensor:
+    if image is None:
         return torch.empty(0, 3, side, side, dtype=torch.uint8)
-    square = Image.open(io.BytesIO(picture)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    square = Image.open(io.BytesIO(image)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy())[None]
 
 
@@ -131,14 +131,14 @@ def _text(key: str, rng: random.Random) -> Example:
 
 
 def _chat(key: str, rng: random.Random) -> Example:
-    """A dialogue of one or two questions; learned: answers, `<|im_start|>`, `<|im_end|>` and the newline after it."""
+    """One or two questions; supervised are answers, `<|im_start|>`, `<|im_end|>` and the newline after it."""
     turns, text = [], "=><|im_start|><=system\nYou are a helpful assistant.=><|im_end|>\n"
     for number in range(rng.randint(1, 2)):
         question, answer = _words(rng, 3) + "?", _words(rng, 3)
-        picture, shown = (
+        image, shown = (
             ("Picture 1: <img>png</img>\n", "Picture 1: <img></img>\n") if number == 0 else ("", "")
         )
-        turns += [{"from": "user", "value": picture + question}, {"from": "assistant", "value": answer}]
+        turns += [{"from": "user", "value": image + question}, {"from": "assistant", "value": answer}]
         text += f"<|im_start|><=user\n{shown}{question}=><|im_end|>\n"
         text += f"<|im_start|><=assistant\n=>{answer}<|im_end|>\n"
     return Example(key, {"task": "chat", "conversations": turns}, _noise(rng), text)

@@ -133,10 +133,10 @@ def summed_loss(model: ReferenceModel, sequence: Pack) -> tuple[Tensor, int]:
     Position t predicts token t + 1; nothing predicts the first token of a sample.
     """
     tokens = torch.tensor([token for sample in sequence for token in sample.ids])
-    learned = torch.tensor([learn and i > 0 for sample in sequence for i, learn in enumerate(sample.learned)])
+    loss_mask = torch.tensor([on and i > 0 for sample in sequence for i, on in enumerate(sample.loss_mask)])
     offsets = itertools.accumulate((len(sample.ids) for sample in sequence), initial=0)
     starts = [(0, o + at) for o, sample in zip(offsets, sequence, strict=False) for at in sample.image_starts]
     pixels = torch.cat([sample.pixels for sample in sequence])
     logits = model(tokens[None], pixels, starts)[0]
     losses = F.cross_entropy(logits[:-1], tokens[1:], reduction="none")
-    return losses[learned[1:]].sum(), int(learned[1:].sum())
+    return losses[loss_mask[1:]].sum(), int(loss_mask[1:].sum())

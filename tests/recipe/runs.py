@@ -22,7 +22,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import assemble
 from tests.end_to_end.training_cases import records
 from tests.reference_model import ReferenceModel
-from tests.unit.data.shards import write_source
+from tests.unit.data.data_cases import write_source
 
 from .plain_samples import Example, examples, tokens_of
 from .plain_training import Pack, Recipe, Trained, is_decoder, is_vit, train

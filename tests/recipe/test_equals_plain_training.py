@@ -158,5 +158,5 @@ def test_the_steps_can_show_the_recipe(stage: str, runs: RunsOf, plain: PlainOf)
     assert sum(norm < recipe.clip for norm in norms) >= 2
     assert sum(norm < 2 * recipe.clip for norm in norms) > sum(norm < recipe.clip for norm in norms)
     for packs in packs_of(make_config(stage, one.root, one.root / "plain"), one.examples):
-        supervised = {sum(sum(sample.learned) for sample in pack) for pack in packs}
+        supervised = {sum(sum(sample.loss_mask) for sample in pack) for pack in packs}
         assert len(supervised) > 1

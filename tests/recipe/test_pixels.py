@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.records.images import load_pixels
+from megatron_qwenvl.data.images import load_pixels
 
 SIDE = 28
 
@@ -30,6 +30,6 @@ def test_resizing_sees_colours_not_indices(mode: str) -> None:
     np.testing.assert_array_equal(
         load_pixels(data, SIDE, max_pixels=10_000), np.asarray(rgb).transpose(2, 0, 1)
     )
-    if mode in ("P", "1"):  # the picture can show the difference
+    if mode in ("P", "1"):  # the image can show the difference
         late = Image.open(io.BytesIO(data)).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
         assert np.abs(np.asarray(late).astype(int) - np.asarray(rgb)).mean() > 20

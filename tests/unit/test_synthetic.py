@@ -1,4 +1,4 @@
-"""The demo's data: what the records say is what the pictures show, and nothing else tells it."""
+"""The demo's data: what the records say is what the images show, and nothing else tells it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from megatron_qwenvl.data.records.tasks import TASKS
-from megatron_qwenvl.data.shards.dataset import list_shards
+from megatron_qwenvl.data.shards.directory import list_shards
 from megatron_qwenvl.data.shards.index import load_index
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from megatron_qwenvl.demo.dataset import SOURCES, TEST_TASKS, balanced_vqa, make_demo_data
@@ -81,11 +81,11 @@ def test_equal_seeds_give_equal_files_and_other_seeds_others(demo: Path, tmp_pat
     assert not set(digests(tmp_path / "other").values()) & set(digests(demo).values())
 
 
-def test_held_out_pictures_are_not_in_the_training_data(demo: Path) -> None:
-    def pictures(parts: list[str]) -> set[bytes]:
+def test_held_out_images_are_not_in_the_training_data(demo: Path) -> None:
+    def images(parts: list[str]) -> set[bytes]:
         return {data for part in parts for name, data in members(demo / part) if name.endswith("png")}
 
-    trained, held_out = pictures(list(SOURCES)), pictures(PARTS[len(SOURCES) :])
+    trained, held_out = images(list(SOURCES)), images(PARTS[len(SOURCES) :])
     assert len(held_out) > 200
     assert not trained & held_out
 
@@ -97,7 +97,7 @@ def test_a_second_run_leaves_no_shard_of_the_first(tmp_path: Path) -> None:
     assert [path.name for path in list_shards(tmp_path / "vqa")] == [f"0000{i}.tar" for i in range(4)]
 
 
-def test_answers_are_what_the_picture_shows() -> None:
+def test_answers_are_what_the_image_shows() -> None:
     rng = Random(0)
     for _ in range(50):
         scene = shape_scene(rng)
@@ -124,7 +124,7 @@ def test_boxes_and_quads_enclose_what_is_drawn() -> None:
 
 
 def _changed_box(scene: Scene, **without: Any) -> tuple[int, int, int, int]:
-    """Where a picture changes when something is left out of it."""
+    """Where an image changes when something is left out of it."""
     box = ImageChops.difference(draw(scene), draw(replace(scene, **without))).getbbox()
     assert box
     return box
@@ -138,7 +138,7 @@ def _same_box(found: tuple[float, ...], expected: tuple[float, ...]) -> None:
     ))  # fmt: skip
 
 
-def test_nothing_but_the_picture_tells_the_answer() -> None:
+def test_nothing_but_the_image_tells_the_answer() -> None:
     """Over many samples the most frequent answer to each question is close to 1 / (number of answers)."""
     rng = Random(0)
     answers: dict[str, Counter[str]] = defaultdict(Counter)
@@ -165,10 +165,10 @@ def test_every_question_belongs_to_one_task() -> None:
     assert sum(len(asked) for asked in POSSIBLE_ANSWERS.values()) == 2 * len(QUESTIONS)
 
 
-def test_pictures_are_varied(demo: Path) -> None:
-    pictures = [Image.open(io.BytesIO(data)) for name, data in members(demo / "vqa") if name.endswith("png")]
-    assert len({picture.size for picture in pictures}) == 4
-    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+def test_images_are_varied(demo: Path) -> None:
+    images = [Image.open(io.BytesIO(data)) for name, data in members(demo / "vqa") if name.endswith("png")]
+    assert len({image.size for image in images}) == 4
+    assert len({image.tobytes() for image in images}) == len(images)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_qwenvl.batch import IGNORED_TASK, Batch, DataNeeds
 from megatron_qwenvl.config.schema import Packing
-from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
 from megatron_qwenvl.data.sampling.mixture import SampleTable
-from megatron_qwenvl.data.sampling.plan import MicroBatch
+from megatron_qwenvl.data.sampling.sampler import MicroBatch
 
 from .reader import SampleReader
 
@@ -58,7 +58,7 @@ def lay_out(micro_batch: MicroBatch, samples: SampleTable, packing: Packing, row
 def collate(micro_batch: MicroBatch, samples: SampleTable, reader: SampleReader, needs: DataNeeds) -> Batch:
     """Read what is needed of a micro-batch and assemble it.
 
-    A sample that can no longer be read keeps its place: its pictures are black, its text is padding, and it is
+    A sample that can no longer be read keeps its place: its images are black, its text is padding, and it is
     named in `bad_samples`.
 
     Args:
@@ -70,9 +70,9 @@ def collate(micro_batch: MicroBatch, samples: SampleTable, reader: SampleReader,
     Raises:
         DataError: a shard differs from its index.
     """
-    plan = reader.plan
+    sampler = reader.sampler
     filled = int(sum(samples.length[list(pack)].sum() for pack in micro_batch))
-    layout = lay_out(micro_batch, samples, plan.data.packing, plan.padded_length(filled))
+    layout = lay_out(micro_batch, samples, sampler.data.packing, sampler.padded_length(filled))
     images = samples.images[layout.rows]
     bad: dict[int, str] = {}
     batch = Batch(
@@ -90,10 +90,10 @@ def collate(micro_batch: MicroBatch, samples: SampleTable, reader: SampleReader,
         batch.pixels = _pixels(layout, samples, reader, bad)
     batch.bad_samples = tuple(sorted(bad))
     batch.bad_reasons = tuple(
-        f"{plan.name(samples, layout.rows[ordinal])}: {bad[ordinal]}" for ordinal in batch.bad_samples
+        f"{sampler.name(samples, layout.rows[ordinal])}: {bad[ordinal]}" for ordinal in batch.bad_samples
     )
     rows = [layout.rows[ordinal] for ordinal in batch.bad_samples]
-    batch.bad_names = tuple((plan.shard(samples, row), plan.key(samples, row)) for row in rows)
+    batch.bad_names = tuple((sampler.shard(samples, row), sampler.key(samples, row)) for row in rows)
     return batch
 
 
@@ -113,11 +113,11 @@ def _sample_ids(layout: Layout, samples: SampleTable) -> Tensor:
 def _add_tokens(
     batch: Batch, layout: Layout, samples: SampleTable, reader: SampleReader, bad: dict[int, str]
 ) -> None:
-    """Fill in tokens, labels, masks and the places of the pictures."""
+    """Fill in tokens, labels, masks and the places of the images."""
     length = batch.length
     tokens = np.full(length, reader.tokenizer.eos, dtype=np.int64)
     labels = np.full(length, reader.tokenizer.eos, dtype=np.int64)
-    learned = np.zeros(length, dtype=np.float32)
+    loss_mask = np.zeros(length, dtype=np.float32)
     tasks = np.full(length, IGNORED_TASK, dtype=np.uint8)
     image_starts: list[int] = []
     for ordinal, (row, start) in enumerate(zip(layout.rows, layout.starts, strict=True)):
@@ -130,35 +130,35 @@ def _add_tokens(
         tokens[start : last + 1] = rendered.tokens
         # Position t predicts t + 1; the last token of a sample predicts nothing, least of all the next sample.
         labels[start:last] = rendered.tokens[1:]
-        learned[start:last] = rendered.learned[1:]
-        tasks[start:last][learned[start:last] > 0] = samples.task[row]
+        loss_mask[start:last] = rendered.loss_mask[1:]
+        tasks[start:last][loss_mask[start:last] > 0] = samples.task[row]
         image_starts += [start + at for at in rendered.image_starts]
     batch.tokens, batch.labels = torch.from_numpy(tokens), torch.from_numpy(labels)
-    batch.loss_mask, batch.task_ids = torch.from_numpy(learned), torch.from_numpy(tasks)
+    batch.loss_mask, batch.task_ids = torch.from_numpy(loss_mask), torch.from_numpy(tasks)
     batch.image_starts = torch.tensor(image_starts, dtype=torch.int64)
 
 
 def _placeholder(reader: SampleReader, length: int, images: int) -> TokenizedSample:
-    """Stands in for a sample that cannot be read: its picture slots, then padding; nothing is learned."""
+    """Stands in for a sample that cannot be read: its image slots, then padding; nothing is learned."""
     tokenizer, slots = reader.tokenizer, reader.image_tokens
-    picture = [tokenizer.img_start, *[tokenizer.img_pad] * slots, tokenizer.img_end]
-    tokens = picture * images
+    image = [tokenizer.img_start, *[tokenizer.img_pad] * slots, tokenizer.img_end]
+    tokens = image * images
     tokens += [tokenizer.eos] * (length - len(tokens))
-    starts = [image * len(picture) + 1 for image in range(images)]
-    return TokenizedSample(tokens, [False] * length, starts)
+    image_starts = [number * len(image) + 1 for number in range(images)]
+    return TokenizedSample(tokens, [False] * length, image_starts)
 
 
 def _pixels(layout: Layout, samples: SampleTable, reader: SampleReader, bad: dict[int, str]) -> Tensor:
-    """Pictures of all samples in their order, uint8 `[num_images, 3, S, S]`."""
-    side = reader.plan.data.image_size
-    pictures: list[NDArray[np.uint8]] = [np.empty((0, 3, side, side), dtype=np.uint8)]
+    """Images of all samples in their order, uint8 `[num_images, 3, S, S]`."""
+    side = reader.sampler.data.image_size
+    images: list[NDArray[np.uint8]] = [np.empty((0, 3, side, side), dtype=np.uint8)]
     for ordinal, row in enumerate(layout.rows):
         count = int(samples.images[row])
         if not count:
             continue
         try:
-            pictures.append(reader.pixels(samples, row))
+            images.append(reader.pixels(samples, row))
         except SampleError as error:
-            pictures.append(np.zeros((count, 3, side, side), dtype=np.uint8))
+            images.append(np.zeros((count, 3, side, side), dtype=np.uint8))
             bad[ordinal] = "; ".join(filter(None, (bad.get(ordinal), str(error))))
-    return torch.from_numpy(np.concatenate(pictures))
+    return torch.from_numpy(np.concatenate(images))

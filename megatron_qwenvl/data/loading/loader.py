@@ -29,11 +29,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_qwenvl.batch import Batch, DataNeeds
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.lru_cache import LruCache
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.data.sampling.cache import LruCache
 from megatron_qwenvl.data.sampling.mixture import Skipped
-from megatron_qwenvl.data.sampling.plan import MicroBatch, StepPlan, training_plan, validation_plan
+from megatron_qwenvl.data.sampling.sampler import (
+    MicroBatch,
+    StepSampler,
+    open_training_sampler,
+    open_validation_sampler,
+)
 from megatron_qwenvl.runtime.helpers import start_resource_tracker
 from megatron_qwenvl.runtime.interrupt import blocked_stop_signals, ignore_stop_signals
 from megatron_qwenvl.runtime.retry import reads
@@ -99,9 +104,14 @@ class StepLoader:
     """The steps of one data-parallel rank. Every iteration starts at the first step again."""
 
     def __init__(
-        self, plan: StepPlan, steps: range, micro_batches: _MicroBatches, rank_count: int, pin_memory: bool
+        self,
+        sampler: StepSampler,
+        steps: range,
+        micro_batches: _MicroBatches,
+        rank_count: int,
+        pin_memory: bool,
     ) -> None:
-        self.plan = plan
+        self.sampler = sampler
         self.steps = steps
         self._micro_batches = micro_batches
         self._ranks = rank_count
@@ -126,27 +136,27 @@ class StepLoader:
 
     def info(self, step: int) -> StepInfo:
         """What a step holds."""
-        batch = self.plan.global_batch(step)
-        count = self.plan.micro_batches(batch, self._ranks)
+        batch = self.sampler.global_batch(step)
+        count = self.sampler.micro_batches(batch, self._ranks)
         return StepInfo(
             step=step,
             micro_batches=count,
             samples=len(batch.samples),
             images=int(batch.samples.images.sum()),
             tokens=int(batch.samples.length.sum()),
-            positions=self.plan.positions(batch, self._ranks),
+            positions=self.sampler.positions(batch, self._ranks),
             skipped=tuple(batch.skipped),
         )
 
     def _keys(self) -> Iterator[Key]:
         for step in self.steps:
-            batch = self.plan.global_batch(step)
-            for number in range(self.plan.micro_batches(batch, self._ranks)):
+            batch = self.sampler.global_batch(step)
+            for number in range(self.sampler.micro_batches(batch, self._ranks)):
                 yield step, number
 
     def _stream(self) -> Iterator[Batch | DataError]:
         """All micro-batches of all steps; with workers, prepared ahead in the same order."""
-        data = self.plan.data
+        data = self.sampler.data
         workers = data.workers if self._micro_batches.reads else 0
         parallel: dict[str, Any] = {}
         if workers:
@@ -184,11 +194,17 @@ class _MicroBatches(Dataset[Any]):
     """Random access to the micro-batches of a rank; what a worker process gets."""
 
     def __init__(
-        self, plan: StepPlan, tokenizer: Tokenizer, image_tokens: int, needs: DataNeeds, rank: int, ranks: int
+        self,
+        sampler: StepSampler,
+        tokenizer: Tokenizer,
+        image_tokens: int,
+        needs: DataNeeds,
+        rank: int,
+        ranks: int,
     ) -> None:
-        self._plan = plan
+        self._sampler = sampler
         self.reads = needs.pixels or needs.tokens
-        self._reader = SampleReader(plan, tokenizer, image_tokens)
+        self._reader = SampleReader(sampler, tokenizer, image_tokens)
         self._needs = needs
         self._rank = rank
         self._ranks = ranks
@@ -200,7 +216,7 @@ class _MicroBatches(Dataset[Any]):
         step, number = key
         reads.seconds = self._patience  # a worker is another process
         try:
-            samples = self._plan.global_batch(step).samples
+            samples = self._sampler.global_batch(step).samples
             batch = collate(self._part(step)[number], samples, self._reader, self._needs)
             return replace(batch, read_again=reads.take())
         except DataError as error:
@@ -208,14 +224,14 @@ class _MicroBatches(Dataset[Any]):
 
     def names(self, step: int) -> list[str]:
         """Shard and key of every sample of this rank in a step."""
-        samples = self._plan.global_batch(step).samples
+        samples = self._sampler.global_batch(step).samples
         packs = itertools.chain.from_iterable(self._part(step))
-        return [self._plan.name(samples, row) for pack in packs for row in pack]
+        return [self._sampler.name(samples, row) for pack in packs for row in pack]
 
     def _part(self, step: int) -> list[MicroBatch]:
-        plan = self._plan
+        sampler = self._sampler
         return self._dealt.get(
-            step, lambda: plan.balance_across_ranks(plan.global_batch(step), self._ranks)[self._rank]
+            step, lambda: sampler.balance_across_ranks(sampler.global_batch(step), self._ranks)[self._rank]
         )
 
 
@@ -271,7 +287,7 @@ def build_loader(
     needs: DataNeeds | None = None,
     first_step: int = 0,
     split: Literal["train", "validation"] = "train",
-    plan: StepPlan | None = None,
+    sampler: StepSampler | None = None,
     pin_memory: bool = False,
 ) -> StepLoader:
     """The loader of one rank.
@@ -285,7 +301,7 @@ def build_loader(
         first_step: where to go on, counted from 0: the number of steps that are done.
         split: `train`: steps `first_step..config.train.steps`. `validation`: one step, which is the whole
             validation set in its fixed order.
-        plan: of the training steps; none: that of a run whose data has not changed since it began.
+        sampler: of the training steps; none: that of a run whose data has not changed since it began.
         pin_memory: copy batches to page-locked memory (GPU runs).
 
     Raises:
@@ -298,11 +314,11 @@ def build_loader(
             f"model.decoder.vocab_size {config.model.decoder.vocab_size}"
         )
     if split == "train":
-        plan = plan or training_plan(config, tokenizer.fingerprint)
+        sampler = sampler or open_training_sampler(config, tokenizer.fingerprint)
         steps = range(first_step, config.train.steps)
     else:
-        plan, steps = validation_plan(config, tokenizer.fingerprint), range(1)
+        sampler, steps = open_validation_sampler(config, tokenizer.fingerprint), range(1)
     micro_batches = _MicroBatches(
-        plan, tokenizer, config.model.image_tokens, needs or DataNeeds(), dp_rank, dp_size
+        sampler, tokenizer, config.model.image_tokens, needs or DataNeeds(), dp_rank, dp_size
     )
-    return StepLoader(plan, steps, micro_batches, dp_size, pin_memory)
+    return StepLoader(sampler, steps, micro_batches, dp_size, pin_memory)

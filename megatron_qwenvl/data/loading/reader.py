@@ -10,15 +10,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_qwenvl.data.records.errors import DataError, SampleError, only_this_sample
-from megatron_qwenvl.data.records.images import load_pixels
+from megatron_qwenvl.data.errors import DataError, SampleError, only_this_sample
+from megatron_qwenvl.data.images import load_pixels
+from megatron_qwenvl.data.lru_cache import LruCache
 from megatron_qwenvl.data.records.tasks import decode_record
 from megatron_qwenvl.data.rendering.formats import render_sample
 from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
-from megatron_qwenvl.data.sampling.cache import LruCache
 from megatron_qwenvl.data.sampling.mixture import SampleTable
-from megatron_qwenvl.data.sampling.plan import StepPlan
+from megatron_qwenvl.data.sampling.sampler import StepSampler
 from megatron_qwenvl.data.shards.index import ShardIndex
 from megatron_qwenvl.data.shards.samples import checksum, read_member
 from megatron_qwenvl.data.shards.tar import Member
@@ -30,8 +30,8 @@ OPEN_SHARDS = 64
 class SampleReader:
     """Reads single samples by offset. Belongs to one process: it holds open files."""
 
-    def __init__(self, plan: StepPlan, tokenizer: Tokenizer, image_tokens: int) -> None:
-        self.plan = plan
+    def __init__(self, sampler: StepSampler, tokenizer: Tokenizer, image_tokens: int) -> None:
+        self.sampler = sampler
         self.tokenizer = tokenizer
         self.image_tokens = image_tokens
         self._files: LruCache[int] = LruCache(OPEN_SHARDS, drop=os.close)
@@ -44,50 +44,50 @@ class SampleReader:
             DataError: the shard cannot be read or is shorter than it was, or the rendering is another one.
         """
         source, shard, at = self._place(samples, row)
-        index = self.plan.index(source, shard)
+        index = self.sampler.index(source, shard)
         name, member = index.text_member(at)
         encoded = self._read(source, shard, member)
         self._check(index, source, shard, "text", at, [encoded])
         images = [info for info, _ in index.images(at)]
-        origin = self.plan.sources[source]
+        origin = self.sampler.sources[source]
         language, options = origin.config.language, origin.directory.manifest.options
         with only_this_sample():
             record = decode_record(name.rpartition(".")[2].lower(), encoded)
             rendered = render_sample(record, images, self.tokenizer, self.image_tokens, language, options)
         if len(rendered.tokens) != samples.length[row]:
             raise DataError(
-                f"{self.plan.name(samples, row)}: expected {samples.length[row]} tokens as indexed, found "
-                f"{len(rendered.tokens)}; run {self.plan.sources[source].directory.index_command('--force')}"
+                f"{self.sampler.name(samples, row)}: expected {samples.length[row]} tokens as indexed, found "
+                f"{len(rendered.tokens)}; run {self.sampler.sources[source].directory.index_command('--force')}"
             )
         return rendered
 
     def pixels(self, samples: SampleTable, row: int) -> NDArray[np.uint8]:
-        """A sample's pictures in the order in which its text shows them, uint8 `[images, 3, S, S]`.
+        """A sample's images in the order in which its text shows them, uint8 `[images, 3, S, S]`.
 
         Raises:
-            SampleError: a picture cannot be decoded or is not the one that was indexed.
+            SampleError: an image cannot be decoded or is not the one that was indexed.
             DataError: the shard cannot be read or is shorter than it was.
         """
         source, shard, at = self._place(samples, row)
-        index = self.plan.index(source, shard)
-        data = self.plan.data
-        images = index.images(at)
-        encoded = [self._read(source, shard, member) for _, member in images]
+        index = self.sampler.index(source, shard)
+        data = self.sampler.data
+        members = index.images(at)
+        encoded = [self._read(source, shard, member) for _, member in members]
         self._check(index, source, shard, "image", at, encoded)
-        pictures = []
-        for (info, _), content in zip(images, encoded, strict=True):
+        pixels = []
+        for (info, _), content in zip(members, encoded, strict=True):
             try:
                 with only_this_sample():
-                    pictures.append(load_pixels(content, data.image_size, data.max_image_pixels))
+                    pixels.append(load_pixels(content, data.image_size, data.max_image_pixels))
             except SampleError as error:
                 raise SampleError(f"{info.name}: {error}") from error
-        return np.stack(pictures)
+        return np.stack(pixels)
 
     def _place(self, samples: SampleTable, row: int) -> tuple[int, int, int]:
         return int(samples.source[row]), int(samples.shard[row]), int(samples.row[row])
 
     def _read(self, source: int, shard: int, member: Member) -> bytes:
-        path = self.plan.sources[source].directory.shard_path(shard)
+        path = self.sampler.sources[source].directory.shard_path(shard)
 
         def read() -> bytes:
             try:
@@ -115,7 +115,7 @@ class SampleReader:
         expected, found = int(index.arrays[f"{part}_checksums"][row]), checksum(encoded)
         if found == expected:
             return
-        directory = self.plan.sources[source].directory
+        directory = self.sampler.sources[source].directory
         directory.check_size(shard)  # another shard altogether, not a damaged sample
         raise SampleError(
             f"the {part} bytes are not those that were indexed (checksum {found:08x}, expected {expected:08x})"

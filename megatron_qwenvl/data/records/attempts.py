@@ -3,11 +3,11 @@
 Looked at is the text as a reader sees it: without invisible characters, with full-width letters as plain ones and with
 HTML's `&lt;` as `<`. Tags count in any case, with blanks inside, and as `bbox`. An attempt is
 
-- a pair of tags that locates something and holds a digit or nothing; any pair that names something or shows a picture;
+- a pair of tags that locates something and holds a digit or nothing; any pair that names something or shows an image;
 - a tag that locates something beside coordinates, or directly beside a number or a bracket;
 - a name before what locates it, with punctuation between them at most, or before coordinates without a tag;
-- the end of a picture twice;
-- any tag left over in a text that has markup; Qwen2-VL's tokens; a numbered picture without its end.
+- the end of an image twice;
+- any tag left over in a text that has markup; Qwen2-VL's tokens; a numbered image without its end.
 
 Prose that quotes tags without digits is text.
 """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .errors import SampleError
+from megatron_qwenvl.data.errors import SampleError
+
 from .fields import Box, Point, Quad
 
 Corner = tuple[int, int]
@@ -29,7 +30,7 @@ def box_corners(box: Box, width: int, height: int) -> list[Corner]:
     """
     x1, y1, x2, y2 = box
     if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < width and y1 < height):
-        raise SampleError(f"box {box} is empty or outside of the {width}x{height} picture")
+        raise SampleError(f"box {box} is empty or outside of the {width}x{height} image")
     return [normalise((x1, y1), width, height), normalise((x2, y2), width, height)]
 
 
@@ -41,7 +42,7 @@ def quad_corners(quad: Quad, width: int, height: int) -> list[Corner]:
     """
     xs, ys = zip(*quad, strict=True)
     if not (max(xs) > 0 and max(ys) > 0 and min(xs) < width and min(ys) < height):
-        raise SampleError(f"quad {quad} is outside of the {width}x{height} picture")
+        raise SampleError(f"quad {quad} is outside of the {width}x{height} image")
     if not _area(quad) > 0 or _crosses_itself(quad):
         raise SampleError(f"quad {quad} is empty or its corners are not clockwise")
     return [normalise(point, width, height) for point in quad]

@@ -11,7 +11,7 @@ its reason in `docs/samples.md`:
     no turn of the user, and in training no answer
                                         the sample is left out
 
-Pictures: see `picture_of`. Whatever builds dialogues from raw data goes through these rules too.
+Images: see `find_image`. Whatever builds dialogues from raw data goes through these rules too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .errors import SampleError
+from megatron_qwenvl.data.errors import SampleError
+
 from .fields import AnyText, Record, VerbatimText, excerpt, visible
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -81,32 +82,32 @@ class Chat(Record):
         return self
 
 
-def picture_of(name: str, number: int | None, names: Sequence[str], shown: Sequence[int]) -> int:
-    """Find the picture that `Picture NUMBER: <img>NAME</img>` shows.
+def find_image(name: str, number: int | None, names: Sequence[str], shown: Sequence[int]) -> int:
+    """Find the image that `Picture NUMBER: <img>NAME</img>` shows.
 
-    A picture is named by its member's suffix, perhaps with blanks around it, and shown once; numbers, where there are
-    any, count over the whole dialogue. The published code shows a picture that is named twice twice and does not look
+    An image is named by its member's suffix, perhaps with blanks around it, and shown once; numbers, where there are
+    any, count over the whole dialogue. The published code shows an image that is named twice twice and does not look
     at numbers; here either is taken for a mistake of whoever made the dialogue, as the answers rely on the right
     numbers.
 
     Args:
         name: the name.
         number: the number, if there is one.
-        names: the sample's pictures.
+        names: the sample's images.
         shown: indices of those that the text has shown so far.
 
     Returns:
         Its index in `names`.
 
     Raises:
-        SampleError: no such picture, shown already, or wrongly numbered.
+        SampleError: no such image, shown already, or wrongly numbered.
     """
     found, name = excerpt(name), visible(name).strip()
     if name not in names:
-        raise SampleError(f"the text shows a picture '{found}', the sample has {', '.join(names) or 'none'}")
+        raise SampleError(f"the text shows an image '{found}', the sample has {', '.join(names) or 'none'}")
     count = len(shown) + 1
     if number is not None and number != count:
         raise SampleError(f"Picture {number} is number {count} of the dialogue")
     if names.index(name) in shown:
-        raise SampleError(f"the text shows the picture '{name}' twice")
+        raise SampleError(f"the text shows the image '{name}' twice")
     return names.index(name)

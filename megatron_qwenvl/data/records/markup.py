@@ -1,4 +1,4 @@
-"""Grounding markup and pictures in the text of a dialogue.
+"""Grounding markup and images in the text of a dialogue.
 
 Markup are `<img>NAME</img>`, `<ref>text</ref>`, `<box>(x1,y1),(x2,y2)</box>` and
 `<quad>(x,y),(x,y),(x,y),(x,y)</quad>` with integers in [0, 1000). Where the meaning is plain it is normalised: blanks
@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_qwenvl.data.errors import SampleError
+
 from .attempts import find_attempt
 from .coordinates import Corner, box_problem, quad_problem, write_corners
-from .errors import SampleError
 from .fields import excerpt, is_blank, visible
 
 _TAG = r"</?(?:img|ref|box|quad)>"

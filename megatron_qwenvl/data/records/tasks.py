@@ -4,20 +4,20 @@ Every record is a JSON object with a `task`; keys other than those listed are ig
 sample's image members (`KEY.jpg`, `KEY.0.jpg`, `KEY.1.png`, ...) in the order of their numbers. Coordinates are
 pixels of the stored image (EXIF orientation is not applied), x to the right, y down, from the top-left corner.
 
-    caption           caption; language: "en" or "zh" (left out: the source's)            1 picture or more
-    vqa, ocr_vqa      question, answer                                                    1 picture or more
+    caption           caption; language: "en" or "zh" (left out: the source's)            1 image or more
+    vqa, ocr_vqa      question, answer                                                    1 image or more
     grounded_caption  caption: list of texts and {"ref": text, "boxes": [[x1, y1, x2, y2], ...]};
-                      blanks between them as given; language                              1 picture
-    referring         phrase, boxes: [[x1, y1, x2, y2], ...]                              1 picture
-    region_caption    box: [x1, y1, x2, y2], caption                                      1 picture
+                      blanks between them as given; language                              1 image
+    referring         phrase, boxes: [[x1, y1, x2, y2], ...]                              1 image
+    region_caption    box: [x1, y1, x2, y2], caption                                      1 image
     ocr               lines: [{"text": .., "quad": [[x, y], [x, y], [x, y], [x, y]]}, ...],
-                      corners clockwise from the top-left                                 1 picture
-    text              text                                                                no picture
+                      corners clockwise from the top-left                                 1 image
+    text              text                                                                no image
     chat              conversations: [{"from": "user" or "assistant", "value": text}, ...]; system: replaces the
                       default system text; rules in `dialogues.py`                        those in the text
 
 In a chat value `<img>NAME</img>` stands for the image member NAME (`<img>0.jpg</img>` for `KEY.0.jpg`); each
-picture is named once. A number before it (`Picture 2: <img>..</img>`) counts over the whole dialogue.
+image is named once. A number before it (`Picture 2: <img>..</img>`) counts over the whole dialogue.
 Grounding markup there is described in `markup.py`. In all other fields tags are ordinary text.
 
 Text is UTF-8 and rules for it hold in every field (`fields.py`): a byte-order mark at the start of a member or a field
@@ -35,8 +35,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator
 
+from megatron_qwenvl.data.errors import SampleError
+
 from .dialogues import Chat
-from .errors import SampleError
 from .fields import AnyText, Box, Quad, Record, Text, VerbatimText, excerpt, is_blank
 
 TASKS = (
@@ -47,7 +48,7 @@ Language = Literal["en", "zh"]
 
 
 class Caption(Record):
-    """A picture and its caption."""
+    """An image and its caption."""
 
     task: Literal["caption"] = "caption"
     caption: Text | None = None
@@ -55,7 +56,7 @@ class Caption(Record):
 
 
 class VQA(Record):
-    """A question about a picture (`ocr_vqa`: about the text in it)."""
+    """A question about an image (`ocr_vqa`: about the text in it)."""
 
     task: Literal["vqa", "ocr_vqa"] = "vqa"
     question: Text
@@ -107,21 +108,21 @@ class RegionCaption(Record):
 
 
 class Line(Record):
-    """A piece of text in a picture with its corners."""
+    """A piece of text in an image with its corners."""
 
     text: Text
     quad: Quad
 
 
 class OCR(Record):
-    """All text of a picture."""
+    """All text of an image."""
 
     task: Literal["ocr"] = "ocr"
     lines: Annotated[tuple[Line, ...], Field(min_length=1)] | None = None
 
 
 class PureText(Record):
-    """Text without a picture."""
+    """Text without an image."""
 
     task: Literal["text"] = "text"
     text: VerbatimText

@@ -12,7 +12,7 @@ both, inference only the first, so the two cannot diverge. `=>` marks where one 
     text<eos>                                                                   (learned throughout)
 
 The blank after `=>` belongs to the answer (` the`, ` No`), as generation starts behind the colon. Several
-pictures stand before the prompt one after the other. Blanks between the texts and phrases of a grounded caption are
+images stand before the prompt one after the other. Blanks between the texts and phrases of a grounded caption are
 those of the record; `RenderOptions.ref_blank` moves the one before a phrase into `<ref>`.
 """
 
@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.records.dialogues import Chat
-from megatron_qwenvl.data.records.errors import SampleError
 from megatron_qwenvl.data.records.tasks import (
     OCR,
     VQA,
@@ -65,14 +65,14 @@ def render_prompt(
 
     Args:
         sample: the record; its answer is not used and may be missing.
-        images: the sample's pictures, in the order of the sample's image members.
+        images: the sample's images, in the order of the sample's image members.
         tokenizer: the vocabulary.
-        image_tokens: slots of one picture.
+        image_tokens: slots of one image.
         language: language of the caption prompt of a record that does not say its own.
         options: how the record is rendered where there is a choice.
 
     Raises:
-        SampleError: the pictures do not match the record, a box is not one, or markup does not parse.
+        SampleError: the images do not match the record, a box is not one, or markup does not parse.
     """
     writer = _writer(sample, images, tokenizer, image_tokens, language, options)
     if isinstance(sample, Chat):
@@ -99,11 +99,11 @@ def render_sample(
     if isinstance(sample, Chat):
         chatml.write_dialogue(writer, sample)
         if len(writer.out.image_order) != len(images):
-            raise SampleError(f"the text shows {len(writer.out.image_order)} of {len(images)} pictures")
+            raise SampleError(f"the text shows {len(writer.out.image_order)} of {len(images)} images")
         return writer.out
     form = _FORMATS[type(sample)]
     form.prompt(writer, sample)
-    writer.learn = True
+    writer.supervised = True
     form.answer(writer, sample)
     writer.ids([tokenizer.eos])
     return writer.out
@@ -117,13 +117,13 @@ def _writer(
     language: str,
     options: RenderOptions,
 ) -> TokenBuilder:
-    """Start writing after a check of the number of pictures; those of a dialogue stand in its text."""
+    """Start writing after a check of the number of images; those of a dialogue stand in its text."""
     writer = TokenBuilder(tokenizer, images, image_tokens, language, options)
     if not isinstance(sample, Chat):
         form = _FORMATS[type(sample)]
         if not form.min_images <= len(images) <= form.max_images:
             expected = f"{form.min_images} or more" if form.max_images > form.min_images else form.min_images
-            raise SampleError(f"{sample.task}: expected {expected} pictures, found {len(images)}")
+            raise SampleError(f"{sample.task}: expected {expected} images, found {len(images)}")
         writer.all_images()
     return writer
 
@@ -210,7 +210,7 @@ def _ocr_answer(writer: TokenBuilder, sample: OCR) -> None:
 
 
 def _text_prompt(writer: TokenBuilder, sample: PureText) -> None:
-    writer.learn = True
+    writer.supervised = True
     writer.text(sample.text)
 
 
@@ -227,7 +227,7 @@ def _given(value: _T | None, key: str) -> _T:
 
 @dataclass(frozen=True)
 class _Format:
-    """How a record becomes text, and how many pictures it has."""
+    """How a record becomes text, and how many images it has."""
 
     prompt: Callable[[TokenBuilder, Any], None]
     answer: Callable[[TokenBuilder, Any], None]

@@ -1,4 +1,4 @@
-"""Writing a sample: text, special tokens, pictures and coordinates to token ids with a loss mask."""
+"""Writing a sample: text, special tokens, images and coordinates to token ids with a loss mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """A picture as far as the text needs it: member name (`jpg`, `0.jpg`) and size in pixels."""
+    """An image as far as the text needs it: member name (`jpg`, `0.jpg`) and size in pixels."""
 
     name: str
     width: int
@@ -51,19 +51,19 @@ class TokenizedSample:
 
     Attributes:
         tokens: ids; image slots hold `<imgpad>`.
-        learned: for each token, whether predicting it is part of the loss.
-        image_starts: position of the first slot of each picture.
-        image_order: for each picture in the order of appearance, its index in the given pictures.
+        loss_mask: for each token, whether predicting it is part of the loss.
+        image_starts: position of the first slot of each image.
+        image_order: for each image in the order of appearance, its index in the given images.
     """
 
     tokens: list[int] = field(default_factory=list)
-    learned: list[bool] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
     image_starts: list[int] = field(default_factory=list)
     image_order: list[int] = field(default_factory=list)
 
 
 class TokenBuilder:
-    """Appends to a `TokenizedSample`; `learn` says whether what is written belongs to the loss."""
+    """Appends to a `TokenizedSample`; `supervised` says whether what is written belongs to the loss."""
 
     def __init__(
         self,
@@ -78,15 +78,15 @@ class TokenBuilder:
         self.image_tokens = image_tokens
         self.language = language
         self.options = options
-        self.learn = False
+        self.supervised = False
         self.out = TokenizedSample()
 
-    def ids(self, ids: list[int], learn: bool | None = None) -> None:
+    def ids(self, ids: list[int], supervised: bool | None = None) -> None:
         self.out.tokens += ids
-        self.out.learned += [self.learn if learn is None else learn] * len(ids)
+        self.out.loss_mask += [self.supervised if supervised is None else supervised] * len(ids)
 
-    def text(self, text: str, learn: bool | None = None) -> None:
-        self.ids(self.tokenizer.encode(text), learn)
+    def text(self, text: str, supervised: bool | None = None) -> None:
+        self.ids(self.tokenizer.encode(text), supervised)
 
     def image(self, index: int) -> None:
         """`<img>`, the slots, `</img>`; never learned."""
@@ -94,7 +94,7 @@ class TokenBuilder:
         self.out.image_order.append(index)
         self.out.image_starts.append(len(self.out.tokens) + 1)
         slots = [tokenizer.img_pad] * self.image_tokens
-        self.ids([tokenizer.img_start, *slots, tokenizer.img_end], learn=False)
+        self.ids([tokenizer.img_start, *slots, tokenizer.img_end], supervised=False)
 
     def all_images(self) -> None:
         for index in range(len(self.images)):
@@ -104,13 +104,13 @@ class TokenBuilder:
         self.enclosed("ref", text)
 
     def boxes(self, boxes: Sequence[Box]) -> None:
-        """Boxes in pixels of the only picture."""
+        """Boxes in pixels of the only image."""
         image = self.images[0]
         for box in boxes:
             self.enclosed("box", write_corners(box_corners(box, image.width, image.height)))
 
     def quad(self, quad: Quad) -> None:
-        """A quadrilateral in pixels of the only picture."""
+        """A quadrilateral in pixels of the only image."""
         image = self.images[0]
         self.enclosed("quad", write_corners(quad_corners(quad, image.width, image.height)))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tiktoken
 
-from megatron_qwenvl.data.records.errors import DataError, SampleError
+from megatron_qwenvl.data.errors import DataError, SampleError
 from megatron_qwenvl.runtime.retry import reads
 
 PATTERN = (

@@ -15,9 +15,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_qwenvl.data.shards.dataset import ShardDirectory
+from megatron_qwenvl.data.lru_cache import LruCache
+from megatron_qwenvl.data.shards.directory import ShardDirectory
 
-from .cache import LruCache
 from .mixture import hash64, permutation
 
 DIGEST_LETTERS = 16

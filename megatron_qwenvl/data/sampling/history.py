@@ -1,7 +1,7 @@
 """What a run's steps are made of, over all changes of its data.
 
 A run is a list of segments, one for each change of batch size, mixture, shards or left-out steps. Together with the
-shards (`epochs.py`) they make the plan a pure function of (history, step). A run without a change has one segment.
+shards (`epochs.py`) they make the sampler a pure function of (history, step). A run without a change has one segment.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The order is a pure function of a position, computed by formula: a cyclic quota table for the mixture (here), and for
 every epoch a permutation of the shards, then a permutation of the samples within each window of shards (`epochs.py`,
-`source_order.py`). Randomness is a hash of (seed, source, epoch, window, index), so it does not depend on the version
+`source_sampler.py`). Randomness is a hash of (seed, source, epoch, window, index), so it does not depend on the version
 of a random number library.
 """
 
@@ -76,8 +76,8 @@ class Limits:
 
     Attributes:
         max_length: longest sample in tokens, image slots included.
-        image_tokens: slots of one picture.
-        max_image_pixels: largest picture.
+        image_tokens: slots of one image.
+        max_image_pixels: largest image.
     """
 
     max_length: int
@@ -87,7 +87,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that the plan left out, and why."""
+    """A sample that the sampler left out, and why."""
 
     key: str
     reason: str
@@ -102,7 +102,7 @@ class SampleTable:
         shard: int32, index of the shard in its directory.
         row: int32, row in the shard's index.
         length: int32, tokens with image slots.
-        images: int32, number of pictures.
+        images: int32, number of images.
         task: uint8, index into `TASKS`.
     """
 

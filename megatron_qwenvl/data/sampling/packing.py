@@ -73,7 +73,7 @@ class CostWeights:
     Attributes:
         attention: of one unit of squared segment length: attention scores against the dense layers, about
             1 / (12 hidden) at hidden 4096 under a causal mask.
-        image: of one picture: the ViT's share of the parameters (1.84B against 7.72B) times its patches.
+        image: of one image: the ViT's share of the parameters (1.84B against 7.72B) times its patches.
     """
 
     attention: float
@@ -81,7 +81,7 @@ class CostWeights:
 
     @classmethod
     def at(cls, image_size: int) -> CostWeights:
-        """Weights of the full-size model at a picture side in pixels."""
+        """Weights of the full-size model at an image side in pixels."""
         return cls(attention=2e-5, image=0.24 * (image_size / 14) ** 2)
 
 

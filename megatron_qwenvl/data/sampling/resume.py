@@ -11,7 +11,7 @@ from megatron_qwenvl.config.schema import RunConfig
 from .changes import begin, go_on
 from .history import DataHistory
 from .history_file import read_history
-from .plan import Source, training_data
+from .sampler import Source, training_data
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_qwenvl.data.records.errors import DataError, index_command
+from megatron_qwenvl.data.errors import DataError, index_command
 from megatron_qwenvl.data.records.tasks import TASKS
 from megatron_qwenvl.data.rendering.formats import RENDERING_VERSION
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo, RenderOptions
@@ -41,7 +41,7 @@ COLUMNS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of one shard, N of them with I pictures in all.
+    """The samples of one shard, N of them with I images in all.
 
     Attributes:
         shard: file name of the shard.
@@ -50,12 +50,12 @@ class ShardIndex:
         digest: its BLAKE2b-128 digest.
         tokenizer: fingerprint of the tokenizer behind `text_tokens`.
         options: how the records were rendered where there is a choice.
-        images_verified: whether every picture was decoded.
+        images_verified: whether every image was decoded.
         arrays: `keys` [N] UTF-8; `tasks` uint8 [N]; `text_suffixes`, `text_offsets`, `text_sizes` [N] of the
             record (`json`) or plain caption (`txt`); `text_checksums` uint32 [N], CRC-32 of its bytes;
-            `image_checksums` uint32 [N], CRC-32 of the bytes of its pictures one after the other;
+            `image_checksums` uint32 [N], CRC-32 of the bytes of its images one after the other;
             `text_tokens` int32 [N], length without image slots;
-            `image_first` int64 [N + 1], rows of a sample in the picture arrays; `image_suffixes`,
+            `image_first` int64 [N + 1], rows of a sample in the image arrays; `image_suffixes`,
             `image_offsets`, `image_sizes`, `widths`, `heights` [I], in the order in which the text shows
             them; `skipped_keys`, `skipped_reasons` of samples that cannot be used; `noted_keys`, `notes` of images
             whose pixels may differ from what another viewer shows (`images.py`).
@@ -75,12 +75,12 @@ class ShardIndex:
 
     @property
     def image_counts(self) -> NDArray[np.int64]:
-        """Pictures of each sample, [N]."""
+        """Images of each sample, [N]."""
         return np.diff(self.arrays["image_first"])
 
     @property
     def largest_images(self) -> NDArray[np.int64]:
-        """Pixels of the largest picture of each sample, [N]; 0 without pictures."""
+        """Pixels of the largest image of each sample, [N]; 0 without images."""
         pixels = np.append(self.arrays["widths"].astype(np.int64) * self.arrays["heights"], 0)
         first = self.arrays["image_first"]
         return (
@@ -100,7 +100,7 @@ class ShardIndex:
         return name, Member(int(arrays["text_offsets"][row]), int(arrays["text_sizes"][row]))
 
     def images(self, row: int) -> list[tuple[ImageInfo, Member]]:
-        """Name, size and place of a sample's pictures."""
+        """Name, size and place of a sample's images."""
         arrays = self.arrays
         return [
             (

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_qwenvl.data.records.errors import DataError, SampleError, only_this_sample
-from megatron_qwenvl.data.records.images import load_pixels, read_header
+from megatron_qwenvl.data.errors import DataError, SampleError, only_this_sample
+from megatron_qwenvl.data.images import load_pixels, read_header
 from megatron_qwenvl.data.records.tasks import TASKS, Chat, decode_record
 from megatron_qwenvl.data.rendering.formats import render_sample
 from megatron_qwenvl.data.rendering.token_builder import DEFAULT_OPTIONS, ImageInfo, RenderOptions
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
 
-from .dataset import Manifest, ShardEntry, indexed_options, list_shards, save_manifest, unread_shards
+from .directory import Manifest, ShardEntry, indexed_options, list_shards, save_manifest, unread_shards
 from .index import COLUMNS, ShardIndex, file_digest, load_index, save_index
 from .members import GAP, image_names, images_behind_gaps, refuse_other_media, text_suffix
 from .samples import ShardSample, checksum, read_member, scan_shard
@@ -150,7 +150,7 @@ def build_index(
     Args:
         path: the tar.
         tokenizer: counts the text tokens.
-        verify_images: decode every picture instead of reading its header only.
+        verify_images: decode every image instead of reading its header only.
         options: how records are rendered where there is a choice.
 
     Raises:

@@ -8,8 +8,8 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from megatron_qwenvl.data.records.errors import SampleError
-from megatron_qwenvl.data.records.images import IMAGE_SUFFIXES
+from megatron_qwenvl.data.errors import SampleError
+from megatron_qwenvl.data.images import IMAGE_SUFFIXES
 
 from .media import STARTS_WITHIN, begins_like_media, has_media_suffix, without_compression
 from .samples import ShardSample

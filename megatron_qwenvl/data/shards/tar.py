@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 
 BLOCK = 512
 _RECORD = 20 * BLOCK  # to which GNU tar and Python pad the end of an archive

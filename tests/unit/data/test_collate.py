@@ -13,20 +13,25 @@ from PIL import Image
 
 from megatron_qwenvl.batch import IGNORED_TASK, Batch, DataNeeds
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading import reader as reader_module
 from megatron_qwenvl.data.loading.collate import collate
 from megatron_qwenvl.data.loading.reader import SampleReader
-from megatron_qwenvl.data.records.errors import DataError
 from megatron_qwenvl.data.records.tasks import TASKS, parse_sample
 from megatron_qwenvl.data.rendering import formats
 from megatron_qwenvl.data.rendering.formats import render_sample
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.data.sampling.mixture import SampleTable
-from megatron_qwenvl.data.sampling.plan import PACK_MULTIPLE, MicroBatch, StepPlan, training_plan
+from megatron_qwenvl.data.sampling.sampler import (
+    PACK_MULTIPLE,
+    MicroBatch,
+    StepSampler,
+    open_training_sampler,
+)
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 
-from .shards import Sample, mixed_samples, picture, run_config, sample, write_source
+from .data_cases import Sample, mixed_samples, png_image, run_config, sample, write_source
 
 SAMPLES = mixed_samples(90, seed=5)
 SLOTS = 16
@@ -40,20 +45,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reader_of(config: RunConfig, tokenizer: Tokenizer) -> SampleReader:
-    return SampleReader(training_plan(config, tokenizer.fingerprint), tokenizer, config.model.image_tokens)
+    return SampleReader(
+        open_training_sampler(config, tokenizer.fingerprint), tokenizer, config.model.image_tokens
+    )
 
 
-def micro_batches(plan: StepPlan, step: int = 0, ranks: int = 2) -> tuple[SampleTable, list[MicroBatch]]:
-    batch = plan.global_batch(step)
-    return batch.samples, [part for rank in plan.balance_across_ranks(batch, ranks) for part in rank]
+def micro_batches(
+    sampler: StepSampler, step: int = 0, ranks: int = 2
+) -> tuple[SampleTable, list[MicroBatch]]:
+    batch = sampler.global_batch(step)
+    return batch.samples, [part for rank in sampler.balance_across_ranks(batch, ranks) for part in rank]
 
 
 def batches_of(reader: SampleReader, needs: DataNeeds | None = None) -> list[tuple[list[str], Batch]]:
     """Every micro-batch of step 0 with the keys of its samples in order."""
-    samples, parts = micro_batches(reader.plan)
+    samples, parts = micro_batches(reader.sampler)
     return [
         (
-            [reader.plan.key(samples, row) for pack in part for row in pack],
+            [reader.sampler.key(samples, row) for pack in part for row in pack],
             collate(part, samples, reader, needs or DataNeeds()),
         )
         for part in parts
@@ -79,9 +88,10 @@ def test_batches_hold_their_samples_exactly(root: Path, byte_level: Tokenizer, p
             assert at.tolist() == list(range(int(at[0]), int(at[0]) + len(rendered.tokens)))
             assert batch.tokens[at].tolist() == rendered.tokens
             assert batch.labels[at][:-1].tolist() == rendered.tokens[1:]
-            assert batch.loss_mask[at].tolist() == [*map(float, rendered.learned[1:]), 0.0]
+            assert batch.loss_mask[at].tolist() == [*map(float, rendered.loss_mask[1:]), 0.0]
             tasks = [
-                TASKS.index(record.task) if learned else IGNORED_TASK for learned in rendered.learned[1:]
+                TASKS.index(record.task) if supervised else IGNORED_TASK
+                for supervised in rendered.loss_mask[1:]
             ]
             assert batch.task_ids[at].tolist() == [*tasks, IGNORED_TASK]
             used[at] = True
@@ -143,8 +153,8 @@ def test_pixels_belong_to_the_slots(root: Path, byte_level: Tokenizer, packing: 
 @pytest.mark.parametrize("packing", ["isolated", "interleaved", "none"])
 def test_an_empty_micro_batch_is_padding(root: Path, byte_level: Tokenizer, packing: str) -> None:
     reader = reader_of(run_config(root, {"a": 1}, packing=packing), byte_level)
-    samples = reader.plan.global_batch(0).samples
-    rows = reader.plan.rows(2)
+    samples = reader.sampler.global_batch(0).samples
+    rows = reader.sampler.rows(2)
     batch = collate(((),) * rows, samples, reader, DataNeeds())
     assert batch.tokens is not None and batch.loss_mask is not None and batch.pixels is not None
     assert (batch.num_images, batch.num_samples, batch.real_tokens) == (0, 0, 0)
@@ -207,22 +217,22 @@ def spoil(path: Path, old: bytes, new: bytes) -> None:
 
 
 def two_samples(tmp_path: Path, png: bytes) -> RunConfig:
-    """A good sample, and one whose picture may be bad."""
+    """A good sample, and one whose image may be bad."""
     suspect = sample("suspect", {"task": "caption", "caption": "suspect"}, png=png)
-    good = sample("good", {"task": "caption", "caption": "good"}, png=picture())
+    good = sample("good", {"task": "caption", "caption": "good"}, png=png_image())
     write_source(tmp_path / "s", [suspect, good])
     return run_config(tmp_path, {"s": 1}, global_batch_size=2).model_copy(update={"seed": 1})
 
 
-def test_an_unreadable_picture_is_black_and_named(tmp_path: Path, byte_level: Tokenizer) -> None:
-    config = two_samples(tmp_path, picture(50, 50)[:-40])
+def test_an_unreadable_image_is_black_and_named(tmp_path: Path, byte_level: Tokenizer) -> None:
+    config = two_samples(tmp_path, png_image(50, 50)[:-40])
     ((keys, batch),) = [entry for entry in batches_of(reader_of(config, byte_level)) if entry[0]]
     assert keys == ["good", "suspect"]
     bad = 1
     assert batch.pixels is not None and batch.loss_mask is not None and batch.sample_ids is not None
     assert batch.bad_samples == (bad,)
     assert batch.bad_reasons[0].endswith(
-        "000000.tar:suspect: png: cannot decode the picture: image file is truncated"
+        "000000.tar:suspect: png: cannot decode the image: image file is truncated"
     )
     assert not batch.pixels[bad].any()
     assert batch.pixels[1 - bad].any()
@@ -236,7 +246,7 @@ def test_an_unreadable_picture_is_black_and_named(tmp_path: Path, byte_level: To
 def test_an_altered_text_becomes_padding_and_is_named(
     tmp_path: Path, byte_level: Tokenizer, new: bytes
 ) -> None:
-    config = two_samples(tmp_path, picture())
+    config = two_samples(tmp_path, png_image())
     spoil(tmp_path / "s" / "000000.tar", b'"caption": "suspect"', new)
     ((keys, batch),) = [entry for entry in batches_of(reader_of(config, byte_level)) if entry[0]]
     assert keys == ["good", "suspect"]
@@ -251,10 +261,10 @@ def test_an_altered_text_becomes_padding_and_is_named(
     assert (batch.image_starts[:, None] + torch.arange(SLOTS)).flatten().tolist() == slots.tolist()
 
 
-def test_another_picture_in_the_same_place_is_named_by_the_rank_that_reads_it(
+def test_another_image_in_the_same_place_is_named_by_the_rank_that_reads_it(
     tmp_path: Path, byte_level: Tokenizer
 ) -> None:
-    old, new = (picture(colour=(number, 30, 60)) for number in (200, 201))
+    old, new = (png_image(colour=(number, 30, 60)) for number in (200, 201))
     assert len(old) == len(new)
     config = two_samples(tmp_path, old)
     path = tmp_path / "s" / "000000.tar"
@@ -270,9 +280,9 @@ def test_another_picture_in_the_same_place_is_named_by_the_rank_that_reads_it(
 
 
 def test_a_shard_of_another_length_stops(tmp_path: Path, byte_level: Tokenizer) -> None:
-    config = two_samples(tmp_path, picture())
+    config = two_samples(tmp_path, png_image())
     reader = reader_of(config, byte_level)
-    reader.plan.global_batch(0)
+    reader.sampler.global_batch(0)
     write_source(tmp_path / "t", [sample("other", {"task": "text", "text": "x" * 20_000})])
     (tmp_path / "t" / "000000.tar").replace(tmp_path / "s" / "000000.tar")
     with pytest.raises(
@@ -284,7 +294,7 @@ def test_a_shard_of_another_length_stops(tmp_path: Path, byte_level: Tokenizer) 
 def test_a_rendering_that_changed_without_a_new_version_stops(
     tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = two_samples(tmp_path, picture())
+    config = two_samples(tmp_path, png_image())
     monkeypatch.setitem(formats.LANGUAGES, "en", "English words")
     reader = reader_of(config, byte_level)
     with pytest.raises(
@@ -296,7 +306,7 @@ def test_a_rendering_that_changed_without_a_new_version_stops(
 
 
 def test_chinese_source_prompts_in_chinese(tmp_path: Path, byte_level: Tokenizer) -> None:
-    write_source(tmp_path / "s", [{"__key__": "0", "jpg": picture(), "txt": "花".encode()}])
+    write_source(tmp_path / "s", [{"__key__": "0", "jpg": png_image(), "txt": "花".encode()}])
     index_directory(tmp_path / "s", IndexJob())
     config = run_config(tmp_path, {"s": 1}, global_batch_size=1)
     source = config.data.sources[0].model_copy(update={"language": "zh"})

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.records.tasks import parse_sample
 from megatron_qwenvl.data.rendering.formats import render_prompt, render_sample
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo, RenderOptions, TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 
-from .test_formats import BOX, BOX_, END, IMAGE, PICTURE, QWEN_PICTURE, REF, REF_, START, render
+from .test_formats import BOX, BOX_, END, IMAGE, IMAGE_IDS, QWEN_IMAGE_IDS, REF, REF_, START, render
 
 Turns = list[tuple[str, str]]
 SYSTEM = "You are a helpful assistant."
@@ -28,8 +28,8 @@ def spoken(rendered: TokenizedSample, tokenizer: Tokenizer) -> list[str]:
     return tokenizer.decode(rendered.tokens).split("<|im_start|>")[1:]
 
 
-def learned(rendered: TokenizedSample, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode([i for i, learn in zip(rendered.tokens, rendered.learned, strict=True) if learn])
+def supervised(rendered: TokenizedSample, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([i for i, on in zip(rendered.tokens, rendered.loss_mask, strict=True) if on])
 
 
 DIALOGUE = {
@@ -44,9 +44,9 @@ DIALOGUE = {
 
 
 def test_chatml_byte_level(byte_level: Tokenizer) -> None:
-    parts = [  # (ids, learned)
+    parts = [  # (ids, supervised)
         ([START], True), (b"system\nYou are a helpful assistant.", False), ([END, 10], True),
-        ([START], True), ([*b"user\nPicture 1: ", *PICTURE, *b"\nWhat is it?"], False), ([END, 10], True),
+        ([START], True), ([*b"user\nPicture 1: ", *IMAGE_IDS, *b"\nWhat is it?"], False), ([END, 10], True),
         ([START], True), (b"assistant\n", False), (b"A cat.", True), ([END, 10], True),
         ([START], True), (b"user\nWhere?", False), ([END, 10], True),
         ([START], True), (b"assistant\n", False),
@@ -54,7 +54,7 @@ def test_chatml_byte_level(byte_level: Tokenizer) -> None:
     ]  # fmt: skip
     rendered = render(DIALOGUE, byte_level)
     assert rendered.tokens == [token for ids, _ in parts for token in ids]
-    assert rendered.learned == [learned for ids, learned in parts for _ in ids]
+    assert rendered.loss_mask == [supervised for ids, supervised in parts for _ in ids]
     prompt = render_prompt(parse_sample(DIALOGUE), IMAGE, byte_level, 2)
     assert prompt.tokens == [token for ids, _ in parts[:-1] for token in ids]
     open_ended = {**DIALOGUE, "conversations": DIALOGUE["conversations"][:3]}
@@ -65,18 +65,18 @@ def test_chatml_qwen(qwen: Tokenizer) -> None:
     rendered = render(DIALOGUE, qwen)
     assert rendered.tokens == [
         151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198,
-        151644, 872, 198, 24669, 220, 16, 25, 220, *QWEN_PICTURE, 198, 3838, 374, 432, 30, 151645, 198,
+        151644, 872, 198, 24669, 220, 16, 25, 220, *QWEN_IMAGE_IDS, 198, 3838, 374, 432, 30, 151645, 198,
         151644, 77091, 198, 32, 8251, 13, 151645, 198,
         151644, 872, 198, 9064, 30, 151645, 198,
         151644, 77091, 198, 151851, 32, 8251, 151852,
         151853, 7, 16, 11, 17, 23547, 18, 15, 11, 19, 15, 8, 151854, 151645, 198,
     ]  # fmt: skip
-    assert "".join(str(int(learned)) for learned in rendered.learned) == (
+    assert "".join(str(int(supervised)) for supervised in rendered.loss_mask) == (
         "10000000011" "1000000000000000011" "10011111" "1000011" "1001111111111111111111"
     )  # fmt: skip
 
 
-def test_chat_takes_pictures_in_the_order_of_the_text(byte_level: Tokenizer) -> None:
+def test_chat_takes_images_in_the_order_of_the_text(byte_level: Tokenizer) -> None:
     images = [ImageInfo("0.jpg", 4, 4), ImageInfo("1.jpg", 4, 4), ImageInfo("2.jpg", 4, 4)]
     turns = [
         {"from": "user", "value": "Picture 1: <img>2.jpg</img>\nPicture 2: <img>0.jpg</img>\nSame?"},
@@ -86,18 +86,18 @@ def test_chat_takes_pictures_in_the_order_of_the_text(byte_level: Tokenizer) -> 
     ]
     rendered = render({"task": "chat", "conversations": turns}, byte_level, images)
     assert rendered.image_order == [2, 0, 1]
-    assert [rendered.tokens[at - 1 : at + 3] for at in rendered.image_starts] == [PICTURE] * 3
+    assert [rendered.tokens[at - 1 : at + 3] for at in rendered.image_starts] == [IMAGE_IDS] * 3
 
 
-def test_a_picture_in_an_answer_is_not_learned(byte_level: Tokenizer) -> None:
+def test_an_image_in_an_answer_is_not_supervised(byte_level: Tokenizer) -> None:
     turns = [{"from": "user", "value": "Show."}, {"from": "assistant", "value": "Here: <img>jpg</img>!"}]
     rendered = render({"task": "chat", "conversations": turns}, byte_level)
     (start,) = rendered.image_starts
-    assert rendered.learned[start - 2 : start + 4] == [True, False, False, False, False, True]
+    assert rendered.loss_mask[start - 2 : start + 4] == [True, False, False, False, False, True]
 
 
 Q, A = ("user", "q"), ("assistant", "a")
-TURN = "<|im_start|><|im_end|>\n"  # learned of a turn that is no answer
+TURN = "<|im_start|><|im_end|>\n"  # supervised of a turn that is no answer
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,9 @@ def test_dialogues_that_are_accepted(byte_level: Tokenizer, record: dict[str, An
     rendered = render(record, byte_level, [])
     assert spoken(rendered, byte_level) == [f"{turn}<|im_end|>\n" for turn in turns]
     answers = [turn.removeprefix("assistant\n") if turn.startswith("assistant") else "" for turn in turns]
-    assert learned(rendered, byte_level) == "".join(f"<|im_start|>{answer}<|im_end|>\n" for answer in answers)
+    assert supervised(rendered, byte_level) == "".join(
+        f"<|im_start|>{answer}<|im_end|>\n" for answer in answers
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,11 +185,11 @@ TWO = [ImageInfo("0.jpg", 4, 4), ImageInfo("1.jpg", 4, 4)]
         ([Q, A, ("user", "Picture 1: <img>0.jpg</img>\nPicture 2: <img>1.jpg</img>")], [0, 1]),
     ],
 )
-def test_pictures_that_are_accepted(byte_level: Tokenizer, turns: Turns, order: list[int]) -> None:
+def test_images_that_are_accepted(byte_level: Tokenizer, turns: Turns, order: list[int]) -> None:
     rendered = render(chat(*turns), byte_level, TWO)
     assert rendered.image_order == order
     slots = {byte_level.img_start, byte_level.img_pad, byte_level.img_end}
-    assert not any(learn for i, learn in zip(rendered.tokens, rendered.learned, strict=True) if i in slots)
+    assert not any(on for i, on in zip(rendered.tokens, rendered.loss_mask, strict=True) if i in slots)
 
 
 @pytest.mark.parametrize(
@@ -208,17 +210,17 @@ def test_pictures_that_are_accepted(byte_level: Tokenizer, turns: Turns, order: 
         ([("user", "Picture 2:\n<img>a.jpg\nWhat is it?"), A], [], "does not parse: 'Picture 2: <img>a"),
         ([("user", f"Picture {'9' * 5000}: <img>0.jpg</img>"), A], ["0.jpg"], "is number 1"),
         ([("user", "<img>0.jpg</img><img>0.jpg</img><img>1.jpg</img>"), A], ["0.jpg", "1.jpg"],
-         "shows the picture '0.jpg' twice"),
-        ([("user", "<img>0.jpg</img>"), A], ["0.jpg", "1.jpg"], "shows 1 of 2 pictures"),
-        ([("user", "no picture"), A], ["jpg"], "shows 0 of 1 pictures"),
-        ([("assistant", "<img>jpg</img>"), Q, A], ["jpg"], "shows 0 of 1 pictures"),
-        ([("user", "<img>/data/0.jpg</img>"), A], ["0.jpg"], "shows a picture '/data/0.jpg', the sample has 0.jpg"),
-        ([("user", "<img>jpg</img>"), A], [], "shows a picture 'jpg', the sample has none"),
+         "shows the image '0.jpg' twice"),
+        ([("user", "<img>0.jpg</img>"), A], ["0.jpg", "1.jpg"], "shows 1 of 2 images"),
+        ([("user", "no image"), A], ["jpg"], "shows 0 of 1 images"),
+        ([("assistant", "<img>jpg</img>"), Q, A], ["jpg"], "shows 0 of 1 images"),
+        ([("user", "<img>/data/0.jpg</img>"), A], ["0.jpg"], "shows an image '/data/0.jpg', the sample has 0.jpg"),
+        ([("user", "<img>jpg</img>"), A], [], "shows an image 'jpg', the sample has none"),
         ([("user", "Picture 1: <img>a.jpg\nWhat is it?"), A], [], "markup that does not parse: 'Picture 1: <img>a"),
         ([("user", "<img>jpg</img></img>"), A], ["jpg"], "markup that does not parse: '</img>'"),
     ],
 )  # fmt: skip
-def test_pictures_that_leave_a_dialogue_out(
+def test_images_that_leave_a_dialogue_out(
     byte_level: Tokenizer, turns: Turns, names: list[str], reason: str
 ) -> None:
     with pytest.raises(SampleError, match=reason):
@@ -226,14 +228,14 @@ def test_pictures_that_leave_a_dialogue_out(
 
 
 def test_a_dialogue_about_html_can_be_kept(byte_level: Tokenizer) -> None:
-    """Without a picture it cannot be known whether one is missing; who vouches for the text says so."""
+    """Without an image it cannot be known whether one is missing; who vouches for the text says so."""
     record = chat(("user", "Close <img>photo.png</img>?"), A)
     rendered = render_sample(
         parse_sample(record), [], byte_level, 2, options=RenderOptions(unparsed_markup="keep")
     )
     assert spoken(rendered, byte_level)[1] == "user\nClose <img>photo.png</img>?<|im_end|>\n"
     assert byte_level.img_start not in rendered.tokens
-    with pytest.raises(SampleError, match="shows a picture 'photo.png', the sample has 0.jpg"):
+    with pytest.raises(SampleError, match="shows an image 'photo.png', the sample has 0.jpg"):
         render_sample(
             parse_sample(record), TWO[:1], byte_level, 2, options=RenderOptions(unparsed_markup="keep")
         )

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.records.tasks import TASKS, decode_record, parse_sample
 from megatron_qwenvl.data.rendering.formats import render_prompt, render_sample
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo, TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 
 IMAGE = [ImageInfo("jpg", 1000, 1000)]
-# Byte-level ids of the special tokens; a picture has two slots here.
+# Byte-level ids of the special tokens; an image has two slots here.
 EOS, START, END, REF, REF_, BOX, BOX_, QUAD, QUAD_ = 256, 257, 258, 464, 465, 466, 467, 468, 469
-PICTURE = [470, 472, 472, 471]
-QWEN_PICTURE = [151857, 151859, 151859, 151858]
+IMAGE_IDS = [470, 472, 472, 471]
+QWEN_IMAGE_IDS = [151857, 151859, 151859, 151858]
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Case:
 CASES = {
     "caption": Case(
         {"task": "caption", "caption": "the beautiful flowers for design.", "language": "en"},
-        [*PICTURE, *b"Generate the caption in English:"],
+        [*IMAGE_IDS, *b"Generate the caption in English:"],
         [*b" the beautiful flowers for design.", EOS],
-        [*QWEN_PICTURE, 31115, 279, 17256, 304, 6364, 25],
+        [*QWEN_IMAGE_IDS, 31115, 279, 17256, 304, 6364, 25],
         [279, 6233, 19281, 369, 2884, 13, 151643],
     ),
     "caption_zh": Case(
         {"task": "caption", "caption": " 美丽的花 ", "language": "zh"},
-        [*PICTURE, *b"Generate the caption in Chinese:"],
+        [*IMAGE_IDS, *b"Generate the caption in Chinese:"],
         [*" 美丽的花".encode(), EOS],
-        [*QWEN_PICTURE, 31115, 279, 17256, 304, 8453, 25],
+        [*QWEN_IMAGE_IDS, 31115, 279, 17256, 304, 8453, 25],
         [10236, 122, 236, 99686, 9370, 99232, 151643],
     ),
     "vqa": Case(
@@ -53,16 +53,16 @@ CASES = {
             "question": "Does the bandage have a different color than the wrist band?",
             "answer": "No, both the bandage and the wrist band are white.",
         },
-        [*PICTURE, *b"Does the bandage have a different color than the wrist band? Answer:"],
+        [*IMAGE_IDS, *b"Does the bandage have a different color than the wrist band? Answer:"],
         [*b" No, both the bandage and the wrist band are white.", EOS],
-        [*QWEN_PICTURE, 21468, 279, 7055, 424, 614, 264, 2155, 1894, 1091, 279, 32171, 7055, 30, 21806, 25],
+        [*QWEN_IMAGE_IDS, 21468, 279, 7055, 424, 614, 264, 2155, 1894, 1091, 279, 32171, 7055, 30, 21806, 25],
         [2308, 11, 2176, 279, 7055, 424, 323, 279, 32171, 7055, 525, 4158, 13, 151643],
     ),
     "ocr_vqa": Case(
         {"task": "ocr_vqa", "question": "What is the title of this book?", "answer": "Asi Se Dice!"},
-        [*PICTURE, *b"What is the title of this book? Answer:"],
+        [*IMAGE_IDS, *b"What is the title of this book? Answer:"],
         [*b" Asi Se Dice!", EOS],
-        [*QWEN_PICTURE, 3838, 374, 279, 2265, 315, 419, 2311, 30, 21806, 25],
+        [*QWEN_IMAGE_IDS, 3838, 374, 279, 2265, 315, 419, 2311, 30, 21806, 25],
         [87710, 1345, 56645, 0, 151643],
     ),
     "grounded_caption": Case(
@@ -75,13 +75,13 @@ CASES = {
                 {"ref": "an apricot flower", "boxes": [[224, 13, 399, 313]]},
             ],
         },
-        [*PICTURE, *b"Generate the caption in English with grounding:"],
+        [*IMAGE_IDS, *b"Generate the caption in English with grounding:"],
         [
             *b" Beautiful shot of ", REF, *b"bees", REF_,
             BOX, *b"(661,612),(833,812)", BOX_, BOX, *b"(120,555),(265,770)", BOX_,
             *b" gathering nectars from ", REF, *b"an apricot flower", REF_, BOX, *b"(224,13),(399,313)", BOX_, EOS,
         ],
-        [*QWEN_PICTURE, 31115, 279, 17256, 304, 6364, 448, 94741, 25],
+        [*QWEN_IMAGE_IDS, 31115, 279, 17256, 304, 6364, 448, 94741, 25],
         [
             19490, 6552, 315, 220, 151851, 1371, 288, 151852,
             151853, 7, 21, 21, 16, 11, 21, 16, 17, 23547, 23, 18, 18, 11, 23, 16, 17, 8, 151854,
@@ -92,17 +92,17 @@ CASES = {
     ),
     "referring": Case(
         {"task": "referring", "phrase": "the ear on a giraffe", "boxes": [[176, 106, 232, 160]]},
-        [*PICTURE, REF, *b"the ear on a giraffe", REF_],
+        [*IMAGE_IDS, REF, *b"the ear on a giraffe", REF_],
         [BOX, *b"(176,106),(232,160)", BOX_, EOS],
-        [*QWEN_PICTURE, 151851, 1782, 2430, 389, 264, 40289, 37780, 151852],
+        [*QWEN_IMAGE_IDS, 151851, 1782, 2430, 389, 264, 40289, 37780, 151852],
         [151853, 7, 16, 22, 21, 11, 16, 15, 21, 23547, 17, 18, 17, 11, 16, 21, 15, 8, 151854, 151643],
     ),
     "region_caption": Case(
         {"task": "region_caption", "box": [360, 542, 476, 705], "caption": "Yellow cross country ski racing gloves"},
-        [*PICTURE, REF, *b"This", REF_, BOX, *b"(360,542),(476,705)", BOX_, *b" is"],
+        [*IMAGE_IDS, REF, *b"This", REF_, BOX, *b"(360,542),(476,705)", BOX_, *b" is"],
         [*b" Yellow cross country ski racing gloves", EOS],
         [
-            *QWEN_PICTURE, 151851, 1986, 151852,
+            *QWEN_IMAGE_IDS, 151851, 1986, 151852,
             151853, 7, 18, 21, 15, 11, 20, 19, 17, 23547, 19, 22, 21, 11, 22, 15, 20, 8, 151854, 374,
         ],
         [25462, 5312, 3146, 28679, 21313, 35416, 151643],
@@ -112,12 +112,12 @@ CASES = {
             {"text": "It is managed", "quad": [[568, 121], [625, 131], [624, 182], [567, 172]]},
             {"text": "by", "quad": [[1, 2], [3, 2], [3, 8], [1, 8]]},
         ]},
-        [*PICTURE, *b"OCR with grounding:"],
+        [*IMAGE_IDS, *b"OCR with grounding:"],
         [
             *b" ", REF, *b"It is managed", REF_, *b" ", QUAD, *b"(568,121),(625,131),(624,182),(567,172)", QUAD_,
             REF, *b"by", REF_, *b" ", QUAD, *b"(1,2),(3,2),(3,8),(1,8)", QUAD_, EOS,
         ],
-        [*QWEN_PICTURE, 93495, 448, 94741, 25],
+        [*QWEN_IMAGE_IDS, 93495, 448, 94741, 25],
         [
             220, 151851, 2132, 374, 8975, 151852, 220, 151855, 7, 20, 21, 23, 11, 16, 17, 16, 23547,
             21, 17, 20, 11, 16, 18, 16, 23547, 21, 17, 19, 11, 16, 23, 17, 23547, 20, 21, 22, 11, 16, 22, 17, 8,
@@ -148,7 +148,7 @@ def render(record: Any, tokenizer: Tokenizer, images: list[ImageInfo] = IMAGE) -
 
 def check(rendered: TokenizedSample, prompt: list[int], answer: list[int]) -> None:
     assert rendered.tokens == prompt + answer
-    assert rendered.learned == [False] * len(prompt) + [True] * len(answer)
+    assert rendered.loss_mask == [False] * len(prompt) + [True] * len(answer)
     assert rendered.image_starts == [1]
 
 
@@ -156,15 +156,15 @@ def test_pure_text_is_learned_throughout(byte_level: Tokenizer, qwen: Tokenizer)
     record = {"task": "text", "text": "Hello <img>x</img> <|im_end|>"}
     rendered = render(record, byte_level, [])
     assert rendered.tokens == [*b"Hello <img>x</img> <|im_end|>", EOS]
-    assert all(rendered.learned)
+    assert all(rendered.loss_mask)
     assert render({"task": "text", "text": "Hello world"}, qwen, []).tokens == [9707, 1879, 151643]
 
 
 @pytest.mark.parametrize("task", ["caption", "vqa"])
-def test_several_pictures_stand_before_the_prompt(byte_level: Tokenizer, task: str) -> None:
+def test_several_images_stand_before_the_prompt(byte_level: Tokenizer, task: str) -> None:
     images = [ImageInfo("0.jpg", 4, 4), ImageInfo("1.jpg", 8, 8)]
     rendered = render(CASES[task].record, byte_level, images)
-    assert rendered.tokens == PICTURE + CASES[task].prompt + CASES[task].answer
+    assert rendered.tokens == IMAGE_IDS + CASES[task].prompt + CASES[task].answer
     assert rendered.image_starts == [1, 5]
 
 
@@ -198,12 +198,12 @@ def test_user_text_adds_no_control_token(
 @pytest.mark.parametrize(
     ("record", "names", "reason"),
     [
-        ({"task": "text", "text": "x"}, ["jpg"], "text: expected 0 pictures, found 1"),
-        ({"task": "vqa", "question": "q", "answer": "a"}, [], "vqa: expected 1 or more pictures, found 0"),
-        (CASES["ocr"].record, ["0.jpg", "1.jpg"], "ocr: expected 1 pictures, found 2"),
+        ({"task": "text", "text": "x"}, ["jpg"], "text: expected 0 images, found 1"),
+        ({"task": "vqa", "question": "q", "answer": "a"}, [], "vqa: expected 1 or more images, found 0"),
+        (CASES["ocr"].record, ["0.jpg", "1.jpg"], "ocr: expected 1 images, found 2"),
     ],
 )
-def test_pictures_that_do_not_match_skip_the_sample(
+def test_images_that_do_not_match_skip_the_sample(
     byte_level: Tokenizer, record: dict[str, Any], names: list[str], reason: str
 ) -> None:
     with pytest.raises(SampleError, match=reason):

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_qwenvl.data.errors import DataError, SampleError
 from megatron_qwenvl.data.loading.reader import SampleReader
-from megatron_qwenvl.data.records.errors import DataError, SampleError
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.data.sampling.mixture import SampleTable
-from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.sampling.sampler import open_training_sampler
 from megatron_qwenvl.data.shards.index import ShardIndex
 from megatron_qwenvl.data.shards.indexing import IndexJob, build_index, index_directory
 from megatron_qwenvl.data.shards.samples import read_member
 from megatron_qwenvl.data.shards.tar import BLOCK
 
-from .shards import picture, run_config
+from .data_cases import png_image, run_config
 
 Mutation = Callable[[bytearray, random.Random, "Shard"], None]
 
@@ -55,7 +55,7 @@ def make_shard(format_: int) -> Shard:
     with tarfile.open(fileobj=buffer, mode="w", format=format_) as tar:
         for number in range(8):
             key = f"{mark}/{number}"
-            images = [picture(colour=(number * 20, place, 7)) for place in range(number % 3)]
+            images = [png_image(colour=(number * 20, place, 7)) for place in range(number % 3)]
             record: dict[str, object] = {
                 "task": "vqa",
                 "question": "q" * number * 90 + "?",
@@ -228,16 +228,16 @@ def test_mutations_after_indexing(tmp_path: Path, byte_level: Tokenizer) -> None
     path.write_bytes(shard.content)
     index_directory(path.parent, IndexJob())
     config = run_config(tmp_path, {"s": 1}, global_batch_size=8, max_sample_length=4096, pack_length=4096)
-    plan = training_plan(config, byte_level.fingerprint)
-    samples = plan.global_batch(0).samples
+    sampler = open_training_sampler(config, byte_level.fingerprint)
+    samples = sampler.global_batch(0).samples
     noticed = 0
     for number in range(150):
         data = bytearray(shard.content)
         (flip_bytes, random_page, exchange_blocks)[number % 3](data, random.Random(number), shard)
         path.write_bytes(data)
-        reader = SampleReader(plan, byte_level, config.model.image_tokens)
+        reader = SampleReader(sampler, byte_level, config.model.image_tokens)
         for row in range(len(samples)):
-            text, images = altered_parts(shard, bytes(data), plan.index(0, 0), int(samples.row[row]))
+            text, images = altered_parts(shard, bytes(data), sampler.index(0, 0), int(samples.row[row]))
             assert fails(reader.tokens, samples, row) == text
             if samples.images[row]:
                 assert fails(reader.pixels, samples, row) == images

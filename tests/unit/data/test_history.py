@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.sampling.changes import DataNow, SourceNow, begin, go_on
 from megatron_qwenvl.data.sampling.epochs import Edition, Editions, ShardList
 from megatron_qwenvl.data.sampling.history import DataHistory, Timeline

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from megatron_qwenvl.data.records.errors import SampleError
-from megatron_qwenvl.data.records.images import (
+from megatron_qwenvl.data.errors import SampleError
+from megatron_qwenvl.data.images import (
     ALPHA,
     CMYK,
     FRAMES,
@@ -29,7 +29,7 @@ from megatron_qwenvl.data.records.images import (
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.data.shards.indexing import build_index
 
-from .shards import picture, sample, write_shard
+from .data_cases import png_image, sample, write_shard
 
 RED, GREEN = (250, 10, 10), (10, 250, 10)
 RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
@@ -109,9 +109,7 @@ def test_grey_of_12_bits_is_scaled_by_its_own_range() -> None:
 def test_grey_of_unknown_range_is_refused_by_name(array: Any, reason: str) -> None:
     data = encode(Image.fromarray(array), "TIFF")
     for look in (read_header, centre):
-        with pytest.raises(
-            SampleError, match=f"{reason} picture: which values are black and white is unknown"
-        ):
+        with pytest.raises(SampleError, match=f"{reason} image: which values are black and white is unknown"):
             look(data)
 
 
@@ -199,7 +197,7 @@ def test_no_program_is_started_on_an_image(tmp_path: Path, monkeypatch: pytest.M
 def test_other_formats_are_refused_whatever_their_name(kind: str) -> None:
     data = encode(Image.new("RGB", (16, 16), RED), kind)
     for look in (read_header, centre):
-        with pytest.raises(SampleError, match="not a readable picture: no valid header of JPEG"):
+        with pytest.raises(SampleError, match="not a readable image: no valid header of JPEG"):
             look(data)
 
 
@@ -230,7 +228,7 @@ def test_a_compressed_chunk_is_not_unpacked_without_end(chunk: bytes) -> None:
     body = chunk + zlib.compress(bytes(50_000_000))
     bomb = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     plain = encode(Image.new("RGB", (8, 8), RED), "PNG")
-    with pytest.raises(SampleError, match="not a readable picture: Decompressed data too large"):
+    with pytest.raises(SampleError, match="not a readable image: Decompressed data too large"):
         read_header(plain[:33] + bomb + plain[33:])
 
 
@@ -252,14 +250,14 @@ def test_a_palette_image_without_its_palette_costs_its_sample_alone(
 ) -> None:
     """Pillow asserts that there is one where it looks for transparency."""
     for look in (read_header, centre):
-        with pytest.raises(SampleError, match="^palette picture without a palette"):
+        with pytest.raises(SampleError, match="^palette image without a palette"):
             look(WITHOUT_PALETTE)
     record = {"task": "caption", "caption": "x"}
-    samples = [sample("bad", record, png=WITHOUT_PALETTE), sample("good", record, png=picture())]
+    samples = [sample("bad", record, png=WITHOUT_PALETTE), sample("good", record, png=png_image())]
     index = build_index(write_shard(tmp_path / "s.tar", samples), byte_level)
     assert [index.key(row) for row in range(len(index))] == ["good"]
     assert index.arrays["skipped_reasons"].tolist() == [
-        b"png: palette picture without a palette: its colours are unknown"
+        b"png: palette image without a palette: its colours are unknown"
     ]
 
 
@@ -278,7 +276,7 @@ def test_no_exception_of_the_image_library_gets_out(
     data = encode(Image.new("RGB", (8, 8), RED), "PNG")
     method = where in ("convert", "resize")
     monkeypatch.setattr(Image.Image, where, fail if method else property(fail, lambda image, value: None))
-    with pytest.raises(SampleError, match="^(not a readable|cannot decode the) picture: "):
+    with pytest.raises(SampleError, match="^(not a readable|cannot decode the) image: "):
         centre(data) if method or where == "mode" else read_header(data)
 
 

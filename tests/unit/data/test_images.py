@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.records.errors import SampleError
-from megatron_qwenvl.data.records.images import image_size, load_pixels
+from megatron_qwenvl.data.errors import SampleError
+from megatron_qwenvl.data.images import image_size, load_pixels
 
-from .shards import picture
+from .data_cases import png_image
 
 
 def jpeg(width: int = 64, height: int = 48) -> bytes:
@@ -22,7 +22,7 @@ def jpeg(width: int = 64, height: int = 48) -> bytes:
 
 
 def absurd_png(width: int, height: int) -> bytes:
-    """A PNG whose header promises a huge picture."""
+    """A PNG whose header promises a huge image."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
     body = b"".join(
@@ -32,7 +32,7 @@ def absurd_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_pixels_are_the_picture_resized_straight_to_a_square() -> None:
+def test_pixels_are_the_image_resized_straight_to_a_square() -> None:
     pixels = load_pixels(jpeg(), side=28, max_pixels=10_000)
     expected = Image.open(io.BytesIO(jpeg())).resize((28, 28), Image.Resampling.BICUBIC)
     assert pixels.dtype == np.uint8
@@ -49,21 +49,21 @@ def test_every_colour_mode_becomes_rgb(mode: str) -> None:
 
 
 def test_size_comes_from_the_header() -> None:
-    assert image_size(picture(7, 5)) == (7, 5)
+    assert image_size(png_image(7, 5)) == (7, 5)
     assert image_size(absurd_png(9000, 9000)) == (9000, 9000)
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "not a readable picture"),
-        (b"GIF89a nonsense", "not a readable picture"),
-        (jpeg()[:900], "cannot decode the picture: .*truncated"),
-        (picture()[:-30], "cannot decode the picture"),
+        (b"", "not a readable image"),
+        (b"GIF89a nonsense", "not a readable image"),
+        (jpeg()[:900], "cannot decode the image: .*truncated"),
+        (png_image()[:-30], "cannot decode the image"),
         (absurd_png(9000, 9000), "9000x9000 has more than 50000000 pixels"),
         (absurd_png(100_000, 100_000), "exceeds limit"),
     ],
 )
-def test_a_bad_picture_skips_its_sample(data: bytes, reason: str) -> None:
+def test_a_bad_image_skips_its_sample(data: bytes, reason: str) -> None:
     with pytest.raises(SampleError, match=reason):
         load_pixels(data, side=28, max_pixels=50_000_000)

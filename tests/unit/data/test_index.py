@@ -17,14 +17,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.records.tasks import TASKS, decode_record, parse_sample
 from megatron_qwenvl.data.rendering.formats import render_sample
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.sampling.sampler import open_training_sampler
 from megatron_qwenvl.data.shards import indexing
-from megatron_qwenvl.data.shards.dataset import open_directory
+from megatron_qwenvl.data.shards.directory import open_directory
 from megatron_qwenvl.data.shards.index import index_path, load_index
 from megatron_qwenvl.data.shards.indexing import IndexJob, build_index, index_directory
 from megatron_qwenvl.data.shards.samples import read_member, split_name
@@ -33,7 +33,7 @@ from megatron_qwenvl.runtime import retry
 from tools import index_shards
 
 from .conftest import QWEN_VOCABULARY
-from .shards import mixed_samples, picture, run_config, sample, write_shard, write_source
+from .data_cases import mixed_samples, png_image, run_config, sample, write_shard, write_source
 from .test_images import absurd_png
 
 VQA = {"task": "vqa", "question": "q?", "answer": "a"}
@@ -71,7 +71,7 @@ def test_long_and_foreign_names_are_found(tmp_path: Path, byte_level: Tokenizer,
     key = "d/" + "x" * 90 if format_ == tarfile.USTAR_FORMAT else "d/" + "图" * 60
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w", format=format_) as tar:
-        for name, data in ((f"{key}.0.png", picture()), (f"{key}.json", json.dumps(VQA).encode())):
+        for name, data in ((f"{key}.0.png", png_image()), (f"{key}.json", json.dumps(VQA).encode())):
             (tmp_path / "f").write_bytes(data)
             tar.add(tmp_path / "f", name)
     index = build_index(path, byte_level)
@@ -83,7 +83,7 @@ def test_long_and_foreign_names_are_found(tmp_path: Path, byte_level: Tokenizer,
 
 def test_a_name_that_is_not_utf8_skips_the_sample(tmp_path: Path, byte_level: Tokenizer) -> None:
     path = write_shard(
-        tmp_path / "s.tar", [sample("good", VQA, png=picture()), sample("evil", VQA, png=picture())]
+        tmp_path / "s.tar", [sample("good", VQA, png=png_image()), sample("evil", VQA, png=png_image())]
     )
     path.write_bytes(path.read_bytes().replace(b"evil.", b"e\xff\xffl."))
     data = bytearray(path.read_bytes())
@@ -117,14 +117,14 @@ def test_saved_index_is_the_built_one_and_holds_no_pickles(tmp_path: Path, byte_
         assert all(arrays[name].dtype != object for name in arrays.files)
 
 
-def test_pictures_are_indexed_in_the_order_of_the_text(tmp_path: Path, byte_level: Tokenizer) -> None:
+def test_images_are_indexed_in_the_order_of_the_text(tmp_path: Path, byte_level: Tokenizer) -> None:
     turns = [
         {"from": "user", "value": "<img>10.png</img><img>2.png</img>?"},
         {"from": "assistant", "value": "y"},
     ]
-    pictures = {"_10_png": picture(10, 10), "_2_png": picture(2, 2)}
-    chat = sample("chat", {"task": "chat", "conversations": turns}, **pictures)
-    vqa = sample("vqa", VQA, **pictures)
+    images = {"_10_png": png_image(10, 10), "_2_png": png_image(2, 2)}
+    chat = sample("chat", {"task": "chat", "conversations": turns}, **images)
+    vqa = sample("vqa", VQA, **images)
     index = build_index(write_shard(tmp_path / "s.tar", [chat, vqa]), byte_level)
     assert [info.name for info, _ in index.images(0)] == ["10.png", "2.png"]
     assert [info.name for info, _ in index.images(1)] == ["2.png", "10.png"]
@@ -134,12 +134,12 @@ def test_pictures_are_indexed_in_the_order_of_the_text(tmp_path: Path, byte_leve
 def test_unusable_samples_are_left_out_by_name(tmp_path: Path, byte_level: Tokenizer) -> None:
     samples = [
         sample("json", b'{"task": '),
-        sample("record", {"task": "vqa"}, png=picture()),
+        sample("record", {"task": "vqa"}, png=png_image()),
         sample("none", VQA),
-        sample("image", VQA, png=b"no picture"),
+        sample("image", VQA, png=b"no image"),
         sample("absurd", VQA, png=absurd_png(100_000, 100_000)),
-        sample("good", VQA, png=picture()),
-        {"__key__": "lonely", "png": picture()},
+        sample("good", VQA, png=png_image()),
+        {"__key__": "lonely", "png": png_image()},
     ]
     index = build_index(write_shard(tmp_path / "s.tar", samples), byte_level)
     assert [index.key(row) for row in range(len(index))] == ["good"]
@@ -147,14 +147,14 @@ def test_unusable_samples_are_left_out_by_name(tmp_path: Path, byte_level: Token
     assert sorted(skipped) == [b"absurd", b"image", b"json", b"lonely", b"none", b"record"]
     assert skipped[b"json"].startswith(b"malformed json")
     assert b"question: Field required" in skipped[b"record"]
-    assert b"expected 1 or more pictures, found 0" in skipped[b"none"]
-    assert b"png: not a readable picture" in skipped[b"image"]
+    assert b"expected 1 or more images, found 0" in skipped[b"none"]
+    assert b"png: not a readable image" in skipped[b"image"]
     assert b"exceeds limit" in skipped[b"absurd"]
     assert skipped[b"lonely"] == b"neither .json nor .txt, only png"
 
 
-def test_verifying_pictures_finds_truncated_ones(tmp_path: Path, byte_level: Tokenizer) -> None:
-    path = write_shard(tmp_path / "s.tar", [sample("half", VQA, png=picture(50, 50)[:-40])])
+def test_verifying_images_finds_truncated_ones(tmp_path: Path, byte_level: Tokenizer) -> None:
+    path = write_shard(tmp_path / "s.tar", [sample("half", VQA, png=png_image(50, 50)[:-40])])
     assert len(build_index(path, byte_level)) == 1
     verified = build_index(path, byte_level, verify_images=True)
     assert len(verified) == 0
@@ -170,9 +170,14 @@ def test_img2dataset_shards_are_captions(tmp_path: Path, byte_level: Tokenizer) 
         "width": 20,
     }
     samples = [
-        {"__key__": "000000000", "jpg": picture(), "txt": b"a red square", "json": json.dumps(meta).encode()},
-        {"__key__": "000000001", "jpg": picture(), "txt": b"a blue square"},
-        {"__key__": "000000002", "jpg": picture(), "txt": b"  "},
+        {
+            "__key__": "000000000",
+            "jpg": png_image(),
+            "txt": b"a red square",
+            "json": json.dumps(meta).encode(),
+        },
+        {"__key__": "000000001", "jpg": png_image(), "txt": b"a blue square"},
+        {"__key__": "000000002", "jpg": png_image(), "txt": b"  "},
     ]
     index = build_index(write_shard(tmp_path / "s.tar", samples), byte_level)
     assert index.arrays["tasks"].tolist() == [TASKS.index("caption")] * 2
@@ -414,12 +419,12 @@ def test_left_out_samples_are_counted_by_kind_of_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     boxes = [{"task": "referring", "phrase": "x", "boxes": [[n, 1, n, 2]]} for n in (3, 4, 5)]
-    bad = [sample(f"box{n}", record, png=picture()) for n, record in enumerate(boxes)]
+    bad = [sample(f"box{n}", record, png=png_image()) for n, record in enumerate(boxes)]
     root = write_source(tmp_path / "s", [*bad, sample("json", b"{"), *mixed_samples(2)], per_shard=2)
     kinds = open_directory(root, load_tokenizer().fingerprint).manifest.skipped
     assert [(kind.count, kind.example) for kind in kinds] == [(3, "000000.tar:box0"), (1, "000001.tar:json")]
-    plan = training_plan(run_config(tmp_path, {"s": 1}), load_tokenizer().fingerprint)
-    assert [line.split(":")[:2] for line in plan.source_notes()][:1] == [["data s", " 3 left out"]]
+    sampler = open_training_sampler(run_config(tmp_path, {"s": 1}), load_tokenizer().fingerprint)
+    assert [line.split(":")[:2] for line in sampler.source_notes()][:1] == [["data s", " 3 left out"]]
     monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), "--workers", "1"])
     assert index_shards.main() == 0
     printed = capsys.readouterr().out

@@ -15,11 +15,11 @@ import torch
 
 from megatron_qwenvl.batch import Batch, DataNeeds
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
-from megatron_qwenvl.data.records.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 
-from .shards import mixed_samples, run_config, write_source
+from .data_cases import mixed_samples, run_config, write_source
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_workers_do_not_import_the_training_program(root: Path, tmp_path: Path) 
         import os
         print("imported", os.getpid(), flush=True)
         from megatron_qwenvl.config.schema import RunConfig
-        from megatron_qwenvl.data.loader import build_loader
+        from megatron_qwenvl.data.loading.loader import build_loader
         loader = build_loader(RunConfig.model_validate_json({config!r}))
         print("samples", sum(batch.num_samples for batch in next(iter(loader))), flush=True)
         """)
@@ -162,7 +162,7 @@ def test_workers_end_when_the_training_process_is_killed(root: Path, tmp_path: P
     program = f"""if True:
         import time
         from megatron_qwenvl.config.schema import RunConfig
-        from megatron_qwenvl.data.loader import build_loader
+        from megatron_qwenvl.data.loading.loader import build_loader
         steps = iter(build_loader(RunConfig.model_validate_json({config!r})))
         print(len(list(next(steps))), flush=True)
         time.sleep(60)
@@ -190,7 +190,7 @@ def test_a_process_that_still_holds_its_loader_ends(root: Path) -> None:
     config = run_config(root, {"a": 1}, workers=2).model_dump_json()
     program = f"""if True:
         from megatron_qwenvl.config.schema import RunConfig
-        from megatron_qwenvl.data.loader import build_loader
+        from megatron_qwenvl.data.loading.loader import build_loader
         steps = iter(build_loader(RunConfig.model_validate_json({config!r})))
         print(len(list(next(steps))), flush=True)
     """

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.records.markup import parse_markup
 
 BAR = "¦"

@@ -10,7 +10,7 @@ import struct
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.records.images import FORMATS, IMAGE_SUFFIXES
+from megatron_qwenvl.data.images import FORMATS, IMAGE_SUFFIXES
 from megatron_qwenvl.data.shards.media import (
     STARTS_WITHIN,
     begins_like_media,

@@ -32,7 +32,7 @@ def table(
 
 
 def stage1_lengths(count: int) -> list[int]:
-    """Captions of about 15 to 60 tokens with a picture of 258."""
+    """Captions of about 15 to 60 tokens with an image of 258."""
     rng = np.random.default_rng(0)
     return (258 + np.clip(rng.lognormal(3.2, 0.7, count), 5, 250)).astype(int).tolist()
 
@@ -60,7 +60,7 @@ def test_every_sample_is_in_one_pack_and_no_pack_overflows(packing: str) -> None
 
 @pytest.mark.parametrize("packing", ["isolated", "interleaved"])
 def test_a_realistic_mixture_fills_packs(packing: str) -> None:
-    """Stage 2's sample counts: captions, VQA, grounding with a picture, long OCR, pure text."""
+    """Stage 2's sample counts: captions, VQA, grounding with an image, long OCR, pure text."""
     rng = np.random.default_rng(2)
     share = np.array([19.7, 3.6, 3.5, 8.7, 8.7, 24.8, 7.8])
     tasks = rng.choice(7, 4096, p=share / share.sum())
@@ -112,7 +112,7 @@ def test_empty_packs_fill_the_last_slot() -> None:
     assert all(rank[0] for rank in dealt)
 
 
-def test_costs_weigh_pictures_and_squares() -> None:
+def test_costs_weigh_images_and_squares() -> None:
     samples = table([100, 200], images=[1, 0])
     weights = CostWeights(attention=0.01, image=50)
     assert pack_costs([(0,), (1,), (0, 1), ()], samples, weights) == [250, 600, 850, 0]

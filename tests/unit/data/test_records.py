@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.records.coordinates import normalise
-from megatron_qwenvl.data.records.errors import SampleError
 from megatron_qwenvl.data.records.markup import parse_markup
 from megatron_qwenvl.data.records.tasks import decode_record, parse_sample
 from megatron_qwenvl.data.rendering.formats import render_sample
@@ -199,7 +199,7 @@ def box_records(box: list[float]) -> list[dict[str, Any]]:
 )
 def test_a_box_that_is_none_skips_the_sample(byte_level: Tokenizer, box: list[float]) -> None:
     for record in box_records(box):
-        with pytest.raises(SampleError, match="empty or outside of the 1000x1000 picture"):
+        with pytest.raises(SampleError, match="empty or outside of the 1000x1000 image"):
             render(record, byte_level)
 
 
@@ -232,7 +232,7 @@ TOP_LEFT, TOP_RIGHT, BOTTOM_RIGHT, BOTTOM_LEFT = (100, 100), (300, 110), (290, 2
         (((0, 0), (300, 0), (0, 50), (100, 200)), "not clockwise"),
         ((TOP_LEFT,) * 4, "empty"),
         (((1, 1), (2, 2), (3, 3), (4, 4)), "empty"),
-        (((1100, 0), (1200, 0), (1200, 9), (1100, 9)), "outside of the 1000x1000 picture"),
+        (((1100, 0), (1200, 0), (1200, 9), (1100, 9)), "outside of the 1000x1000 image"),
         (((0, -20), (9, -20), (9, -5), (0, -5)), "outside"),
         (((1e308, -1e308), (-1e308, -1e308), (-1e308, 1e308), (1e308, 1e308)), "empty"),
     ],

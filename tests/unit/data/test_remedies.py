@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.records.tasks import TASKS
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.sampling.plan import training_plan
+from megatron_qwenvl.data.sampling.sampler import open_training_sampler
 from megatron_qwenvl.data.shards import index as index_module
 from megatron_qwenvl.data.shards.index import index_path, load_index
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from tools import index_shards
 
 from .conftest import QWEN_VOCABULARY
-from .shards import mixed_samples, run_config, write_shard, write_source
+from .data_cases import mixed_samples, run_config, write_shard, write_source
 
 ROOT = Path(__file__).parents[3]
 
@@ -153,9 +153,9 @@ def run(tmp_path: Path, vocabulary: str) -> RunConfig:
 
 def open_all(config: RunConfig) -> int:
     """Open the data of a run and read every index; the number of samples."""
-    plan = training_plan(config, load_tokenizer(config.data.tokenizer).fingerprint)
-    shards = plan.sources[0].directory.manifest.shards
-    return sum(len(plan.index(0, shard)) for shard in range(len(shards)))
+    sampler = open_training_sampler(config, load_tokenizer(config.data.tokenizer).fingerprint)
+    shards = sampler.sources[0].directory.manifest.shards
+    return sum(len(sampler.index(0, shard)) for shard in range(len(shards)))
 
 
 def named_command(message: str) -> list[str]:
@@ -256,8 +256,8 @@ def test_a_shard_that_changed_without_a_trace_is_indexed_again_with_the_command(
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     fingerprint = load_tokenizer(run.data.tokenizer).fingerprint
     with pytest.raises(DataError, match="expected digest") as caught:
-        training_plan(run, fingerprint, verify_digests=True)
+        open_training_sampler(run, fingerprint, verify_digests=True)
     monkeypatch.setattr(sys, "argv", named_command(str(caught.value))[1:])
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert index_shards.main() == 0
-    training_plan(run, fingerprint, verify_digests=True)
+    open_training_sampler(run, fingerprint, verify_digests=True)

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import build_loader
-from megatron_qwenvl.data.records.errors import DataError
 from megatron_qwenvl.data.rendering.token_builder import RenderOptions
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
-from megatron_qwenvl.data.shards.dataset import MANIFEST, open_directory
+from megatron_qwenvl.data.shards.directory import MANIFEST, open_directory
 from megatron_qwenvl.data.shards.index import load_index
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory, index_shard
 from tools.index_shards import main
 
-from .shards import picture, run_config, sample, write_shard
+from .data_cases import png_image, run_config, sample, write_shard
 from .test_image_kinds import encode
 
 ATTEMPT = "<box>(1.5,2),(3,4)</box>"
@@ -37,7 +37,7 @@ GROUNDED = {
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """A directory with a dialogue that holds an attempt at markup, and a grounded caption; not indexed."""
-    samples = [sample("chat", CHAT), sample("grounded", GROUNDED, png=picture())]
+    samples = [sample("chat", CHAT), sample("grounded", GROUNDED, png=png_image())]
     write_shard(tmp_path / "data" / "0.tar", samples)
     return tmp_path / "data"
 
@@ -52,8 +52,8 @@ def test_options_are_told_with_the_index_and_at_a_start(
 ) -> None:
     def told(*arguments: str) -> tuple[str, list[str]]:
         assert run_tool(monkeypatch, shards, *arguments) == 0
-        plan = build_loader(run_config(shards.parent, {shards.name: 1.0})).plan
-        return capsys.readouterr().out, plan.source_notes()
+        sampler = build_loader(run_config(shards.parent, {shards.name: 1.0})).sampler
+        return capsys.readouterr().out, sampler.source_notes()
 
     text, notes = told()
     assert "indexed with" not in text and "left out: markup" in notes[0] and len(notes) == 1
@@ -132,7 +132,10 @@ def test_notes_on_images_are_counted_and_told(
     grey = {"png": encode(Image.new("I;16", (8, 8), 30_000), "PNG")}
     caption = {"task": "caption", "caption": "x"}
     samples = [sample(f"{number}", caption, **members) for number, members in enumerate([clear, grey, clear])]
-    samples += [sample("3", {"task": "caption", "caption": ""}, **clear), sample("4", caption, png=picture())]
+    samples += [
+        sample("3", {"task": "caption", "caption": ""}, **clear),
+        sample("4", caption, png=png_image()),
+    ]
     write_shard(tmp_path / "0.tar", samples)
     for _ in range(2):  # the second time the index is current
         assert run_tool(monkeypatch, tmp_path) == 0

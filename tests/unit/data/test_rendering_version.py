@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_qwenvl.data.records import attempts, coordinates, dialogues, fields, images, markup, tasks
-from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data import images as image_files
+from megatron_qwenvl.data.errors import SampleError
+from megatron_qwenvl.data.records import attempts, coordinates, dialogues, fields, markup, tasks
 from megatron_qwenvl.data.records.tasks import TASKS, decode_record
 from megatron_qwenvl.data.rendering import chatml, formats, token_builder
 from megatron_qwenvl.data.rendering.formats import RENDERING_VERSION, render_sample
@@ -20,7 +21,7 @@ from megatron_qwenvl.data.shards import media, members
 EXPECTED = {
     "version": 6,
     "renderings": "7d009248fe8ea43a",
-    "logic": "26def740013dceb3",
+    "logic": "671a3cb98cacb59c",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
@@ -37,7 +38,7 @@ def chat(*values: str, **more: Any) -> dict[str, Any]:
     return {"task": "chat", "conversations": turns, **more}
 
 
-# Regular records of every task and the oddities that were decided on; each with the number of its pictures.
+# Regular records of every task and the oddities that were decided on; each with the number of its images.
 CORPUS: list[tuple[Any, int]] = [
     ({"task": "caption", "caption": " two  blanks ", "language": "zh"}, 1),
     ({"task": "caption", "caption": "plain"}, 2),
@@ -85,14 +86,14 @@ CORPUS: list[tuple[Any, int]] = [
 ]
 
 
-def rendering(record: Any, pictures: int, tokenizer: Tokenizer) -> object:
-    """Tokens, loss mask and pictures of a record, or that it is refused; its reason may change freely."""
+def rendering(record: Any, images: int, tokenizer: Tokenizer) -> object:
+    """Tokens, loss mask and images of a record, or that it is refused; its reason may change freely."""
     try:
         sample = decode_record("json", json.dumps(record).encode())
-        out = render_sample(sample, [ImageInfo(f"{i}.png", 20, 10) for i in range(pictures)], tokenizer, 2)
+        out = render_sample(sample, [ImageInfo(f"{i}.png", 20, 10) for i in range(images)], tokenizer, 2)
     except SampleError:
         return "refused"
-    return out.tokens, out.learned, out.image_starts, out.image_order
+    return out.tokens, out.loss_mask, out.image_starts, out.image_order
 
 
 def logic(source: str) -> object:
@@ -124,7 +125,8 @@ def digest(value: object) -> str:
 def test_the_version_is_raised_with_every_change_of_renderings(byte_level: Tokenizer) -> None:
     assert {record["task"] for record, _ in CORPUS if isinstance(record, dict)} >= set(TASKS)
     modules = (
-        formats, chatml, dialogues, markup, attempts, tasks, fields, coordinates, token_builder, images, members, media,
+        formats, chatml, dialogues, markup, attempts, tasks, fields, coordinates, token_builder, image_files, members,
+        media,
     )  # fmt: skip
     found = {
         "version": RENDERING_VERSION,

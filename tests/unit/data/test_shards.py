@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.data.shards.dataset import list_shards, unread_shards
+from megatron_qwenvl.data.shards.directory import list_shards, unread_shards
 from megatron_qwenvl.data.shards.index import ShardIndex
 from megatron_qwenvl.data.shards.indexing import JOINT, build_index
 from megatron_qwenvl.data.shards.members import GAP
@@ -24,10 +24,10 @@ from megatron_qwenvl.data.shards.samples import checksum, read_member, scan_shar
 from megatron_qwenvl.data.shards.tar import BLOCK, normalise_name
 from tools import index_shards
 
-from .shards import picture
+from .data_cases import png_image
 
 VQA = json.dumps({"task": "vqa", "question": "q?", "answer": "a"}).encode()
-RED, GREEN, BLUE = (picture(colour=colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250)))
+RED, GREEN, BLUE = (png_image(colour=colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250)))
 File = tuple[str, bytes] | tuple[tarfile.TarInfo, bytes]
 
 
@@ -255,7 +255,7 @@ BAD_SAMPLES: dict[str, tuple[list[File], dict[str, str]]] = {
         {"k": "malformed record: expected a task of caption, vqa", "l": "malformed record: expected a task of caption"},
     ),
     "no text": ([("k.png", RED)], {"k": "neither .json nor .txt, only png"}),
-    "no image": ([("k.txt", b"x")], {"k": "caption: expected 1 or more pictures, found 0"}),
+    "no image": ([("k.txt", b"x")], {"k": "caption: expected 1 or more images, found 0"}),
     "same number": ([("k.0.png", RED), ("k.00.jpg", RED), ("k.json", VQA)], {"k": "which image comes first"}),
     "twice": ([*caption("k"), ("k.png", BLUE)], {"k": "two files named .png"}),
     "twice in other case": ([*caption("k"), ("k.PNG", BLUE)], {"k": "file names differ in case only: png, txt, PNG"}),

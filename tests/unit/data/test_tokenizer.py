@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from dashscope.tokenizers import get_tokenizer
 
-from megatron_qwenvl.data.records.errors import DataError, SampleError
+from megatron_qwenvl.data.errors import DataError, SampleError
 from megatron_qwenvl.data.rendering.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
 from .conftest import QWEN_VOCABULARY

@@ -13,11 +13,11 @@ import pytest
 
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.sampling.plan import describe_step, training_plan
+from megatron_qwenvl.data.sampling.sampler import describe_step, open_training_sampler
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 
 from .conftest import QWEN_VOCABULARY
-from .shards import mixed_samples, write_shard
+from .data_cases import mixed_samples, write_shard
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,7 +42,7 @@ def test_indexing_in_processes_gives_what_one_process_gives(shards: Path) -> Non
     result = run_tool("index_shards.py", shards, "--workers", 2)
     assert (result.returncode, result.stderr) == (0, "")
     assert "4/4 shards" in result.stdout
-    assert "40 samples with 40 pictures in 4 shards (4 indexed now), 0 samples skipped" in result.stdout
+    assert "40 samples with 40 images in 4 shards (4 indexed now), 0 samples skipped" in result.stdout
     manifest = (shards / "manifest.json").read_bytes()
     index_directory(shards, IndexJob(force=True))
     assert (shards / "manifest.json").read_bytes() == manifest
@@ -101,7 +101,7 @@ def test_a_truncated_shard_is_named_and_the_rest_indexed(shards: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "000002.tar: damaged or truncated tar" in result.stderr
-    assert "30 samples with 30 pictures in 3 shards" in result.stdout
+    assert "30 samples with 30 images in 3 shards" in result.stdout
     assert "1 shards failed" in result.stdout
 
 
@@ -142,9 +142,9 @@ def test_show_step_prints_the_step_of_the_plan(shards: Path) -> None:
         "show_step.py", "--recipe", "tiny_stage1", "--step", 7, "--data-parallel", 2, "--json", *overrides
     )
     assert (result.returncode, result.stderr) == (0, "")
-    plan = training_plan(load_config("tiny_stage1", overrides), load_tokenizer().fingerprint)
+    sampler = open_training_sampler(load_config("tiny_stage1", overrides), load_tokenizer().fingerprint)
     described = json.loads(result.stdout)
-    assert described == describe_step(plan, 7, 2)
+    assert described == describe_step(sampler, 7, 2)
     assert described["step"] == 7
     assert sum(len(pack["samples"]) for pack in described["packs"]) == 16
     text = run_tool("show_step.py", "--recipe", "tiny_stage1", "--step", 7, *overrides).stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring
 from megatron_qwenvl.demo.dataset import TEST_TASKS, make_demo_data
 from megatron_qwenvl.demo.examination import Question, evaluate_demo, read_questions
@@ -27,7 +27,7 @@ def evaluate(demo: Demo, answer: object) -> dict[str, float]:
 
 
 class Oracle:
-    """Knows every picture: answers by the bytes of the picture and the question."""
+    """Knows every image: answers by the bytes of the image and the question."""
 
     def __init__(self, demo: Demo) -> None:
         self.known = {}
@@ -38,7 +38,7 @@ class Oracle:
     def _key(self, question: Question) -> tuple[object, ...]:
         record = question.record
         return (
-            question.pictures,
+            question.images,
             record.task,
             getattr(record, "question", None) or getattr(record, "phrase", ""),
         )
@@ -61,11 +61,11 @@ class Oracle:
 
 
 def _size(question: Question) -> tuple[int, int]:
-    data = question.pictures[0][1]
+    data = question.images[0][1]
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")  # a PNG's header
 
 
-def test_an_oracle_is_right_with_the_pictures_and_at_chance_with_others(demo: Demo) -> None:
+def test_an_oracle_is_right_with_the_images_and_at_chance_with_others(demo: Demo) -> None:
     oracle = Oracle(demo)
     report = evaluate(demo, oracle)
     assert report["vqa_accuracy"] == report["referring_accuracy_iou50"] == report["caption_exact_match"] == 1

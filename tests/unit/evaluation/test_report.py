@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.records.errors import SampleError
+from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring
 from megatron_qwenvl.demo.examination import Question, show_examples
 from megatron_qwenvl.evaluation.charts import HEIGHT, WIDTH, Line, line_chart

@@ -27,7 +27,7 @@ Sample = dict[str, Any]
 WORDS = "red green blue circle square below above three small large with and the".split()
 
 
-def picture(width: int = 20, height: int = 10, colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:
+def png_image(width: int = 20, height: int = 10, colour: tuple[int, int, int] = (200, 30, 60)) -> bytes:
     """A PNG of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(buffer, "PNG")
@@ -66,7 +66,7 @@ def words(rng: random.Random, most: int) -> str:
 
 
 def random_record(task: str, rng: random.Random) -> Sample:
-    """A record of a task over a 20x10 picture."""
+    """A record of a task over a 20x10 image."""
     box, quad = [2, 1, 12, 8], [[2, 1], [12, 1], [12, 8], [2, 8]]
     records: dict[str, Sample] = {
         "caption": {"caption": words(rng, 20), "language": rng.choice(["en", "zh"])},
@@ -90,19 +90,19 @@ def random_record(task: str, rng: random.Random) -> Sample:
 
 
 def mixed_samples(count: int, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> list[Sample]:
-    """Samples of all tasks in turn, each over a picture of its own colour."""
+    """Samples of all tasks in turn, each over an image of its own colour."""
     rng = random.Random(seed)
     made = []
     for number in range(count):
         task = tasks[number % len(tasks)]
         record = random_record(task, rng)
-        members = {} if task == "text" else {"png": picture(colour=(number % 256, number // 256 % 256, 77))}
+        members = {} if task == "text" else {"png": png_image(colour=(number % 256, number // 256 % 256, 77))}
         made.append(sample(f"{number:05d}", record, **members))
     return made
 
 
 def run_config(root: Path, sources: dict[str, float], **data: Any) -> RunConfig:
-    """A small run over directories below `root`; pictures are 16 tokens."""
+    """A small run over directories below `root`; images are 16 tokens."""
     settings: dict[str, Any] = {
         "image_size": 28,
         "global_batch_size": 24,

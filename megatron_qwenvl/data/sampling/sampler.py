@@ -1,7 +1,7 @@
 """What a step holds, as a pure function of (configuration, seed, step) and of the changes that the data has seen.
 
-`StepPlan.global_batch(k)` does not depend on the number of ranks or workers, nor on which steps were asked for
-before; `StepPlan.balance_across_ranks` then says which rank gets what. Both read indices only, never a sample.
+`StepSampler.global_batch(k)` does not depend on the number of ranks or workers, nor on which steps were asked for
+before; `StepSampler.balance_across_ranks` then says which rank gets what. Both read indices only, never a sample.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from megatron_qwenvl.config.schema import RunConfig, SourceConfig
-from megatron_qwenvl.data.records.errors import DataError
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.lru_cache import LruCache
 from megatron_qwenvl.data.records.tasks import TASKS
-from megatron_qwenvl.data.shards.dataset import ShardDirectory, open_directory
+from megatron_qwenvl.data.shards.directory import ShardDirectory, open_directory
 from megatron_qwenvl.data.shards.index import ShardIndex
 from megatron_qwenvl.data.shards.skipped import printable
 
-from .cache import LruCache
 from .changes import DataNow, SourceNow, begin
 from .epochs import ShardList
 from .history import DataHistory, Draw, SourceState, StepRange, Timeline
 from .mixture import Limits, SampleTable, Skipped
 from .packing import CostWeights, Pack, balance_across_ranks, make_packs, pack_costs
-from .source_order import SourceOrder
+from .source_sampler import SourceSampler
 
 PACK_MULTIPLE = 64
 """Positions of a pack are a multiple of this (or `pack_length`): divisible by any tensor-parallel size in use."""
@@ -79,7 +79,7 @@ class GlobalBatch:
     skipped: list[Skipped]
 
 
-class StepPlan:
+class StepSampler:
     """The batches of a run. Small to send to another process: caches stay behind."""
 
     def __init__(
@@ -128,7 +128,7 @@ class StepPlan:
         self._indices: LruCache[ShardIndex] = LruCache(2 * window * len(self.sources))
         self._batches: LruCache[GlobalBatch] = LruCache(2)
         self._timeline = Timeline(self.history)
-        self._orders: dict[tuple[str, int], SourceOrder] = {}
+        self._orders: dict[tuple[str, int], SourceSampler] = {}
 
     def _check_shards(self) -> None:
         for source in self.sources:
@@ -140,7 +140,7 @@ class StepPlan:
                     "while the run was starting?"
                 )
 
-    def _order(self, state: SourceState) -> SourceOrder:
+    def _order(self, state: SourceState) -> SourceSampler:
         """The order of a source in one of its editions.
 
         Raises:
@@ -151,7 +151,7 @@ class StepPlan:
             raise DataError(f"data.sources: this step was made with the source {state.name!r}, found {names}")
         if (state.name, state.edition) not in self._orders:
             number = names.index(state.name)
-            self._orders[state.name, state.edition] = SourceOrder(
+            self._orders[state.name, state.edition] = SourceSampler(
                 number,
                 self.sources[number].directory,
                 self._timeline.editions[state.name],
@@ -282,16 +282,18 @@ def training_data(config: RunConfig, sources: Sequence[Source]) -> DataNow:
     return data_now(sources, data.global_batch_size, config.seed, data.shuffle_window, data.skip_steps)
 
 
-def open_training(config: RunConfig, tokenizer: str, verify_digests: bool = False) -> tuple[Source, ...]:
+def open_training_sources(
+    config: RunConfig, tokenizer: str, verify_digests: bool = False
+) -> tuple[Source, ...]:
     """Open a run's training sources; arguments and errors as `open_directory`."""
     data = config.data
     return open_sources(data.sources, data.root, tokenizer, verify_digests, data.tokenizer)
 
 
-def training_plan(
+def open_training_sampler(
     config: RunConfig, tokenizer: str, verify_digests: bool = False, history: DataHistory | None = None
-) -> StepPlan:
-    """The plan of a run's training steps.
+) -> StepSampler:
+    """The sampler of a run's training steps.
 
     Args:
         config: the run.
@@ -302,48 +304,48 @@ def training_plan(
     Raises:
         DataError: see `open_directory`.
     """
-    sources = open_training(config, tokenizer, verify_digests)
-    return plan_training(config, sources, history)
+    sources = open_training_sources(config, tokenizer, verify_digests)
+    return training_sampler(config, sources, history)
 
 
-def plan_training(
+def training_sampler(
     config: RunConfig, sources: Sequence[Source], history: DataHistory | None = None
-) -> StepPlan:
-    """The plan of a run's training steps over sources that are open; arguments as `training_plan`."""
+) -> StepSampler:
+    """The sampler of a run's training steps over sources that are open; arguments as `open_training_sampler`."""
     history = history or begin(training_data(config, sources))
-    return StepPlan(config, sources, config.data.global_batch_size, config.seed, history)
+    return StepSampler(config, sources, config.data.global_batch_size, config.seed, history)
 
 
-def validation_plan(config: RunConfig, tokenizer: str) -> StepPlan:
-    """A plan whose step 0 is the validation set: the first samples of the held-out sources in an order that does
-    not depend on the run's seed. Arguments and errors as `training_plan`.
+def open_validation_sampler(config: RunConfig, tokenizer: str) -> StepSampler:
+    """A sampler whose step 0 is the validation set: the first samples of the held-out sources in an order that does
+    not depend on the run's seed. Arguments and errors as `open_training_sampler`.
     """
     data = config.data
     sources = open_sources(data.validation_sources, data.root, tokenizer, vocabulary=data.tokenizer)
     available = sum(int(source.directory.counts.sum()) for source in sources)
-    return StepPlan(config, sources, min(config.train.validation_samples, available), seed=0)
+    return StepSampler(config, sources, min(config.train.validation_samples, available), seed=0)
 
 
-def describe_step(plan: StepPlan, step: int, ranks: int) -> dict[str, object]:
+def describe_step(sampler: StepSampler, step: int, ranks: int) -> dict[str, object]:
     """What a step holds, as JSON: `step` and `packs`, a list of `dp_rank`, `micro_batch`, `tokens` and `images`
     (without padding), and `samples`, a list of `key`, `task`, `tokens`, `images`.
     """
-    batch = plan.global_batch(step)
+    batch = sampler.global_batch(step)
     packs = [
-        _describe_pack(plan, batch.samples, rank, number, micro_batch)
-        for rank, micro_batches in enumerate(plan.balance_across_ranks(batch, ranks))
+        _describe_pack(sampler, batch.samples, rank, number, micro_batch)
+        for rank, micro_batches in enumerate(sampler.balance_across_ranks(batch, ranks))
         for number, micro_batch in enumerate(micro_batches)
     ]
     return {"step": step, "packs": packs}
 
 
 def _describe_pack(
-    plan: StepPlan, samples: SampleTable, rank: int, number: int, micro_batch: MicroBatch
+    sampler: StepSampler, samples: SampleTable, rank: int, number: int, micro_batch: MicroBatch
 ) -> dict[str, object]:
     rows = [row for pack in micro_batch for row in pack]
     described = [
         {
-            "key": plan.key(samples, row),
+            "key": sampler.key(samples, row),
             "task": TASKS[samples.task[row]],
             "tokens": int(samples.length[row]),
             "images": int(samples.images[row]),

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_qwenvl.data.records.errors import DataError
-from megatron_qwenvl.data.shards.dataset import ShardDirectory
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.lru_cache import LruCache
+from megatron_qwenvl.data.shards.directory import ShardDirectory
 from megatron_qwenvl.data.shards.index import ShardIndex
 
-from .cache import LruCache
 from .epochs import Editions, Epoch
 from .mixture import Limits, SampleTable, Skipped
 
@@ -25,7 +25,7 @@ class _Window:
     skipped: dict[int, Skipped]
 
 
-class SourceOrder:
+class SourceSampler:
     """The endless order of one source's samples as one of its editions has it.
 
     A sample that cannot be used gives its place to another one of its window, and is reported whenever the order
@@ -166,6 +166,4 @@ class SourceOrder:
         if (length := int(table.length[row])) > self._limits.max_length:
             return Skipped(key, f"{length} tokens, at most {self._limits.max_length} are allowed")
         pixels = int(index.largest_images[int(table.row[row])])
-        return Skipped(
-            key, f"picture of {pixels} pixels, at most {self._limits.max_image_pixels} are allowed"
-        )
+        return Skipped(key, f"image of {pixels} pixels, at most {self._limits.max_image_pixels} are allowed")

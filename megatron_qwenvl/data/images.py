@@ -78,8 +78,8 @@ def load_pixels(data: bytes, side: int, max_pixels: int) -> NDArray[np.uint8]:
     with _opened(data) as image:
         width, height = image.size
         if width * height > max_pixels:
-            raise SampleError(f"picture of {width}x{height} has more than {max_pixels} pixels")
-        with _errors("cannot decode the picture"):
+            raise SampleError(f"image of {width}x{height} has more than {max_pixels} pixels")
+        with _errors("cannot decode the image"):
             square = _to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(square).transpose(2, 0, 1)
 
@@ -87,7 +87,7 @@ def load_pixels(data: bytes, side: int, max_pixels: int) -> NDArray[np.uint8]:
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """An image whose header has been read; whatever Pillow makes of the header costs this image only."""
-    with _errors("not a readable picture"), Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+    with _errors("not a readable image"), Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
         _refuse_unknown_colours(image)
         yield image
 
@@ -107,11 +107,9 @@ def _errors(problem: str) -> Iterator[None]:
 
 def _refuse_unknown_colours(image: Image.Image) -> None:
     if image.mode in ("P", "PA") and image.palette is None:  # Pillow would show black, or end in an assertion
-        raise SampleError("palette picture without a palette: its colours are unknown")
+        raise SampleError("palette image without a palette: its colours are unknown")
     if image.mode in _UNKNOWN_RANGE:
-        raise SampleError(
-            f"{_UNKNOWN_RANGE[image.mode]} picture: which values are black and white is unknown"
-        )
+        raise SampleError(f"{_UNKNOWN_RANGE[image.mode]} image: which values are black and white is unknown")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
