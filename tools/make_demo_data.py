@@ -1,61 +1,6 @@
-"""python tools/make_demo_data.py --out DIR [--train N] [--held-out N] [--seed S]
+"""The same as the console script `qwenvl-make-demo-data`: see megatron_qwenvl/commands/make_demo_data.py."""
 
-Draws images of coloured shapes and digits and writes them as WebDataset shards with records of all seven tasks and
-ChatML dialogues, in English and Chinese: training data in DIR/<source>, held-out data in DIR/val and DIR/test. Equal
-arguments give equal files. The shards are not indexed yet: see tools/index_shards.py.
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-
-from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
+from megatron_qwenvl.commands.make_demo_data import run
 
 if __name__ == "__main__":
-    end_at_stop_signals("make_demo_data")  # before what takes time to import
-
-from megatron_qwenvl.demo.dataset import make_demo_data
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
-    parser.add_argument("--train", type=_count, default=30_000, metavar="N", help="training samples in all")
-    parser.add_argument(
-        "--held-out", type=_count, default=320, metavar="N", help="samples of every validation and test part"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of everything that is drawn")
-    return parser.parse_args()
-
-
-def _count(text: str) -> int:
-    """A number of samples that gives every source some."""
-    if not text.isdecimal() or int(text) < 100:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 100, found {text!r}")
-    return int(text)
-
-
-def main() -> int:
-    """0 when all shards are written, 1 when the directory cannot be written."""
-    arguments = parse_arguments()
-    try:
-        make_demo_data(
-            arguments.out,
-            arguments.train,
-            arguments.held_out,
-            arguments.seed,
-            on_part=lambda part, count: print(f"{arguments.out / part}: {count} samples", flush=True),
-        )
-    except OSError as error:
-        print(f"{arguments.out}: cannot write the data: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import random
@@ -24,11 +23,14 @@ from megatron_qwenvl.checkpoint.storage.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_qwenvl.commands import run_progress
+from megatron_qwenvl.commands.show_step import make_sampler
 from megatron_qwenvl.config.cli import RunArguments
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from megatron_qwenvl.engine.start import start_engine
+from megatron_qwenvl.preflight.inputs import check_inputs
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks
@@ -100,18 +102,9 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def tool(name: str) -> Any:
-    """The module of a tool."""
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def preflight(config: RunConfig, from_step: int | None = None) -> list[str]:
     """What preflight says of data and checkpoints."""
-    return [finding.line() for finding in tool("preflight").check_inputs(RunArguments(config, from_step))]
+    return [finding.line() for finding in check_inputs(RunArguments(config, from_step))]
 
 
 def show_step(run: Path, step: int) -> tuple[Counter[str], str]:
@@ -174,7 +167,7 @@ def test_a_run_over_growing_and_shrinking_data_shows_every_sample_once(tmp_path:
 
     assert [record["samples"] for record in records(run)] == [8] * 5 + [6] * 9
     assert show_step(run, 11) == (Counter(third["steps"][6]), "")
-    sampler = tool("show_step").make_sampler(argparse.Namespace(run=run), [])
+    sampler = make_sampler(argparse.Namespace(run=run), [])
     assert [sampler.key(sampler.global_batch(4).samples, row) for row in range(8)] == second[0]["steps"][1]
     with pytest.raises(
         DataError, match=rf"{shard:03d}\.tar: this step was made with a shard that is gone since"
@@ -256,8 +249,8 @@ def test_a_run_goes_back_without_the_data_of_some_steps(
     assert (event["step"], event["from_step"], event["folder"]) == (2, 6, str(kept))
     rates = [record["lr"] for record in records(run)]
     assert rates[6:9] == rates[2:5]
-    assert tool("run_progress").describe(run).startswith("step 5/10 |")
-    assert [record["step"] for record in tool("run_progress").recent_records(run)] == [2, 3, 4]
+    assert run_progress.describe(run).startswith("step 5/10 |")
+    assert [record["step"] for record in run_progress.recent_records(run)] == [2, 3, 4]
 
     # The requeued job repeats its arguments, and goes on from its own progress.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

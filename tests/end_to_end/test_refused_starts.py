@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import os
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.commands import run_progress
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.runtime.processes import ProcessInfo
@@ -66,12 +66,7 @@ def logged(process: ProcessInfo, config: Any) -> str:
 
 def progress_line(run: Path) -> str:
     """What `tools/run_progress.py` says of a run."""
-    path = Path(__file__).parents[2] / "tools/run_progress.py"
-    spec = importlib.util.spec_from_file_location("run_progress", path)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return str(tool.describe(run))
+    return run_progress.describe(run)
 
 
 def truncate_weights(run: Path) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from megatron_qwenvl.checkpoint.convert import next_stage
+from megatron_qwenvl.commands import convert_checkpoint, preflight
 from megatron_qwenvl.data.shards.index import index_path
 from megatron_qwenvl.runtime.exit_codes import INTERRUPTED, INTERRUPTED_BY_USER
 from megatron_qwenvl.runtime.helpers import start_resource_tracker
@@ -23,7 +24,6 @@ from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 from megatron_qwenvl.runtime.leave import leave
 from tests.distributed.harness import run_ranks
 from tests.unit.data.data_cases import sample, write_shard
-from tools import convert_checkpoint, preflight
 
 from .stop_cases import before, redirect, wait
 from .training_cases import run_config, train, write_data

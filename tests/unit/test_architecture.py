@@ -33,6 +33,7 @@ ROOMS = [  # a room imports from those above it
     "preflight",
     "profiling",
     "demo",
+    "commands",
     "train",
 ]
 APART = [  # and never, in either direction, across these

@@ -12,9 +12,9 @@ from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwen
 from megatron_qwenvl.checkpoint.run.start import check_start
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, _digest, read_manifest, write_manifest
+from megatron_qwenvl.commands import convert_checkpoint
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, Stage
-from tools import convert_checkpoint
 
 from .published_cases import TINY, publish, random_weights
 

@@ -16,8 +16,8 @@ from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwen
 from megatron_qwenvl.checkpoint.storage import temporary
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError, new_directory
 from megatron_qwenvl.checkpoint.storage.temporary import MAKER_NAME
+from megatron_qwenvl.commands import convert_checkpoint
 from megatron_qwenvl.runtime.identity import ProcessIdentity
-from tools import convert_checkpoint
 
 from .published_cases import TINY, publish, publish_parts, random_weights
 from .test_tool import became, run

@@ -12,7 +12,7 @@ from megatron_qwenvl.checkpoint.convert.examine import verify
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError, new_directory
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
-from tools import convert_checkpoint
+from megatron_qwenvl.commands import convert_checkpoint
 
 from .published_cases import TINY, publish, random_weights
 

@@ -15,7 +15,7 @@ from megatron_qwenvl.checkpoint.convert import jobs, next_stage
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.storage import files
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
-from tools import convert_checkpoint
+from megatron_qwenvl.commands import convert_checkpoint
 
 from .published_cases import TINY, publish, publish_parts, random_weights
 
@@ -183,7 +183,7 @@ def test_verify_names_what_is_wrong(
 
 
 def test_a_wrong_path_is_one_line_without_traceback(tmp_path: Path) -> None:
-    tool = Path(convert_checkpoint.__file__)
+    tool = Path(__file__).parents[3] / "tools/convert_checkpoint.py"
     command = [sys.executable, str(tool), "inspect", str(tmp_path / "nothing")]
     environment = {**os.environ, "PYTHONPATH": str(tool.parents[1])}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

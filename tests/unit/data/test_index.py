@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_qwenvl.commands import index_shards
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.records.tasks import TASKS, decode_record, parse_sample
 from megatron_qwenvl.data.rendering.formats import render_sample
@@ -30,7 +31,6 @@ from megatron_qwenvl.data.shards.indexing import IndexJob, build_index, index_di
 from megatron_qwenvl.data.shards.samples import read_member, split_name
 from megatron_qwenvl.data.shards.skipped import printable, reason_kind, tally
 from megatron_qwenvl.runtime import retry
-from tools import index_shards
 
 from .conftest import QWEN_VOCABULARY
 from .data_cases import mixed_samples, png_image, run_config, sample, write_shard, write_source

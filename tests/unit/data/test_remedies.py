@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_qwenvl.commands import index_shards
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.records.tasks import TASKS
@@ -23,7 +24,6 @@ from megatron_qwenvl.data.sampling.sampler import open_training_sampler
 from megatron_qwenvl.data.shards import index as index_module
 from megatron_qwenvl.data.shards.index import index_path, load_index
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
-from tools import index_shards
 
 from .conftest import QWEN_VOCABULARY
 from .data_cases import mixed_samples, run_config, write_shard, write_source

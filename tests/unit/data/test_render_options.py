@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from megatron_qwenvl.commands.index_shards import main
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import build_loader
 from megatron_qwenvl.data.rendering.token_builder import RenderOptions
@@ -18,7 +19,6 @@ from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.data.shards.directory import MANIFEST, open_directory
 from megatron_qwenvl.data.shards.index import load_index
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory, index_shard
-from tools.index_shards import main
 
 from .data_cases import png_image, run_config, sample, write_shard
 from .test_image_kinds import encode

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_qwenvl.commands import index_shards
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwenvl.data.shards.directory import list_shards, unread_shards
@@ -22,7 +23,6 @@ from megatron_qwenvl.data.shards.indexing import JOINT, build_index
 from megatron_qwenvl.data.shards.members import GAP
 from megatron_qwenvl.data.shards.samples import checksum, read_member, scan_shard
 from megatron_qwenvl.data.shards.tar import BLOCK, normalise_name
-from tools import index_shards
 
 from .data_cases import png_image
 

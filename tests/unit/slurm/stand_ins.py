@@ -63,6 +63,7 @@ class Site:
         self.folder = folder
         for name in ("launch", "slurm", "tools"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "megatron_qwenvl").symlink_to(ROOT / "megatron_qwenvl")
         self.programs = folder / "bin"
         self.programs.mkdir()
         self._program("srun", SRUN)

@@ -1,0 +1,145 @@
+"""The commands of `convert_checkpoint`: plan a conversion, check where it goes, execute it with a line of progress."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from megatron_qwenvl.checkpoint.convert.examine import compare, describe, open_weights, table_notes, verify
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
+from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, plan_transition
+from megatron_qwenvl.checkpoint.convert.progress import Progress
+from megatron_qwenvl.checkpoint.convert.repeat import Conversion, digest_files, digest_weights, is_done
+from megatron_qwenvl.checkpoint.formats.hf_files import content_files
+from megatron_qwenvl.checkpoint.storage.files import OnBytes, check_places
+from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.config.recipes import RECIPES
+
+
+def next_stage(arguments: argparse.Namespace) -> int:
+    """Make the start of the next stage from a finished one."""
+    plan = plan_transition(arguments.source, arguments.to, arguments.force)
+    _tell(plan.notes)
+    work = partial(execute_next_stage, plan, arguments.out)
+    sources = {"weights": digest_weights(plan.manifest)}
+    return _convert(arguments, [plan.source], plan.manifest.total_bytes, work, lambda: sources)
+
+
+def import_parts(arguments: argparse.Namespace) -> int:
+    """Make the start of stage 1 from published ViT and decoder."""
+    recipe = RECIPES[arguments.recipe]()
+    return _import(arguments, plan_parts(arguments.vit, arguments.llm, recipe, arguments.seed))
+
+
+def import_qwenvl(arguments: argparse.Namespace) -> int:
+    """Make a weights checkpoint of a published Qwen-VL."""
+    return _import(arguments, plan_qwenvl(arguments.source, arguments.accept_drift))
+
+
+def export_qwenvl(arguments: argparse.Namespace) -> int:
+    """Write a checkpoint in the published layout."""
+    plan = plan_export(arguments.source, arguments.tokenizer)
+    _tell(plan.notes)
+    work = partial(execute_export, plan, arguments.out)
+
+    def digest() -> dict[str, str]:
+        beside = digest_files({file.name: file for file in plan.tokenizer})
+        return {"weights": digest_weights(plan.source.manifest), **beside}
+
+    return _convert(arguments, [plan.source.path], plan.total_bytes, work, digest)
+
+
+def inspect_checkpoint(arguments: argparse.Namespace) -> int:
+    """Print what a checkpoint is."""
+    _tell(tuple(describe(arguments.checkpoint)))
+    return 0
+
+
+def compare_checkpoints(arguments: argparse.Namespace) -> int:
+    """Print the tensors in which two sets of weights differ."""
+    a, b = open_weights(arguments.a), open_weights(arguments.b)
+    progress = Progress("compare", sum(spec.nbytes for spec in a.specs.values()))
+    differences = compare(a, b, arguments.tolerance, progress.add)
+    progress.finish()
+    _tell([*table_notes(arguments.a), *table_notes(arguments.b), *differences])
+    print(f"{len(differences)} of {len(a.specs.keys() | b.specs.keys())} tensors differ")
+    return 1 if differences else 0
+
+
+def verify_checkpoint(arguments: argparse.Namespace) -> int:
+    """Print what is wrong with a checkpoint."""
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    progress = Progress("verify", read_manifest(checkpoint).total_bytes)
+    problems = verify(checkpoint, progress.add)
+    progress.finish()
+    _tell(problems)
+    print(f"{checkpoint}: {f'{len(problems)} problems' if problems else 'good'}")
+    return 1 if problems else 0
+
+
+def _import(arguments: argparse.Namespace, plan: Import) -> int:
+    _tell(plan.notes)
+    work = partial(execute_import, plan, arguments.out)
+
+    def digest() -> dict[str, str]:
+        files = {
+            f"{number}/{file.name}" if len(plan.sources) > 1 else file.name: file
+            for number, source in enumerate(plan.sources, 1)
+            for file in content_files(source)
+        }
+        progress = Progress("digests of the sources", sum(file.stat().st_size for file in files.values()))
+        digests = digest_files(files, progress.add)
+        progress.finish()
+        return digests
+
+    return _convert(arguments, plan.sources, plan.total_bytes, work, digest)
+
+
+def _convert(
+    arguments: argparse.Namespace,
+    sources: Iterable[Path],
+    total: int,
+    work: Callable[[OnBytes, Conversion], None],
+    digest: Callable[[], dict[str, str]],
+) -> int:
+    """Do it, unless it was done before: a requeued job repeats its conversion."""
+    apart = ("command", "out", "dry_run")
+    settings = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in apart and value is not None and not isinstance(value, Path)
+    }
+    check_places(arguments.out, sources)
+    if is_done(arguments.out, arguments.command, settings, digest):
+        print(
+            f"{arguments.out}: complete, made before by the same command from the same sources; nothing to do"
+        )
+        return 0
+    if arguments.dry_run:
+        print(f"would write {total / 1e9:.3f} GB to {arguments.out}")
+        return 0
+    conversion = Conversion(command=arguments.command, settings=settings, sources=digest())
+    progress = Progress(f"{arguments.command} -> {arguments.out}", total)
+    work(progress.add, conversion)
+    progress.finish()
+    return 0
+
+
+def _tell(lines: list[str] | tuple[str, ...]) -> None:
+    for line in lines:
+        print(line)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "next-stage": next_stage,
+    "import-parts": import_parts,
+    "import-qwenvl": import_qwenvl,
+    "export-qwenvl": export_qwenvl,
+    "inspect": inspect_checkpoint,
+    "compare": compare_checkpoints,
+    "verify": verify_checkpoint,
+}
+"""What runs a command; each returns the exit code."""

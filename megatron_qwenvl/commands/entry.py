@@ -1,0 +1,28 @@
+"""The start and the end of every command-line program."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_qwenvl.runtime.exit_codes import CRASHED
+from megatron_qwenvl.runtime.interrupt import STUCK_SECONDS, end_at_stop_signals
+
+
+def run_program(name: str, main: Callable[[], int], seconds: float = STUCK_SECONDS) -> NoReturn:
+    """Run `main` so that a stop signal ends it cleanly, and exit with its code.
+
+    Args:
+        name: name of the program in messages.
+        main: returns one of `runtime.exit_codes`; an exception that it lets through is a crash.
+        seconds: time to clean up after a stop signal.
+    """
+    end_at_stop_signals(name, seconds)
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = CRASHED
+    sys.exit(code)

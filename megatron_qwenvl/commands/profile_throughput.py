@@ -1,0 +1,124 @@
+"""Step time, samples/s, tokens/s, TFLOP/s, memory and data wait of a recipe in several layouts, on real shards.
+
+    NPROC=8 python tools/profile_throughput.py --recipe stage2 --data.root /data/qwenvl --out runs/throughput \\
+        --layout 'tensor=2 pipeline=2 sequence_parallel=true' \\
+        --layout 'tensor=1 pipeline=4 train.recompute=full data.pack_length=4096'
+
+Every layout is `field=value` of `parallel`, or `section.field=value` of anything, separated by spaces; without
+`--layout` the recipe is measured as it is. `--section.field value` holds for all layouts. Each is trained for some
+steps from fresh weights (or from `--checkpoint.init_from`) in a folder of its own below OUT, where its log is;
+nothing is saved. OUT/throughput.json and OUT/throughput.md are written anew after every layout. All layouts are
+checked before the first one starts; one that fails is a line with its reason.
+Exit codes: 0 a layout was measured; 1 none was; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_qwenvl.config.cli import USAGE_ERROR
+from megatron_qwenvl.profiling.layouts import Launcher, Layout, Measurement, ProfileError, check, run_layout
+from megatron_qwenvl.profiling.throughput import Row, read_metrics, render_markdown, write_table
+
+from .entry import run_program
+
+ROOT = Path(__file__).resolve().parents[2]
+STOP_SECONDS = 20.0
+"""Time for the launcher, which ends its processes, after a stop signal."""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line and the configuration overrides in it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", required=True, help="name of a recipe, or a YAML file")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the table and the runs")
+    parser.add_argument("--layout", action="append", metavar="'FIELD=VALUE ...'", help="a layout; repeat")
+    parser.add_argument("--steps", type=int, default=10, help="steps to measure (default 10)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
+    parser.add_argument(
+        "--launcher", type=Path, default=ROOT / "launch/local.sh", help="default launch/local.sh"
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="default: NPROC, or the allocation's tasks below Slurm"
+    )
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.steps < 1 or arguments.warmup < 0:
+        parser.error("expected --steps 1 or more and --warmup 0 or more")
+    return arguments, overrides
+
+
+def git_revision() -> str | None:
+    """The checkout's commit, `-dirty` with changes; None where it is no checkout."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe(measurement: Measurement, rows: list[Row]) -> dict[str, Any]:
+    """What the table was measured on; devices and versions are those that the runs report."""
+    measured = next((row for row in rows if row.result is not None), None)
+    start = read_metrics(Path(measured.folder) / "metrics.jsonl")[0] if measured is not None else {}
+    versions = ("python", "torch", "megatron_core", "kernels", "transformer_engine")
+    return {
+        "recipe": measurement.recipe,
+        "overrides": " ".join(measurement.overrides),
+        "hardware": f"{start['processes']} x {start['device']}" if start else None,
+        "peak_flops_per_device": start.get("peak_flops_per_device"),
+        "versions": {name: start[name] for name in versions if start.get(name)},
+        "revision": git_revision(),
+        "launcher": measurement.launcher.script.name,
+        "processes": measurement.launcher.processes,
+        "warmup_steps": measurement.warmup,
+        "measured_steps": measurement.steps,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure all layouts; returns the exit code."""
+    arguments, overrides = parse_arguments(argv)
+    try:
+        measurement = Measurement(
+            recipe=arguments.recipe,
+            launcher=Launcher.find(arguments.launcher, arguments.processes, os.environ),
+            out=arguments.out.resolve(),
+            overrides=tuple(overrides),
+            steps=arguments.steps,
+            warmup=arguments.warmup,
+        )
+        layouts = [Layout.parse(text) for text in arguments.layout or [""]]
+        check(measurement, layouts)
+    except ProfileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    measurement.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for number, layout in enumerate(layouts):
+        print(f"[{number + 1}/{len(layouts)}] {layout.text}", flush=True)
+        row = run_layout(measurement, layouts, number, lambda line: print(line, flush=True))
+        if row.reason is not None:
+            print(f"  failed: {row.reason} (see {row.folder}/log.txt)", flush=True)
+        rows.append(row)
+        write_table(measurement.out, describe(measurement, rows), rows)
+    print(render_markdown(describe(measurement, rows), rows))
+    return 0 if any(row.result is not None for row in rows) else 1
+
+
+def run() -> NoReturn:
+    """Run the program and exit with its code."""
+    run_program("profile_throughput", main, STOP_SECONDS)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,84 @@
+"""What a run starts from: data, start weights and checkpoints, looked at on rank 0 before the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_qwenvl.checkpoint.run.start import Start, find_start
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import checkpoints_of_run
+from megatron_qwenvl.config.cli import RunArguments
+from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.sampling.resume import start_data
+from megatron_qwenvl.data.sampling.sampler import (
+    StepSampler,
+    open_training_sources,
+    open_validation_sampler,
+    training_sampler,
+)
+
+from .rules import Finding, ok, run_failure, warning
+
+
+def check_inputs(run: RunArguments) -> list[Finding]:
+    """Check that there is something to start from that fits the run, and data that it can begin or go on with."""
+    try:
+        start = find_start(run.config, run.from_step)
+    except (CheckpointError, OSError) as error:
+        return [*check_data(run.config, Start(None, None)), run_failure("weights", str(error))]
+    damaged = [warning("weights", f"passed over: {problem}") for problem in start.damaged]
+    weights = ok("weights", describe_start(start, run.config))
+    return [*check_data(run.config, start), *damaged, weights]
+
+
+def check_data(config: RunConfig, start: Start) -> list[Finding]:
+    """Check that data sources exist, are indexed, fit the tokenizer, and may differ from the checkpoint's records."""
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer).fingerprint
+        sources = open_training_sources(config, tokenizer)
+        checkpoint, step = (
+            (start.checkpoint, start.manifest.step) if start.own and start.manifest else (None, 0)
+        )
+        data = start_data(config, sources, checkpoint, step)
+        if data.refused:
+            return [run_failure("data", data.refused)]
+        samplers = [training_sampler(config, sources, data.history)]
+        if config.data.validation_sources and config.train.validation_interval:
+            samplers.append(open_validation_sampler(config, tokenizer))
+        changed = [warning("data", line) for line in data.lines]
+        return [*changed, ok("data", "; ".join(map(describe_sources, samplers)))]
+    except (DataError, OSError) as error:
+        return [run_failure("data", str(error))]
+
+
+def describe_sources(sampler: StepSampler) -> str:
+    """Name the sources and their samples in one line; reads the first index of every source."""
+    for number in range(len(sampler.sources)):
+        sampler.index(number, 0)
+    counts = {source.config.name: int(source.directory.counts.sum()) for source in sampler.sources}
+    return ", ".join(f"{name} {count} samples" for name, count in counts.items())
+
+
+def count_checkpoints(run_dir: Path) -> int:
+    """Count the checkpoints of a run; 0 where its directory cannot be read, which the ranks find and report."""
+    try:
+        return len(checkpoints_of_run(run_dir / "checkpoints"))
+    except OSError:
+        return 0
+
+
+def describe_start(start: Start, config: RunConfig) -> str:
+    """Say in one line what the run starts from."""
+    if start.checkpoint is None or start.manifest is None:
+        return f"fresh, seed {config.seed}"
+    return f"{start.checkpoint}, {start.manifest.origin} at step {start.manifest.step}"
+
+
+def needed_paths(config: RunConfig) -> tuple[Path, ...]:
+    """Files and directories that every node must see."""
+    data = config.data
+    validation = data.validation_sources if config.train.validation_interval else ()
+    paths = [Path(data.root) / source.path for source in (*data.sources, *validation)]
+    return (*paths, *(Path(path) for path in (data.tokenizer, config.checkpoint.init_from) if path))
