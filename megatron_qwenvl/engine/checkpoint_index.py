@@ -8,6 +8,7 @@ so an index that passes can be read by the engine as well.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from enum import Enum
 from pathlib import Path
@@ -16,11 +17,26 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, FileSlice, open_whole
+from megatron_qwenvl.checkpoint.storage.files import (
+    CheckpointError,
+    FileRecord,
+    FileSlice,
+    open_whole,
+    write_bytes,
+)
 from megatron_qwenvl.runtime.retry import reads
 
 INDEX_NAME = ".metadata"
 COMMON_NAME = "common.pt"
+MARK_NAME = "metadata.json"
+
+_MARK = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""Tells megatron-core how a folder is to be read; 0.19 ignores the last two, 0.16 needs them."""
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ADMITTED = {
@@ -92,6 +108,20 @@ def load_data(path: Path, content: IO[bytes] | io.RawIOBase | None = None) -> An
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: refused: not plain data: {reason}") from None
+
+
+def write_common(folder: Path, common: dict[str, Any]) -> dict[str, FileRecord]:
+    """Write the part of a folder that is the same on all ranks, and the mark of its format, durably.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    content = io.BytesIO()
+    torch.save(common, content)
+    return {
+        COMMON_NAME: write_bytes(folder / COMMON_NAME, content.getvalue()),
+        MARK_NAME: write_bytes(folder / MARK_NAME, json.dumps(_MARK).encode()),
+    }
 
 
 def check_data_only(folder: Path) -> None:

@@ -31,7 +31,10 @@ from .checkpoint_index import INDEX_NAME, load_data
 INDEX_VERSION = "1.0.0"
 """torch's number for this file layout."""
 
-StoredItem = tuple[MetadataIndex, _StorageInfo]
+StoredPlace = _StorageInfo
+"""Where an item lies: `relative_path` of its file, `offset` and `length` in bytes."""
+
+StoredItem = tuple[MetadataIndex, StoredPlace]
 """An item and where it lies."""
 
 
@@ -67,10 +70,10 @@ def write_item(
             torch.save(data, file)  # type: ignore[arg-type]
     except RuntimeError as error:
         raise file.failure or error from None
-    return index, _StorageInfo(file_name, start, file.tell() - start)
+    return index, StoredPlace(file_name, start, file.tell() - start)
 
 
-def read_item(folder: Path, where: _StorageInfo) -> Tensor:
+def read_item(folder: Path, where: StoredPlace) -> Tensor:
     """Read one tensor item; nothing but the item's bytes is read.
 
     Raises:

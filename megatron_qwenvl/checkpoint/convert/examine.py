@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.formats.megatron_files import DistributedFolder
 from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, Rule
 from megatron_qwenvl.checkpoint.storage.differences import Difference, measure, total
 from megatron_qwenvl.checkpoint.storage.files import (
@@ -29,6 +28,7 @@ from megatron_qwenvl.checkpoint.storage.manifest import (
 )
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSource, TensorSpec
 from megatron_qwenvl.engine.checkpoint_index import check_data_only
+from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
 from .imports import plan_qwenvl
 from .jobs import Part, count_bytes, our_specs, run_jobs

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_qwenvl.checkpoint.formats.mappings import Same
-from megatron_qwenvl.checkpoint.formats.megatron_files import DistributedFolder
 from megatron_qwenvl.checkpoint.formats.names import Rule
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError, OnBytes
 from megatron_qwenvl.checkpoint.storage.finite import NonFinite, find_non_finite
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSource, TensorSpec
+from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 from megatron_qwenvl.runtime.helpers import prepare_worker, start_resource_tracker
 from megatron_qwenvl.runtime.interrupt import blocked_stop_signals
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_qwenvl.checkpoint.formats.megatron_files import DistributedFolder
 from megatron_qwenvl.checkpoint.storage.files import (
     CheckpointError,
     FileRecord,
@@ -21,6 +20,7 @@ from megatron_qwenvl.checkpoint.storage.lineage import check_order
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest, write_manifest
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, Stage
+from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
 from .jobs import count_bytes, run_jobs
 from .repeat import Conversion, write_record

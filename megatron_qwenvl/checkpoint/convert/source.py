@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_qwenvl.checkpoint.formats.megatron_files import DistributedFolder
 from megatron_qwenvl.checkpoint.storage.files import CheckpointError, FileRecord, size_problem
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.config.schema import ModelConfig
+from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 from megatron_qwenvl.model.shapes import tensor_shapes
 
 _NAMED = 8

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_qwenvl.checkpoint.convert.examine import verify
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.formats.megatron_files import DistributedFolder
 from megatron_qwenvl.checkpoint.storage.differences import BLOCK_ELEMENTS, measure
 from megatron_qwenvl.engine.checkpoint_index import read_index
+from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
 from .published_cases import TINY, publish, random_weights
 

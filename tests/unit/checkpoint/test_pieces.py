@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.formats.megatron_files import DistributedFolder
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER
 from megatron_qwenvl.checkpoint.storage.safetensors_files import write_safetensors
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.engine.checkpoint_index import INDEX_NAME, read_index
+from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
 from .published_cases import TINY, publish, random_weights
 
