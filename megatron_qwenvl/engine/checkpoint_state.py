@@ -39,6 +39,7 @@ from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 
 from .checkpoint_items import with_own_storage
 from .checkpoint_reads import patient_engine_reads
+from .versions import engine_is_at_least
 
 ShardedState = dict[str, Any]
 """A megatron-core sharded state dict of this rank."""
@@ -129,7 +130,8 @@ def host_copy(data: Tensor | io.BytesIO, always: bool = False) -> Tensor | io.By
 
 
 def load_state(state: ShardedState, folder: Path) -> ShardedState:
-    """Load a folder into this rank's shards, at any parallel layout. Collective.
+    """Load a folder into this rank's shards, at any parallel layout. Collective, but an error here may be one of this
+    rank alone.
 
     Args:
         state: sharded state dict that says what this rank wants.
@@ -152,9 +154,16 @@ def load_state(state: ShardedState, folder: Path) -> ShardedState:
     except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
         reason = shorten(str(error), 500, placeholder=" ...")  # it lists every tensor
         raise CheckpointError(f"{folder}: does not hold what the run needs: {reason}") from error
-    except CheckpointException as error:  # of torch, which is no `Exception`: what went wrong on any rank
-        reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items()]
-        raise CheckpointError(f"{folder}: cannot be read: {'; '.join(reasons[:4])}") from error
+    except CheckpointException as error:  # of torch; it is no `Exception`
+        raise CheckpointError(f"{folder}: cannot be read: {_failures(error)}") from error
+
+
+def _failures(error: CheckpointException) -> str:
+    """What went wrong on which rank. From megatron-core 0.19 on every rank loads by itself and knows its own only."""
+    failures = list(error.failures.items())[:4]
+    if engine_is_at_least(0, 19):
+        return "; ".join(str(reason) for _, (reason, _) in failures)
+    return "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in failures)
 
 
 def load_common(folder: Path) -> ShardedState:

@@ -25,6 +25,12 @@ def tested_version(python: tuple[int, int] = sys.version_info[:2]) -> str:
     return TESTED_BELOW_3_12 if python < (3, 12) else TESTED_FROM_3_12
 
 
+def engine_is_at_least(major: int, minor: int) -> bool:
+    """Whether the installed megatron-core is of this release or a later one; who asks is listed in `docs/engine.md`."""
+    installed = version("megatron-core").split(".")
+    return (int(installed[0]), int(installed[1])) >= (major, minor)
+
+
 def check_version(on_gpu: bool, speaks: bool = True) -> None:
     """Compare the installed megatron-core with the tested one.
 

@@ -126,8 +126,8 @@ def load_folder(state: ShardedState, folder: Path, ranks: Ranks) -> ShardedState
         `state`'s structure with plain tensors.
 
     Raises:
-        CheckpointError: the folder holds more than data, its tensors are not those asked for, or a rank cannot read
-            them.
+        CheckpointError: on every rank; the folder holds more than data, its tensors are not those asked for, or a rank
+            cannot read them.
     """
     ranks.run_on_rank0(lambda: check_data_only(folder), "refused")
-    return load_state(state, folder)
+    return ranks.each(lambda: load_state(state, folder), "cannot be loaded")
