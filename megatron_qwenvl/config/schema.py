@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Stage = Literal["stage1", "stage2", "stage3"]
+Family = Literal["qwen", "qwen2"]
 FreezableGroup = Literal["vit", "adapter", "adapter_output", "decoder"]
 Packing = Literal["none", "isolated", "interleaved"]
 
@@ -53,14 +54,19 @@ class AdapterConfig(Section):
 
 
 class DecoderConfig(Section):
-    """The language model (Qwen-7B)."""
+    """The language model. The defaults are Qwen-7B."""
 
+    family: Family = "qwen"
+    """Architecture: `qwen` is Qwen-7B, `qwen2` is Qwen2 and Qwen2.5 (7B and larger), see docs/families.md."""
     layers: int = Field(32, ge=1)
     """Number of transformer layers."""
     hidden: int = Field(4096, ge=1)
     """Hidden size; also the adapter's width."""
     heads: int = Field(32, ge=1)
     """Attention heads; must divide `hidden` into even head sizes."""
+    query_groups: int | None = Field(None, ge=1)
+    """Key and value heads, each shared by a group of attention heads (grouped-query attention, `qwen2` alone); none:
+    every attention head has its own."""
     ffn_hidden: int = Field(11008, ge=1)
     """Hidden size of the SwiGLU MLP (half of the published `intermediate_size`)."""
     vocab_size: int = Field(151936, ge=1)

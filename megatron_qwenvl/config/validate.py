@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
+from megatron_qwenvl.architecture.model import describe, family_of
+
 from .schema import RunConfig, SourceConfig
 
 
@@ -51,21 +53,17 @@ def _shape_problems(config: RunConfig) -> Iterator[str]:
             f"{hidden}: expected a multiple of 2 x model.decoder.heads ({2 * decoder.heads}), because rotary "
             f"positions need an even head size, found {decoder.hidden}"
         )
+    yield from family_of(decoder).problems(decoder)
     if decoder.hidden % 4:
         yield f"{hidden}: expected a multiple of 4 for the adapter's 2-D positions, found {decoder.hidden}"
 
 
 def _parallel_problems(config: RunConfig) -> Iterator[str]:
-    model, parallel = config.model, config.parallel
-    for name, value in {
-        "model.vision.heads": model.vision.heads,
-        "model.vision.mlp_hidden": model.vision.mlp_hidden,
-        "model.adapter.heads": model.adapter.heads,
-        "model.decoder.heads": model.decoder.heads,
-        "model.decoder.ffn_hidden": model.decoder.ffn_hidden,
-        "model.decoder.vocab_size": model.decoder.vocab_size,
-    }.items():
-        yield from _indivisible(name, value, "parallel.tensor", parallel.tensor)
+    parallel, architecture = config.parallel, describe(config.model)
+    possible = " or ".join(map(str, architecture.tensor_parallel_sizes()))
+    for name, size in architecture.divided_sizes():
+        for problem in _indivisible(name, size, "parallel.tensor", parallel.tensor):
+            yield f"{problem}; this model can have parallel.tensor {possible}"
     if parallel.sequence_parallel and parallel.tensor == 1:
         yield "parallel.sequence_parallel: expected parallel.tensor > 1 to shard sequences over, found 1"
     hang, timeout = config.runtime.hang_minutes, config.runtime.timeout_minutes

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_qwenvl.architecture.model import describe
+from megatron_qwenvl.architecture.tower import Tower
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.engine.backends import LayerBackend
 
@@ -62,37 +64,36 @@ def _common(config: RunConfig, kernels: LayerBackend, on_gpu: bool) -> dict[str,
 
 def build_engine_configs(config: RunConfig, kernels: LayerBackend, on_gpu: bool) -> EngineConfigs:
     """Configurations of ViT, adapter and decoder for a run on the given kernels."""
-    model, common = config.model, _common(config, kernels, on_gpu)
-    vit = TransformerConfig(
-        num_layers=model.vision.layers,
-        hidden_size=model.vision.width,
-        num_attention_heads=model.vision.heads,
-        ffn_hidden_size=model.vision.mlp_hidden,
-        normalization="LayerNorm",
-        layernorm_epsilon=model.vision.norm_eps,
-        activation_func=F.gelu,  # exact GELU; the fused bias-GELU is the tanh approximation
-        add_bias_linear=True,
-        bias_activation_fusion=False,
-        **common,
-    )
+    architecture, common = describe(config.model), _common(config, kernels, on_gpu)
     full_sequence = TransformerConfig(
         num_layers=1,
-        hidden_size=model.decoder.hidden,
-        num_attention_heads=model.adapter.heads,
+        hidden_size=architecture.adapter.hidden,
+        num_attention_heads=architecture.adapter.heads,
         **{**common, "sequence_parallel": False, "recompute_granularity": None},
     )
-    decoder = TransformerConfig(
-        num_layers=model.decoder.layers,
-        hidden_size=model.decoder.hidden,
-        num_attention_heads=model.decoder.heads,
-        ffn_hidden_size=model.decoder.ffn_hidden,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.decoder.norm_eps,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        bias_activation_fusion=on_gpu,
+    return EngineConfigs(
+        vit=_tower_config(architecture.vit, on_gpu, common),
+        full_sequence=full_sequence,
+        decoder=_tower_config(architecture.decoder, on_gpu, common),
+    )
+
+
+def _tower_config(tower: Tower, on_gpu: bool, common: dict[str, Any]) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=tower.layers,
+        hidden_size=tower.hidden,
+        num_attention_heads=tower.heads,
+        num_query_groups=tower.query_groups,
+        kv_channels=tower.head_size,
+        ffn_hidden_size=tower.ffn_hidden,
+        normalization=tower.norm,
+        layernorm_epsilon=tower.norm_eps,
+        activation_func=F.silu if tower.activation == "silu" else F.gelu,
+        gated_linear_unit=tower.gated,
+        add_bias_linear=tower.bias,
+        add_qkv_bias=tower.qkv_bias,
+        qk_layernorm=tower.qk_norm,
+        bias_activation_fusion=on_gpu
+        and tower.activation == "silu",  # fused bias-GELU is the tanh approximation
         **common,
     )
-    return EngineConfigs(vit, full_sequence, decoder)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_qwenvl.architecture.model import Architecture, describe
+from megatron_qwenvl.architecture.tower import Tower
 from megatron_qwenvl.config.schema import DataConfig, FreezableGroup, ModelConfig
 
 from .layers import Layer, list_layers
@@ -17,7 +19,7 @@ from .layers import Layer, list_layers
 
 @dataclass(frozen=True)
 class Workload:
-    """What a micro-batch (or a step) asks of the model."""
+    """The work of a micro-batch (or of a step)."""
 
     images: float
     """Images."""
@@ -49,12 +51,12 @@ def expected_workload(model: ModelConfig, data: DataConfig, rows: int = 1) -> Wo
 
 @dataclass(frozen=True)
 class _Products:
-    """FLOPs of a layer's forward pass by what their backward pass needs."""
+    """FLOPs of a layer's forward pass, grouped by the gradients that they need in the backward pass."""
 
     first: float
     """Products of the layer's input with weights."""
     inner: float = 0.0
-    """Products of what the layer has computed with weights."""
+    """Products of later activations of the layer with weights."""
     attention: float = 0.0
     """Products of activations with activations."""
 
@@ -71,39 +73,34 @@ class _Products:
         return weights + inputs + (2 * self.attention if passed_on else 0.0)
 
 
-def _products(layer: Layer, model: ModelConfig, work: Workload) -> _Products:
-    vision, decoder, hidden = model.vision, model.decoder, model.decoder.hidden
-    width, patches = vision.width, work.images * work.patches
+def _products(layer: Layer, architecture: Architecture, work: Workload) -> _Products:
+    vit, adapter, decoder = architecture.vit, architecture.adapter, architecture.decoder
+    patches = work.images * work.patches
     if layer.kind == "patch_embed":
-        return _Products(2 * patches * 3 * vision.patch_size**2 * width)
+        return _Products(2 * patches * 3 * architecture.vision.patch_size**2 * vit.hidden)
     if layer.kind == "vit":
-        return _Products(
-            first=2 * patches * 3 * width**2,
-            inner=2 * patches * (width**2 + 2 * width * vision.mlp_hidden),
-            attention=4 * patches * work.patches * width,
-        )
+        return _layer_products(vit, patches, patches * work.patches)
     if layer.kind == "adapter":
-        queries = work.images * model.image_tokens
-        learned = model.image_tokens if work.images else 0  # projected once for all images
-        return _Products(
-            first=2 * patches * width * hidden,
-            inner=2 * (2 * patches + 2 * queries + learned) * hidden**2,
-            attention=4 * queries * work.patches * hidden,
-        )
+        return _Products(*(2 * count for count in adapter.products(work.images, work.patches)))
     if layer.kind == "embedding":
         return _Products(0.0)
     if layer.kind == "decoder":
-        return _Products(
-            first=2 * work.tokens * 3 * hidden**2,
-            inner=2 * work.tokens * (hidden**2 + 3 * hidden * decoder.ffn_hidden),
-            attention=2 * work.attention_pairs * hidden,
-        )
-    return _Products(2 * work.loss_tokens * hidden * decoder.vocab_size)
+        return _layer_products(decoder, work.tokens, work.attention_pairs / 2)  # causal: half the square
+    return _Products(2 * work.loss_tokens * decoder.hidden * architecture.vocab_size)
+
+
+def _layer_products(tower: Tower, positions: float, pairs: float) -> _Products:
+    """One transformer layer; `pairs` of positions attend to each other, by two products over all query heads."""
+    return _Products(
+        first=2 * positions * tower.first_products,
+        inner=2 * positions * tower.inner_products,
+        attention=2 * 2 * pairs * tower.attention_width,
+    )
 
 
 def forward_flops(layer: Layer, model: ModelConfig, work: Workload) -> float:
     """Floating-point operations of one layer's forward pass over `work`."""
-    return _products(layer, model, work).forward
+    return _products(layer, describe(model), work).forward
 
 
 def layer_flops(model: ModelConfig, frozen: tuple[FreezableGroup, ...], work: Workload) -> list[float]:
@@ -113,7 +110,7 @@ def layer_flops(model: ModelConfig, frozen: tuple[FreezableGroup, ...], work: Wo
     """
     costs, trained_below = [], False
     for layer in list_layers(model):
-        products, trained = _products(layer, model, work), layer.part not in frozen
+        products, trained = _products(layer, describe(model), work), layer.part not in frozen
         costs.append(products.forward + products.backward(trained, trained_below))
         trained_below |= trained
     return costs

@@ -6,6 +6,7 @@ Both families use the same checkpoint keys: a norm in front of a linear layer is
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,26 +79,23 @@ class ScaledDotProductAttention(nn.Module):
         """Attend within each sequence, or within each packed segment.
 
         Args:
-            query, key, value: `[s, b, heads, head_dim]`; b is 1 where segments are given.
+            query: `[s, b, heads, head_dim]`; b is 1 where segments are given.
+            key, value: `[s, b, groups, head_dim]`, each shared by `heads / groups` query heads.
             packed_seq_params: its `cu_seqlens_q` are the segment boundaries.
 
         Returns:
             `[s, b, heads * head_dim]`.
         """
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, head_dim]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads or groups, s, head_dim]
+        attend = partial(
+            F.scaled_dot_product_attention, is_causal=self.causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
         if packed_seq_params is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            out = attend(q, k, v)
         else:
             bounds = packed_seq_params.cu_seqlens_q.tolist()
-            out = torch.cat(
-                [
-                    F.scaled_dot_product_attention(
-                        q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=self.causal
-                    )
-                    for a, b in zip(bounds, bounds[1:], strict=False)
-                ],
-                dim=2,
-            )
+            segments = zip(bounds, bounds[1:], strict=False)
+            out = torch.cat([attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in segments], dim=2)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
@@ -105,7 +103,7 @@ class ScaledDotProductAttention(nn.Module):
         return {}
 
 
-def _local_layer(norm: Any, mask: AttnMaskType) -> ModuleSpec:
+def _local_layer(norm: Any, mask: AttnMaskType, qk_norm: Any) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -117,6 +115,8 @@ def _local_layer(norm: Any, mask: AttnMaskType) -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=ScaledDotProductAttention,
                     linear_proj=RowParallelLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -134,7 +134,7 @@ def _local_layer(norm: Any, mask: AttnMaskType) -> ModuleSpec:
     )
 
 
-def _transformer_engine_layer(mask: AttnMaskType) -> ModuleSpec:
+def _transformer_engine_layer(mask: AttnMaskType, qk_norm: Any) -> ModuleSpec:
     from megatron.core.extensions import transformer_engine as te
 
     return ModuleSpec(
@@ -147,8 +147,8 @@ def _transformer_engine_layer(mask: AttnMaskType) -> ModuleSpec:
                     linear_qkv=te.TELayerNormColumnParallelLinear,
                     core_attention=te.TEDotProductAttention,
                     linear_proj=te.TERowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -178,5 +178,6 @@ def block_spec(
     """Spec of `layers` consecutive layers of a tower and of its final norm (built only where the tower ends)."""
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     norm = norm_module(config, kernels)
-    layer = _transformer_engine_layer(mask) if kernels.name == "te" else _local_layer(norm, mask)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    qk_norm = norm if config.qk_layernorm else IdentityOp
+    make_layer = _transformer_engine_layer if kernels.name == "te" else partial(_local_layer, norm)
+    return TransformerBlockSubmodules(layer_specs=[make_layer(mask, qk_norm)] * layers, layer_norm=norm)

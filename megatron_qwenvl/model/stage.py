@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
+from megatron_qwenvl.architecture.model import describe
 from megatron_qwenvl.batch import Batch
 from megatron_qwenvl.config.schema import ModelConfig
 from megatron_qwenvl.engine.backends import LayerBackend
@@ -165,7 +166,7 @@ class QwenVLStage(MegatronModule):
             batch: the micro-batch on the device.
             positions: int64 `[m]`, the decoder positions whose losses or logits are wanted; read by the last
                 stage only.
-            features: the adapter's output for the batch's images from an earlier `see`, in place of running
+            features: the adapter's output for the batch's images from an earlier `encode_images`, in place of running
                 the vision layers.
             stretch: how positions beyond the trained length are read, at inference; None: as any other.
 
@@ -175,7 +176,7 @@ class QwenVLStage(MegatronModule):
         """
         x = features if features is not None else self._vision(batch, self.input_tensor)
         if self.embedding is not None:
-            x = self._read(self.embedding, batch, x)
+            x = self._embed_tokens(self.embedding, batch, x)
         assert x is not None, "only the first pipeline stage receives nothing"
         if self.decoder is not None:
             x = self._decode(self.decoder, batch, x, stretch)
@@ -215,7 +216,7 @@ class QwenVLStage(MegatronModule):
                     nothing = nothing + 0.0 * parameter.sum()
         return nothing
 
-    def _read(self, embedding: WordEmbedding, batch: Batch, x: Tensor | None) -> Tensor:
+    def _embed_tokens(self, embedding: WordEmbedding, batch: Batch, x: Tensor | None) -> Tensor:
         features = x if batch.num_images else None
         out = embedding(batch.tokens, features, batch.image_starts)
         if features is None and x is not None:
@@ -238,8 +239,9 @@ class QwenVLStage(MegatronModule):
         takes one angle per token; it is given the plain sequence layout so that megatron-core does not split
         the sequence once more for the rotary embedding.
         """
-        decoder = self.model.decoder
-        head_dim, base = decoder.hidden // decoder.heads, float(decoder.rotary_base)
+        tower = describe(self.model).decoder
+        assert tower.rotary_base is not None, "every decoder family so far has rotary positions"
+        head_dim, base = tower.head_size, float(tower.rotary_base)
         fused = self._kernels.name == "te"
         positions = (
             torch.arange(batch.length, device=batch.position_ids.device) if fused else batch.position_ids

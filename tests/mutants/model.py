@@ -12,8 +12,8 @@ FRESH_WEIGHTS = ("tests/recipe/test_fresh_weights.py",)
 
 MODEL = [
     Mutant(
-        "ViT: epsilon", ENGINE_CONFIG,
-        "layernorm_epsilon=model.vision.norm_eps", "layernorm_epsilon=1e-5", STAGE1 + FULL_SIZE,
+        "ViT: epsilon", f"{PACKAGE}/architecture/vit.py",
+        "norm_eps=vision.norm_eps", "norm_eps=1e-5", STAGE1 + FULL_SIZE,
     ),
     Mutant(
         "ViT: epsilon of ln_pre", f"{PACKAGE}/model/patch_embedding.py",
@@ -26,8 +26,8 @@ MODEL = [
         STAGE1 + FULL_SIZE,
     ),
     Mutant(
-        "decoder: epsilon", ENGINE_CONFIG,
-        "layernorm_epsilon=model.decoder.norm_eps", "layernorm_epsilon=1e-5", STAGE1 + FULL_SIZE,
+        "decoder: epsilon", f"{PACKAGE}/architecture/qwen.py",
+        "norm_eps=decoder.norm_eps", "norm_eps=1e-5", STAGE1 + FULL_SIZE,
     ),
     Mutant(
         "ViT: epsilon of ln_pre in full size alone", f"{PACKAGE}/model/patch_embedding.py",
@@ -37,13 +37,13 @@ MODEL = [
     ),
     Mutant(
         "ViT: GELU by tanh", ENGINE_CONFIG,
-        "activation_func=F.gelu,",
-        'activation_func=lambda x: F.gelu(x, approximate="tanh"),',
+        "else F.gelu,",
+        'else lambda x: F.gelu(x, approximate="tanh"),',
         STAGE1,
     ),
     Mutant("dropout", ENGINE_CONFIG, '"hidden_dropout": 0.0', '"hidden_dropout": 0.1', STAGE1 + FULL_SIZE),
     Mutant(
-        "rotary base", STAGE, "float(decoder.rotary_base)", "1e6", STAGE3,
+        "rotary base", STAGE, "float(tower.rotary_base)", "1e6", STAGE3,
     ),
     Mutant(
         "rotary positions of odd and even channels", f"{PACKAGE}/model/positions.py",

@@ -10,6 +10,8 @@ import pytest
 
 PACKAGE = "megatron_qwenvl"
 ROOMS = [  # a room imports from those above it
+    "config.schema",
+    "architecture",  # the description of the model, which validation reads
     "config",
     "runtime",
     "batch",

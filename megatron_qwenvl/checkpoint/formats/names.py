@@ -10,8 +10,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from megatron_qwenvl.architecture.tower import Shape
 from megatron_qwenvl.config.schema import ModelConfig
-from megatron_qwenvl.model.shapes import Shape
 
 from .mappings import InterleavedHeads, Mapping, PaddedRows, Same, Split, Stacked, Transposed, WithoutClassRow
 

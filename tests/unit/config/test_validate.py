@@ -28,6 +28,8 @@ FIXED = {
     "optimizer.warmup_steps": 20,
 }
 
+GROUPED = {"model.decoder.family": "qwen2", "model.decoder.query_groups": 2}
+
 
 def changed(recipe: str, changes: dict[str, Any]) -> RunConfig:
     """The recipe with changed fields, valid one by one but not checked against each other."""
@@ -67,27 +69,40 @@ CONTRADICTIONS = [
     ),
     (
         {"model.vision.heads": 1, "parallel.tensor": 2},
-        "model.vision.heads: expected a multiple of parallel.tensor (2), found 1",
+        "model.vision.heads: expected a multiple of parallel.tensor (2), found 1; this model can have parallel.tensor 1",
     ),
     (
         {"model.adapter.heads": 1, "parallel.tensor": 2},
-        "model.adapter.heads: expected a multiple of parallel.tensor (2), found 1",
+        "model.adapter.heads: expected a multiple of parallel.tensor (2), found 1; this model can have parallel.tensor 1",
     ),
     (
         {"model.decoder.heads": 1, "parallel.tensor": 2},
-        "model.decoder.heads: expected a multiple of parallel.tensor (2), found 1",
+        "model.decoder.heads: expected a multiple of parallel.tensor (2), found 1; this model can have parallel.tensor 1",
+    ),
+    (
+        {**GROUPED, "parallel.tensor": 4},
+        "model.decoder.query_groups: expected a multiple of parallel.tensor (4), found 2; this model can have "
+        "parallel.tensor 1 or 2",
+    ),
+    (
+        {**GROUPED, "model.decoder.query_groups": 3},
+        "model.decoder.heads: expected a multiple of model.decoder.query_groups (3), found 4",
+    ),
+    (
+        {"model.decoder.query_groups": 2},
+        "model.decoder.query_groups: expected none or model.decoder.heads (4) with model.decoder.family qwen, found 2",
     ),
     (
         {"model.vision.mlp_hidden": 383, "parallel.tensor": 2},
-        "model.vision.mlp_hidden: expected a multiple of parallel.tensor (2), found 383",
+        "model.vision.mlp_hidden: expected a multiple of parallel.tensor (2), found 383; this model can have parallel.tensor 1",
     ),
     (
         {"model.decoder.ffn_hidden": 383, "parallel.tensor": 2},
-        "model.decoder.ffn_hidden: expected a multiple of parallel.tensor (2), found 383",
+        "model.decoder.ffn_hidden: expected a multiple of parallel.tensor (2), found 383; this model can have parallel.tensor 1",
     ),
     (
         {"model.decoder.vocab_size": 511, "parallel.tensor": 2},
-        "model.decoder.vocab_size: expected a multiple of parallel.tensor (2), found 511",
+        "model.decoder.vocab_size: expected a multiple of parallel.tensor (2), found 511; this model can have parallel.tensor 1",
     ),
     (
         {"parallel.sequence_parallel": True},
