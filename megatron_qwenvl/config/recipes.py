@@ -1,7 +1,8 @@
 """Named recipes: functions that return a complete run configuration.
 
 `stage1`, `stage2` and `stage3` carry the values of Table 8 of the Qwen-VL paper (arXiv 2308.12966) and the data
-mixture of Tables 2 and 3; `tiny_stage1..3` are the same architecture small enough for a laptop.
+mixture of Tables 2 and 3; `tiny_stage1..3` are the same architecture small enough for a laptop. `qwen2_5_7b_stage1..3`
+and `tiny_qwen2_stage1..3` are the same stages with Qwen2.5's decoder.
 """
 
 from __future__ import annotations
@@ -192,7 +193,81 @@ def tiny_stage3() -> RunConfig:
     )
 
 
+QWEN2_5_7B = ModelConfig(
+    adapter=AdapterConfig(heads=28),
+    decoder=DecoderConfig(
+        family="qwen2",
+        layers=28,
+        hidden=3584,
+        heads=28,
+        query_groups=4,
+        ffn_hidden=18944,
+        vocab_size=152064,
+        rotary_base=1_000_000,
+        norm_eps=1e-6,
+    ),
+)
+"""Qwen-VL with Qwen2.5-7B as the decoder (its `config.json`); the adapter has heads of 128 channels, as published."""
+
+TINY_QWEN2 = TINY.model_copy(
+    update={
+        "adapter": AdapterConfig(query_grid=2, heads=4),
+        "decoder": DecoderConfig(
+            family="qwen2",
+            layers=3,
+            hidden=112,
+            heads=14,
+            query_groups=2,
+            ffn_hidden=592,
+            vocab_size=512,
+            rotary_base=1_000_000,
+        ),
+    }
+)
+"""The proportions of Qwen2.5-7B's decoder (7 heads a group, MLP 5.3 times as wide) at 1/32 of its width."""
+
+
+def _with_model(base: RunConfig, model: ModelConfig, prefix: str) -> RunConfig:
+    """A recipe of the same stage with another model."""
+    update = {"name": f"{prefix}_{base.stage}", "run_dir": f"runs/{prefix}/{base.stage}", "model": model}
+    return base.model_copy(update=update)
+
+
+def qwen2_5_7b_stage1() -> RunConfig:
+    """Stage 1 with Qwen2.5-7B as the decoder."""
+    return _with_model(stage1(), QWEN2_5_7B, "qwen2_5_7b")
+
+
+def qwen2_5_7b_stage2() -> RunConfig:
+    """Stage 2 with Qwen2.5-7B as the decoder."""
+    return _with_model(stage2(), QWEN2_5_7B, "qwen2_5_7b")
+
+
+def qwen2_5_7b_stage3() -> RunConfig:
+    """Stage 3 with Qwen2.5-7B as the decoder."""
+    return _with_model(stage3(), QWEN2_5_7B, "qwen2_5_7b")
+
+
+def tiny_qwen2_stage1() -> RunConfig:
+    """Stage 1 for a laptop with a small decoder of Qwen2.5's kind."""
+    return _with_model(tiny_stage1(), TINY_QWEN2, "tiny_qwen2")
+
+
+def tiny_qwen2_stage2() -> RunConfig:
+    """Stage 2 for a laptop with a small decoder of Qwen2.5's kind."""
+    return _with_model(tiny_stage2(), TINY_QWEN2, "tiny_qwen2")
+
+
+def tiny_qwen2_stage3() -> RunConfig:
+    """Stage 3 for a laptop with a small decoder of Qwen2.5's kind."""
+    return _with_model(tiny_stage3(), TINY_QWEN2, "tiny_qwen2")
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     function.__name__: function
-    for function in (stage1, stage2, stage3, tiny_stage1, tiny_stage2, tiny_stage3)
+    for function in (
+        *(stage1, stage2, stage3, tiny_stage1, tiny_stage2, tiny_stage3),
+        *(qwen2_5_7b_stage1, qwen2_5_7b_stage2, qwen2_5_7b_stage3),
+        *(tiny_qwen2_stage1, tiny_qwen2_stage2, tiny_qwen2_stage3),
+    )
 }

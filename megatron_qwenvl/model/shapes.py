@@ -1,7 +1,8 @@
-"""Shapes of every tensor of the model under its checkpoint key, and what follows from them: parameter counts."""
+"""Shapes of every tensor of the model under its checkpoint key, and the counts of parameters and bytes that follow."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 from megatron_qwenvl.architecture.model import describe
@@ -29,8 +30,29 @@ def count_parameters(config: RunConfig) -> dict[str, tuple[int, int]]:
     return counts
 
 
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of one replica of a run's model, summed over its tensor- and pipeline-parallel ranks."""
+
+    weights: int
+    """Weights in the training precision."""
+    gradients: int
+    """fp32 gradients of what is trained."""
+    optimizer: int
+    """Two fp32 moments of what is trained and its fp32 master weights, which unsharded fp32 weights are themselves."""
+
+
+def state_bytes(config: RunConfig) -> StateBytes:
+    """Bytes of weights, gradients and optimizer state, from the configuration alone."""
+    counts = count_parameters(config).values()
+    elements, trained = sum(total for total, _ in counts), sum(trained for _, trained in counts)
+    bf16 = config.train.precision == "bf16"
+    has_master = bf16 or config.optimizer.sharded
+    return StateBytes(elements * (2 if bf16 else 4), trained * 4, trained * (12 if has_master else 8))
+
+
 def describe_parameters(config: RunConfig) -> str:
-    """One line: elements per part and how many are trained."""
+    """One line: elements per part and how many are trained, and the bytes of a replica."""
     counts = count_parameters(config)
 
     def state(total: int, trained: int) -> str:
@@ -42,4 +64,9 @@ def describe_parameters(config: RunConfig) -> str:
         f"{part} {total:,} ({state(total, trained)})" for part, (total, trained) in counts.items()
     )
     total, trained = (sum(count[i] for count in counts.values()) for i in (0, 1))
-    return f"parameters: {total:,} in all, {trained:,} trained: {parts}"
+    size = state_bytes(config)
+    gigabytes = (
+        f"weights {size.weights / 1e9:.3g} GB, gradients {size.gradients / 1e9:.3g} GB, "
+        f"optimizer state {size.optimizer / 1e9:.3g} GB before sharding"
+    )
+    return f"parameters: {total:,} in all, {trained:,} trained: {parts}; {gigabytes}"

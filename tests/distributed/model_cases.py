@@ -27,13 +27,32 @@ SMALL = ModelConfig(
 """4 ViT layers + 3 decoder layers: 11 entries in the layer list."""
 
 
-def small_config(frozen: Sequence[str] = (), image_size: int = 56, **parallel: Any) -> RunConfig:
-    """A valid configuration of the small model with the given frozen parts and layout."""
+SMALL_QWEN2 = SMALL.model_copy(
+    update={
+        "decoder": DecoderConfig(
+            family="qwen2",
+            layers=3,
+            hidden=56,
+            heads=14,
+            query_groups=2,
+            ffn_hidden=72,
+            vocab_size=128,
+            rotary_base=1_000_000,
+        )
+    }
+)
+"""The same with Qwen2.5-7B's proportion of query heads to key-value groups."""
+
+
+def small_config(
+    frozen: Sequence[str] = (), image_size: int = 56, model: ModelConfig = SMALL, **parallel: Any
+) -> RunConfig:
+    """A valid configuration of a small model with the given frozen parts and layout."""
     base = RECIPES["tiny_stage2"]()
     return RunConfig.model_validate(
         {
             **base.model_dump(),
-            "model": SMALL.model_dump(),
+            "model": model.model_dump(),
             "data": {
                 **base.data.model_dump(),
                 "image_size": image_size,

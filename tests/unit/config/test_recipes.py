@@ -74,6 +74,33 @@ def test_published_model(stage: int) -> None:
     assert {path: value_at(config, path) for path in PUBLISHED_MODEL} == PUBLISHED_MODEL
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_qwen2_5_7b_differs_from_the_papers_recipe_in_the_model_alone(stage: int) -> None:
+    """The numbers are those of the published config.json of Qwen2.5-7B."""
+    config, paper = load_config(f"qwen2_5_7b_stage{stage}"), load_config(f"stage{stage}")
+    assert config.model.decoder.model_dump() == {
+        "family": "qwen2",
+        "layers": 28,
+        "hidden": 3584,
+        "heads": 28,
+        "query_groups": 4,
+        "ffn_hidden": 18944,
+        "vocab_size": 152064,
+        "rotary_base": 1_000_000,
+        "norm_eps": 1e-6,
+    }
+    assert (config.model.vision, config.model.adapter.heads) == (paper.model.vision, 3584 // 128)
+    same = {"name": paper.name, "run_dir": paper.run_dir, "model": paper.model}
+    assert config.model_copy(update=same) == paper
+
+
+def test_the_tiny_qwen2_has_the_proportions_of_the_large_one() -> None:
+    tiny, full = (load_config(name).model.decoder for name in ("tiny_qwen2_stage1", "qwen2_5_7b_stage1"))
+    assert tiny.heads // tiny.query_groups == full.heads // full.query_groups == 7
+    assert tiny.ffn_hidden * full.hidden == full.ffn_hidden * tiny.hidden
+    assert tiny.rotary_base == full.rotary_base
+
+
 def test_sequences_of_the_paper() -> None:
     patches = {
         name: (load_config(name).data.image_size // 14) ** 2 for name in ("stage1", "stage2", "stage3")

@@ -69,15 +69,18 @@ CONTRADICTIONS = [
     ),
     (
         {"model.vision.heads": 1, "parallel.tensor": 2},
-        "model.vision.heads: expected a multiple of parallel.tensor (2), found 1; this model can have parallel.tensor 1",
+        "model.vision.heads: expected a multiple of parallel.tensor (2), found 1; "
+        "this model can have parallel.tensor 1",
     ),
     (
         {"model.adapter.heads": 1, "parallel.tensor": 2},
-        "model.adapter.heads: expected a multiple of parallel.tensor (2), found 1; this model can have parallel.tensor 1",
+        "model.adapter.heads: expected a multiple of parallel.tensor (2), found 1; "
+        "this model can have parallel.tensor 1",
     ),
     (
         {"model.decoder.heads": 1, "parallel.tensor": 2},
-        "model.decoder.heads: expected a multiple of parallel.tensor (2), found 1; this model can have parallel.tensor 1",
+        "model.decoder.heads: expected a multiple of parallel.tensor (2), found 1; "
+        "this model can have parallel.tensor 1",
     ),
     (
         {**GROUPED, "parallel.tensor": 4},
@@ -94,15 +97,18 @@ CONTRADICTIONS = [
     ),
     (
         {"model.vision.mlp_hidden": 383, "parallel.tensor": 2},
-        "model.vision.mlp_hidden: expected a multiple of parallel.tensor (2), found 383; this model can have parallel.tensor 1",
+        "model.vision.mlp_hidden: expected a multiple of parallel.tensor (2), found 383; "
+        "this model can have parallel.tensor 1",
     ),
     (
         {"model.decoder.ffn_hidden": 383, "parallel.tensor": 2},
-        "model.decoder.ffn_hidden: expected a multiple of parallel.tensor (2), found 383; this model can have parallel.tensor 1",
+        "model.decoder.ffn_hidden: expected a multiple of parallel.tensor (2), found 383; "
+        "this model can have parallel.tensor 1",
     ),
     (
         {"model.decoder.vocab_size": 511, "parallel.tensor": 2},
-        "model.decoder.vocab_size: expected a multiple of parallel.tensor (2), found 511; this model can have parallel.tensor 1",
+        "model.decoder.vocab_size: expected a multiple of parallel.tensor (2), found 511; "
+        "this model can have parallel.tensor 1",
     ),
     (
         {"parallel.sequence_parallel": True},
