@@ -54,13 +54,17 @@ class Watchdog:
         if self._limit > 0:
             faulthandler.dump_traceback_later(self._limit_now + 3 * GRACE_SECONDS, exit=True)
 
+    def seconds_left(self) -> float:
+        """Seconds until the run counts as hanging, unless it shows a sign of life."""
+        return self._alive_at + self._limit_now - time.monotonic()
+
     def stop(self) -> None:
         """Stop watching."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while (left := self._alive_at + self._limit_now - time.monotonic()) > 0:
+        while (left := self.seconds_left()) > 0:
             if self._stopped.wait(min(left, 1.0)):
                 return
         stacks = self._folder / f"rank_{self._rank:05d}_{time.strftime('%Y%m%dT%H%M%S')}.txt"

@@ -22,7 +22,7 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks
 
-from .training_cases import records, run_config, train, write_data
+from .training_cases import WatchdogClock, records, run_config, train, write_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,42 +83,53 @@ def test_a_signal_saves_and_the_next_start_goes_on_exactly(tmp_path: Path) -> No
     assert compare(open_weights(tmp_path / "run"), open_weights(tmp_path / "straight")) == []
 
 
-def hang(process: ProcessInfo, config: RunConfig) -> None:
+def hang(process: ProcessInfo, config: RunConfig, folder: Path) -> None:
+    """Rank 1 gets stuck in its first step while rank 0 waits for it; then an hour passes on both."""
     trainer = Trainer.build(config, start_engine(config, process))
+    WatchdogClock(jump=folder / "later")
+    train_step = trainer.runner.train
+
+    def train_and_tell(*arguments: Any) -> Any:
+        (folder / "rank 0 trains").touch()
+        return train_step(*arguments)
 
     def get_stuck(*_: Any) -> None:
+        while not (folder / "rank 0 trains").exists():
+            time.sleep(0.01)
+        (folder / "later").touch()
         time.sleep(600)
 
-    if process.rank == 1:
-        trainer.runner.train = get_stuck  # type: ignore[method-assign, assignment]
+    trainer.runner.train = get_stuck if process.rank == 1 else train_and_tell  # type: ignore[method-assign, assignment]
     trainer.run()
 
 
 def test_a_hang_ends_the_run_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
     write_data(tmp_path)
-    config = run_config(tmp_path, tmp_path / "run", "--runtime.hang_minutes", "0.1", world=2)
+    config = run_config(tmp_path, tmp_path / "run", world=2)
     with pytest.raises(AssertionError, match="killed because another rank failed"):
-        run_ranks(2, hang, config, timeout=60)
+        run_ranks(2, hang, config, tmp_path)
     stacks = {path.name[:10]: path.read_text() for path in (tmp_path / "run" / "stacks").iterdir()}
     assert stacks.keys() == {"rank_00000", "rank_00001"}
     assert "in get_stuck" in stacks["rank_00001"]
-    assert "in train" in stacks["rank_00000"] and "in get_stuck" not in stacks["rank_00000"]
+    assert "in train_and_tell" in stacks["rank_00000"] and "in get_stuck" not in stacks["rank_00000"]
 
 
 def test_a_slow_run_that_makes_steps_is_no_hang(tmp_path: Path) -> None:
     write_data(tmp_path)
-    config = run_config(tmp_path, tmp_path / "run", "--runtime.hang_minutes", "0.05", "--train.steps", "6")
-    run_ranks(1, slow, config)
+    config = run_config(tmp_path, tmp_path / "run", "--train.steps", "6")
+    run_ranks(1, train_slowly, config)
     assert len(records(tmp_path / "run")) == 6
 
 
-def slow(process: ProcessInfo, config: RunConfig) -> None:
+def train_slowly(process: ProcessInfo, config: RunConfig) -> None:
+    """Every step takes most of the time that is allowed without a sign of life."""
     trainer = Trainer.build(config, start_engine(config, process))
-    train = trainer.runner.train
+    clock, train_step = WatchdogClock(), trainer.runner.train
 
-    def train_slowly(*arguments: Any) -> Any:
-        time.sleep(1)
-        return train(*arguments)
+    def slow(*arguments: Any) -> Any:
+        clock.add(0.9 * 60 * config.runtime.hang_minutes)
+        assert trainer.watchdog.seconds_left() > 0
+        return train_step(*arguments)
 
-    trainer.runner.train = train_slowly  # type: ignore[method-assign]
+    trainer.runner.train = slow  # type: ignore[method-assign]
     trainer.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.records.tasks import TASKS
 from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import named_tensors
+from megatron_qwenvl.runtime import watchdog
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.unit.data.data_cases import png_image as png
@@ -87,3 +89,24 @@ def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The run's metric records of one kind, a later record of a step replacing an earlier one."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+class WatchdogClock:
+    """The watchdog's clock in this process: real time and what a test adds to it, so that no test has to wait."""
+
+    def __init__(self, jump: Path | None = None) -> None:
+        """Install the clock; it is hours ahead from the moment on at which the file `jump` exists."""
+        self._jump = jump
+        self._ahead = 0.0
+        watchdog.time = self  # type: ignore[attr-defined, assignment]
+
+    def add(self, seconds: float) -> None:
+        """Let time pass."""
+        self._ahead += seconds
+
+    def monotonic(self) -> float:
+        jumped = 1e6 if self._jump and self._jump.exists() else 0.0
+        return time.monotonic() + self._ahead + jumped
+
+    strftime = staticmethod(time.strftime)
+    sleep = staticmethod(time.sleep)
