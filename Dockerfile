@@ -4,20 +4,18 @@
 #   apptainer build megatron_qwenvl.sif docker-daemon://megatron_qwenvl:latest
 # The batch scripts take the code from the repository, which they mount; the image needs building again only when
 # requirements/container.txt changes.
-# By what can be read, 26.01 holds torch 2.10.0a0, CUDA 13.1 and Transformer Engine 2.11, the newest that megatron-core
-# 0.16.1 asks for; images from 26.02 on most probably hold a newer one. Not built yet: the check below decides.
-ARG NGC_TAG=26.01-py3
+# The image, megatron-core and Transformer Engine that go together are in docs/versions.md; not built yet, the check below
+# decides. An older pair: --build-arg NGC_TAG=26.01-py3 --build-arg MEGATRON_CORE=0.16.1
+ARG NGC_TAG=26.06-py3
 FROM nvcr.io/nvidia/pytorch:${NGC_TAG}
+ARG MEGATRON_CORE=0.19.2
 
 WORKDIR /opt/megatron_qwenvl
-COPY requirements/container.txt requirements/
+COPY requirements requirements
 # The image pins its packages in a constraints file; ours are added beside them.
-RUN PIP_CONSTRAINT= python3 -m pip install --no-cache-dir --no-deps -r requirements/container.txt
-
-# megatron-core 0.16.1 asks for Transformer Engine 2.9 to 2.11: another NGC_TAG must bring one of these.
-RUN python3 -c "from importlib.metadata import version as v; \
-te = tuple(map(int, v('transformer-engine').split('.')[:2])); \
-assert (2, 9) <= te < (2, 12), f'expected Transformer Engine 2.9 to 2.11, found {te}: choose another NGC_TAG'"
+RUN PIP_CONSTRAINT= python3 -m pip install --no-cache-dir --no-deps \
+    -r requirements/container.txt megatron-core==${MEGATRON_CORE} \
+    && python3 requirements/check_engine.py
 
 COPY pyproject.toml README.md LICENSE ./
 COPY megatron_qwenvl megatron_qwenvl

@@ -1,38 +1,55 @@
-# The two commands of the README are `make demo` and `make test`; both install what they need into .venv first.
+# The two commands of the README are `make demo` and `make test`; both install what they need first.
 
+# Each Python has an environment of its own: .venv for the python3 of this machine, .venv-3.12 for `PYTHON=python3.12` where
+# that is another one. The stamp bears the version, so that an environment of another Python is made anew.
 PYTHON ?= python3
+SERIES_OF := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+INTERPRETER := $(shell sh requirements/find_python.sh $(PYTHON))
+SERIES := $(if $(INTERPRETER),$(shell $(INTERPRETER) $(SERIES_OF)))
+VENV := $(if $(filter $(SERIES),$(shell python3 $(SERIES_OF))),.venv,.venv-$(SERIES))
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(SERIES)
 TP ?= 2
 PP ?= 2
-# Where the CPU build of torch comes from: PyPI's build for Linux brings several gigabytes of CUDA libraries.
-# `make setup TORCH_INDEX=...` names another index, where PyTorch's own index is out of reach.
+# Where the CPU build of torch comes from. Out of reach of this index, torch is PyPI's build without its CUDA libraries;
+# TORCH_SOURCE=index or TORCH_SOURCE=pypi allows one way only (requirements/install_torch.py).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-TORCH_VERSION := 2.13.0
+TORCH_SOURCE ?= auto
+# megatron-core has one version for Python 3.11 and another one from 3.12 on; this is the Python of the other one, and the
+# tests that could tell them apart.
+OTHER_PYTHON := $(if $(filter 3.11,$(SERIES)),python3.12,python3.11)
+ENGINE_TESTS := tests/distributed tests/unit/engine tests/unit/test_te_contract.py tests/end_to_end/test_resume.py \
+  tests/end_to_end/test_saving.py tests/end_to_end/test_stages.py
 
-VENV := .venv
-BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
-
-.PHONY: demo test docs mutants test-slurm slurm-packages lint setup gpu-check bench-convert clean
+.PHONY: demo test test-engines test-engine docs mutants test-slurm slurm-packages lint setup gpu-check bench-convert clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo 'make demo [TP=2 PP=2]  train a tiny model through the three stages on CPU and question it'
 	@echo 'make test              linters and all tests that need no GPU'
+	@echo 'make test-engines      distributed and resume tests with the megatron-core of $(OTHER_PYTHON), where there is one'
 	@echo 'make docs              the documentation as a site in site/'
 	@echo 'make mutants           break the source in one place after the other: are the tests able to fail? (MUTANTS=word)'
 	@echo 'make test-slurm        the batch scripts on a real Slurm cluster of this machine (as root; installs Slurm)'
 	@echo 'make lint              ruff, mypy, shellcheck'
-	@echo 'make setup             install everything into $(VENV)'
+	@echo 'make setup             install everything into $(VENV) (PYTHON=python3.12: into an environment of its own)'
 	@echo 'make gpu-check         tests on one GPU, in the current Python environment ($(PYTHON))'
 	@echo 'make bench-convert     full-size checkpoint conversions against copying (60 GB of disk; BENCH=options)'
-	@echo 'make clean             remove $(VENV) and caches'
+	@echo 'make clean             remove the environments and caches'
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py --tensor $(TP) --pipeline $(PP)
 
 test: lint
 	$(BIN)/python -m pytest -m 'not gpu and not slurm'
+
+test-engines:
+	@if sh requirements/find_python.sh $(OTHER_PYTHON) >/dev/null; then $(MAKE) test-engine PYTHON=$(OTHER_PYTHON); \
+	else echo 'No $(OTHER_PYTHON) was found: its megatron-core is NOT tested here (docs/versions.md)'; fi
+
+test-engine: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not gpu and not slurm' $(ENGINE_TESTS)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate_configuration.py
@@ -68,17 +85,18 @@ bench-convert: $(INSTALLED)
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml requirements/cpu.txt requirements/te-contract.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Python 3.11 or newer is needed, found: $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+$(INSTALLED): pyproject.toml $(wildcard requirements/*.txt requirements/*.py)
+	@[ -n '$(INTERPRETER)' ] || { echo 'PYTHON=$(PYTHON): no such Python runs here'; exit 1; }
+	@$(INTERPRETER) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'Python 3.11 or newer is needed, found: $(SERIES); set PYTHON=...'; exit 1; }
+	@$(INTERPRETER) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "Python's venv module is missing; on Debian or Ubuntu: sudo apt-get install python3-venv"; exit 1; }
-	@echo 'Installing into $(VENV): about 400 MB to download, some minutes the first time'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps --retries 1 --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION)
+	@echo 'Installing into $(VENV): 400 MB to download for Python 3.11, 950 MB at most from 3.12 on, some minutes the first time'
+	@[ "$$($(BIN)/python $(SERIES_OF) 2>/dev/null)" = '$(SERIES)' ] || $(INTERPRETER) -m venv --clear $(VENV)
+	$(BIN)/python requirements/install_torch.py --index $(TORCH_INDEX) --source $(TORCH_SOURCE)
 	$(BIN)/pip install --quiet --constraint requirements/cpu.txt --editable '.[test,lint,docs]'
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/te-contract --requirement requirements/te-contract.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-3.* site .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -13,6 +13,7 @@ megatron-core fail everywhere else.
 
 from __future__ import annotations
 
+import enum
 import importlib.abc
 import importlib.machinery
 import json
@@ -29,6 +30,12 @@ import torch
 import torch._dynamo  # looks for triton, so it comes before the stand-ins
 
 TE_DIRECTORY = Path(sys.prefix) / "te-contract"
+# Data types of the C++ extension: Transformer Engine 2.17 and later compares their names with a list of its own.
+DTYPE = enum.IntEnum(
+    "DType",
+    "kByte kInt32 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat4E2M1",
+    start=0,
+)
 ABSENT = ("transformer_engine_torch", "triton", "onnx", "onnxscript")
 
 
@@ -45,7 +52,7 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         )
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return MagicMock(name=spec.name, __all__=[], __version__="3.5.0")
+        return MagicMock(name=spec.name, __all__=[], __version__="3.5.0", DType=DTYPE)
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Nothing to execute."""
