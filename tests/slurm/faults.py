@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cluster import ENDED, PATIENCE, Cluster
-from .jobs import chain_jobs, pipeline
+from .jobs import STEPS, chain_jobs, pipeline
 
 
 def processes_of(cluster: Cluster, job: str, *words: bytes) -> list[int]:
@@ -98,23 +98,31 @@ class Faults:
 
 
 def disturb_chain(cluster: Cluster, site: Path, run: Path, faults: Faults, count: int, *options: str) -> None:
-    """Run a chain to its end under `count` faults, calling the pipeline again whenever a job has ended for good, as a
-    person would."""
+    """Run a chain to its end under about `count` faults, the same number for each step.
+
+    The pipeline is called again whenever a job has ended for good, as a person would.
+    """
+    left = dict.fromkeys(STEPS, -(-count // len(STEPS)))
     for _ in range(count + 3):
         done = pipeline(cluster, site, run, *options)
         assert done.returncode == 0, done.stderr
         if all(": finished (" in line for line in done.stdout.splitlines()):
             return
-        watch(cluster, run, faults, count)
+        watch(cluster, run, faults, left)
     raise AssertionError(f"the chain ends again and again; faults: {faults.done}\n{done.stdout}")
 
 
-def watch(cluster: Cluster, run: Path, faults: Faults, count: int) -> None:
-    """Disturb what runs until every job has ended; fails when nothing happens any more."""
+def watch(cluster: Cluster, run: Path, faults: Faults, left: dict[str, int]) -> None:
+    """Disturb the running step until every job has ended; fails when nothing happens any more.
+
+    Args:
+        left: faults that each step still gets; counted down.
+    """
     seen: object = None
     while True:
-        states = {job: cluster.state(job) for job in chain_jobs(run).values()}
-        running = [job for job, state in states.items() if state == "RUNNING"]
+        jobs = chain_jobs(run)
+        states = {step: cluster.state(job) for step, job in jobs.items()}
+        running = [step for step, state in states.items() if state == "RUNNING"]
         if all(state in ENDED for state in states.values()):
             return
         progress = (states, len(faults.done), [log.stat().st_size for log in sorted(run.glob("logs/*.log"))])
@@ -124,5 +132,5 @@ def watch(cluster: Cluster, run: Path, faults: Faults, count: int) -> None:
             f"nothing happens for {PATIENCE:.0f} s: {states}; faults: {faults.done}"
         )
         faults.pause()
-        if running and len(faults.done) < count:
-            faults.any(running[0])
+        if running and left[running[0]]:
+            left[running[0]] -= faults.any(jobs[running[0]])
