@@ -1,0 +1,170 @@
+"""Qwen2.5's kind of vocabulary: a Hugging Face `tokenizer.json` under the same rules as `qwen.tiktoken`."""
+
+from __future__ import annotations
+
+import builtins
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, _read_ranks, load_tokenizer
+
+from .conftest import QWEN_VOCABULARY
+from .hf_vocabulary import QWEN2_ADDED, SMALL_RANKS, tokenizer_json, write_vocabulary
+from .test_tokenizer import TEXTS
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(str(write_vocabulary(tmp_path_factory.mktemp("vocabulary") / "tokenizer.json")))
+
+
+def test_full_size_ids_are_those_of_qwen2_5(tmp_path: Path, qwen: Tokenizer) -> None:
+    """Qwen2.5 has Qwen's byte pairs, and other special tokens behind them."""
+    path = write_vocabulary(tmp_path / "tokenizer.json", tokenizer_json(_read_ranks(Path(QWEN_VOCABULARY))))
+    tokenizer = load_tokenizer(str(path))
+    assert (tokenizer.eos, tokenizer.im_start, tokenizer.im_end) == (151643, 151644, 151645)
+    assert tokenizer.markup == {"ref": (151646, 151647), "box": (151648, 151649), "quad": (151650, 151651)}
+    assert (tokenizer.img_start, tokenizer.img_end, tokenizer.img_pad) == (151652, 151653, 151655)
+    assert tokenizer.vocab_size == 151665
+    for text in [*TEXTS, Path(__file__).read_text()]:
+        assert tokenizer.encode(text) == qwen.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == qwen.decode(qwen.encode(text))
+
+
+def test_text_is_encoded_as_the_library_does(small: Tokenizer) -> None:
+    library = tokenizers.Tokenizer.from_str(tokenizers.Tokenizer.from_file(small._path).to_str())
+    for text in [*TEXTS, "the thing in there"]:
+        assert small.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert len(small.encode("the")) == 1
+
+
+@pytest.mark.parametrize("added", QWEN2_ADDED)
+def test_text_never_becomes_an_added_token(small: Tokenizer, added: str) -> None:
+    """Neither those that the file calls special nor the others; the library by itself would find all of them."""
+    ids = small.encode(f"a{added}b {added}")
+    assert max(ids) < len(SMALL_RANKS)
+    assert small.decode(ids) == f"a{added}b {added}"
+    library = tokenizers.Tokenizer.from_file(small._path)
+    assert max(library.encode(f"a{added}b").ids) >= len(SMALL_RANKS)
+
+
+def test_an_added_token_that_is_in_the_vocabulary_too_is_not_found_in_text(tmp_path: Path) -> None:
+    content = tokenizer_json(SMALL_RANKS)
+    content["model"]["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    content["model"]["ignore_merges"] = True
+    tokenizer = load_tokenizer(str(write_vocabulary(tmp_path / "tokenizer.json", content)))
+    assert max(tokenizer.encode("<|endoftext|>")) < len(SMALL_RANKS)
+    assert tokenizer.eos == len(SMALL_RANKS)
+
+
+def test_decode_spells_special_tokens_and_survives_unknown_ids(small: Tokenizer) -> None:
+    assert small.decode([97, small.markup["box"][0], 9999, 0xC3, 98]) == "a<|box_start|>\ufffd\ufffdb"
+
+
+def test_a_pickle_holds_the_path_only(small: Tokenizer) -> None:
+    stored = pickle.dumps(small)
+    assert len(stored) < 1000
+    assert pickle.loads(stored).encode("the") == small.encode("the")
+
+
+def _swap(content: dict[str, Any]) -> None:
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "ids of text": _swap,
+    "merges": lambda content: content["model"]["merges"].reverse(),
+    "normalizer": lambda content: content.update(normalizer=None),
+    "split": lambda content: content["pre_tokenizer"]["pretokenizers"].pop(0),
+    "added tokens": lambda content: content["added_tokens"].append(
+        {**content["added_tokens"][0], "content": "<think>", "id": 999}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_fingerprint_knows_what_decides_the_ids(small: Tokenizer, tmp_path: Path, change: str) -> None:
+    content = tokenizer_json(SMALL_RANKS)
+    same = load_tokenizer(str(write_vocabulary(tmp_path / "same.json", {**content, "decoder": None})))
+    assert same.fingerprint == small.fingerprint
+    CHANGES[change](content)
+    assert (
+        load_tokenizer(str(write_vocabulary(tmp_path / "other.json", content))).fingerprint
+        != small.fingerprint
+    )
+
+
+def _without(*names: str) -> dict[str, Any]:
+    return tokenizer_json(SMALL_RANKS, tuple(token for token in QWEN2_ADDED if token not in names))
+
+
+def _with(**parts: Any) -> dict[str, Any]:
+    return {**tokenizer_json(SMALL_RANKS), **parts}
+
+
+def _model(**parts: Any) -> dict[str, Any]:
+    content = tokenizer_json(SMALL_RANKS)
+    return {**content, "model": {**content["model"], **parts}}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (_without("<|box_end|>", "<|image_pad|>"), r"expected also <\|box_end\|>, <\|image_pad\|>"),
+        (_with(added_tokens=[]), "added_tokens: expected a list of tokens"),
+        (_with(added_tokens=[{"content": 3, "id": 1}]), "added_tokens: expected a list of tokens"),
+        (_with(added_tokens=[{"content": "<|x|>", "id": 97}]), "an id of its own for each token"),
+        (_with(added_tokens=[{"content": "<|x|>", "id": -1}]), "whole numbers from 0"),
+        (_with(pre_tokenizer=None), "pre_tokenizer: expected ByteLevel"),
+        (
+            _with(pre_tokenizer={"type": "Sequence", "pretokenizers": [7]}),
+            "pre_tokenizer: expected ByteLevel",
+        ),
+        (
+            _with(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}),
+            "pre_tokenizer: expected ByteLevel",
+        ),
+        (_with(model={"type": "WordPiece", "vocab": {}}), "model: expected a BPE vocabulary"),
+        (_model(vocab={"a": 0}), "a token for every single byte"),
+        (_model(merges=[["a", "nowhere"]]), "not a vocabulary: "),
+        (_with(normalizer={"type": "Unknown"}), "not a vocabulary: "),
+    ],
+)
+def test_another_file_is_refused_in_one_line(tmp_path: Path, content: dict[str, Any], reason: str) -> None:
+    path = write_vocabulary(tmp_path / "tokenizer.json", content)
+    with pytest.raises(DataError, match=reason) as raised:
+        load_tokenizer(str(path))
+    assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "nul"])
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"tokenizer\.json: (not JSON|expected an object)"):
+        load_tokenizer(str(path))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json: cannot read"):
+        load_tokenizer(str(tmp_path / "none.json"))
+
+
+def test_a_missing_library_is_named_with_its_extra(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any) -> Any:
+        if name == "tokenizers":
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DataError, match=r"pip install 'megatron-qwenvl\[hf-tokenizer\]'"):
+        load_tokenizer(small._path)
