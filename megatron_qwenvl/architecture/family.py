@@ -19,8 +19,8 @@ class DecoderFamily(Protocol):
         """The value."""
 
     @property
-    def tokenizer_suffix(self) -> str:
-        """Suffix of the vocabulary file that its weights go with: `.tiktoken` or `.json`."""
+    def tokenizer_file(self) -> str:
+        """Name of the vocabulary file in the Hugging Face layout."""
 
     @property
     def extends_context(self) -> bool:

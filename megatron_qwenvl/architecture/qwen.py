@@ -14,7 +14,7 @@ class Qwen:
     value."""
 
     name = "qwen"
-    tokenizer_suffix = ".tiktoken"
+    tokenizer_file = "qwen.tiktoken"
     extends_context = True
     tied_embeddings = False
 

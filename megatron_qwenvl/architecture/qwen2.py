@@ -15,7 +15,7 @@ class Qwen2(Qwen):
     """The layers of `qwen` with grouped-query attention; positions beyond the trained length go on as they are."""
 
     name = "qwen2"
-    tokenizer_suffix = ".json"
+    tokenizer_file = "tokenizer.json"
     extends_context = False
 
     def tower(self, decoder: DecoderConfig) -> Tower:

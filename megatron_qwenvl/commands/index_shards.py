@@ -1,4 +1,4 @@
-"""python tools/index_shards.py DIR... [--tokenizer qwen.tiktoken] [--workers N] [--verify-images] [--force]
+"""python tools/index_shards.py DIR... [--tokenizer FILE] [--workers N] [--verify-images] [--force]
            [--unparsed-markup leave_out|keep] [--ref-blank outside|inside]
 
 Writes the index of every WebDataset shard (`*.tar`) of the directories, and their manifests. Shards whose index is
@@ -30,7 +30,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of *.tar shards")
-    parser.add_argument("--tokenizer", help="qwen.tiktoken file; left out: the byte-level vocabulary")
+    parser.add_argument(
+        "--tokenizer", help="qwen.tiktoken or tokenizer.json; left out: the byte-level vocabulary"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (without MPI)")
     parser.add_argument(
         "--verify-images", action="store_true", help="decode every image, not its header only"

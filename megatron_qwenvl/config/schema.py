@@ -118,7 +118,8 @@ class DataConfig(Section):
     validation_sources: tuple[SourceConfig, ...] = ()
     """Held-out sources for periodic validation; empty: no validation."""
     tokenizer: str | None = None
-    """Path of a `qwen.tiktoken` vocabulary; none: the embedded byte-level encoding."""
+    """Path of the vocabulary: a `qwen.tiktoken` for a decoder of the family `qwen`, a `tokenizer.json` for `qwen2`;
+    none: the embedded byte-level encoding."""
     image_size: int = Field(224, ge=1)
     """Side in pixels that every image is resized to; a multiple of the patch size."""
     global_batch_size: int = Field(30720, ge=1)

@@ -31,6 +31,7 @@ PACKAGES = (
     "numpy",
     "safetensors",
     "tiktoken",
+    "tokenizers",
     "webdataset",
     "pillow",
     "pydantic",
