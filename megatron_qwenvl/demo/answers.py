@@ -9,7 +9,7 @@ import torch
 
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.images import image_size, load_pixels
-from megatron_qwenvl.data.rendering.formats import render_prompt
+from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.inference.generate import Generator, Prompt
@@ -48,7 +48,7 @@ class Answers:
     def _prompt(self, question: Question) -> Prompt:
         data, slots = self._config.data, self._config.model.image_tokens
         images = [ImageInfo(name, *image_size(image)) for name, image in question.images]
-        rendered = render_prompt(question.record, images, self._tokenizer, slots)
+        rendered = Renderer(self._tokenizer, slots).render(question.record, images, answer=False)
         pixels = [load_pixels(p, data.image_size, data.max_image_pixels) for _, p in question.images]
         shown = (
             np.stack([pixels[i] for i in rendered.image_order])

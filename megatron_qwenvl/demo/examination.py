@@ -10,7 +10,7 @@ from random import Random
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.images import image_size
 from megatron_qwenvl.data.records.coordinates import normalise
-from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring, Sample, decode_record
+from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring, TaskRecord, decode_record
 from megatron_qwenvl.data.shards.directory import list_shards
 from megatron_qwenvl.data.shards.samples import read_member, scan_shard
 from megatron_qwenvl.evaluation.metrics import (
@@ -33,7 +33,7 @@ class Question:
         images: file name (`png`, `0.png`) and encoded bytes of each image.
     """
 
-    record: Sample
+    record: TaskRecord
     images: tuple[tuple[str, bytes], ...]
 
 
@@ -132,7 +132,7 @@ def _asked(questions: Sequence[Question]) -> tuple[list[str], list[str]]:
 
 def _unanswered(questions: Sequence[Question]) -> list[Question]:
     """The questions without anything that a model could copy."""
-    keys: dict[type[Sample], str] = {VQA: "answer", Caption: "caption", Referring: "boxes"}
+    keys: dict[type[TaskRecord], str] = {VQA: "answer", Caption: "caption", Referring: "boxes"}
     return [
         replace(question, record=question.record.model_copy(update={keys[type(question.record)]: None}))
         for question in questions

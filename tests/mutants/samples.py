@@ -10,7 +10,7 @@ FORMATS = f"{PACKAGE}/data/rendering/formats.py"
 GENERATE = f"{PACKAGE}/inference/generate.py"
 IMAGES = f"{PACKAGE}/data/images.py"
 PIXELS = ("tests/recipe/test_pixels.py",)
-WRITER = f"{PACKAGE}/data/rendering/token_builder.py"
+BUILDER = f"{PACKAGE}/data/rendering/token_builder.py"
 UNREADABLE = ("tests/end_to_end/test_faults.py::test_unreadable_images_are_masked_alike_in_every_layout",)
 GENERATION = ("tests/recipe/test_generation_ends.py",)
 
@@ -41,24 +41,25 @@ DATA = [
     ),
     Mutant(
         "formats: the end of the text is not supervised", FORMATS,
-        "writer.ids([tokenizer.eos])", "writer.ids([tokenizer.eos], supervised=False)", STAGE1,
+        "builder.ids([builder.tokenizer.eos])", "builder.ids([builder.tokenizer.eos], supervised=False)", STAGE1,
     ),
-    Mutant("formats: prompts are supervised", WRITER, "self.supervised = False", "self.supervised = True", STAGE1),
+    Mutant("formats: prompts are supervised", BUILDER, "self.supervised = False", "self.supervised = True", STAGE1),
     Mutant(
-        "formats: image slots are supervised", WRITER,
+        "formats: image slots are supervised", BUILDER,
         "*slots, tokenizer.img_end], supervised=False)", "*slots, tokenizer.img_end], supervised=True)", STAGE1,
     ),
     Mutant(
         "dialogues: the user's text is supervised", CHATML,
-        'writer.supervised = turn.speaker == "assistant"', "writer.supervised = True", STAGE3,
+        'builder.supervised = turn.speaker == "assistant"', "builder.supervised = True", STAGE3,
     ),
     Mutant(
         "dialogues: the begin of a turn is not supervised", CHATML,
-        "writer.ids([writer.tokenizer.im_start], supervised=True)", "writer.ids([writer.tokenizer.im_start])", STAGE3,
+        "builder.ids([builder.tokenizer.im_start], supervised=True)", "builder.ids([builder.tokenizer.im_start])",
+        STAGE3,
     ),
     Mutant(
         "dialogues: the newline after a turn is not supervised", CHATML,
-        'writer.text("\\n", supervised=True)', 'writer.text("\\n", supervised=False)', STAGE3,
+        'builder.text("\\n", supervised=True)', 'builder.text("\\n", supervised=False)', STAGE3,
     ),
     Mutant(
         "images: resized before RGB", IMAGES,

@@ -14,7 +14,7 @@ from megatron_qwenvl.data.errors import DataError, SampleError, only_this_sample
 from megatron_qwenvl.data.images import load_pixels
 from megatron_qwenvl.data.lru_cache import LruCache
 from megatron_qwenvl.data.records.tasks import decode_record
-from megatron_qwenvl.data.rendering.formats import render_sample
+from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.data.sampling.mixture import SampleTable
@@ -34,6 +34,10 @@ class SampleReader:
         self.sampler = sampler
         self.tokenizer = tokenizer
         self.image_tokens = image_tokens
+        self._renderers = [
+            Renderer(tokenizer, image_tokens, source.config.language, source.directory.manifest.options)
+            for source in sampler.sources
+        ]
         self._files: LruCache[int] = LruCache(OPEN_SHARDS, drop=os.close)
 
     def tokens(self, samples: SampleTable, row: int) -> TokenizedSample:
@@ -49,11 +53,9 @@ class SampleReader:
         encoded = self._read(source, shard, member)
         self._check(index, source, shard, "text", at, [encoded])
         images = [info for info, _ in index.images(at)]
-        origin = self.sampler.sources[source]
-        language, options = origin.config.language, origin.directory.manifest.options
         with only_this_sample():
             record = decode_record(name.rpartition(".")[2].lower(), encoded)
-            rendered = render_sample(record, images, self.tokenizer, self.image_tokens, language, options)
+            rendered = self._renderers[source].render(record, images)
         if len(rendered.tokens) != samples.length[row]:
             raise DataError(
                 f"{self.sampler.name(samples, row)}: expected {samples.length[row]} tokens as indexed, found "

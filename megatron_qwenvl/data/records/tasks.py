@@ -128,11 +128,11 @@ class PureText(Record):
     text: VerbatimText
 
 
-Sample = Caption | VQA | GroundedCaption | Referring | RegionCaption | OCR | PureText | Chat
-_SAMPLE: TypeAdapter[Sample] = TypeAdapter(Annotated[Sample, Field(discriminator="task")])
+TaskRecord = Caption | VQA | GroundedCaption | Referring | RegionCaption | OCR | PureText | Chat
+_RECORD: TypeAdapter[TaskRecord] = TypeAdapter(Annotated[TaskRecord, Field(discriminator="task")])
 
 
-def parse_sample(record: Any) -> Sample:
+def parse_record(record: Any) -> TaskRecord:
     """Check a decoded JSON value against the schema of its task.
 
     Raises:
@@ -142,7 +142,7 @@ def parse_sample(record: Any) -> Sample:
         found = "no task" if record.get("task") is None else excerpt(repr(record["task"]))
         raise SampleError(f"malformed record: expected a task of {', '.join(TASKS)}, found {found}")
     try:
-        return _SAMPLE.validate_python(record)
+        return _RECORD.validate_python(record)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -160,7 +160,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def decode_record(suffix: str, data: bytes) -> Sample:
+def decode_record(suffix: str, data: bytes) -> TaskRecord:
     """The record of a `json` member, or the plain caption of a `txt` member; both UTF-8.
 
     Raises:
@@ -169,8 +169,8 @@ def decode_record(suffix: str, data: bytes) -> Sample:
     try:
         text = data.decode("utf-8-sig")
         if suffix == "txt":
-            return parse_sample({"task": "caption", "caption": text})
-        return parse_sample(json.loads(text, object_pairs_hook=_each_key_once))
+            return parse_record({"task": "caption", "caption": text})
+        return parse_record(json.loads(text, object_pairs_hook=_each_key_once))
     except UnicodeDecodeError as error:
         raise SampleError(f"malformed {suffix}: not UTF-8 at byte {error.start}") from error
     except (ValueError, RecursionError) as error:

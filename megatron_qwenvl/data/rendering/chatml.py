@@ -1,7 +1,7 @@
-"""Dialogues to ChatML, with the loss of the published fine-tuning code.
+"""Dialogues to ChatML, with the loss mask of the published fine-tuning code.
 
-Learned are the answers, and `<|im_start|>`, `<|im_end|>` and the newline after it of every turn; never learned are
-images, the speakers' names, and what system and user say.
+Supervised are the answers, and of every turn `<|im_start|>`, `<|im_end|>` and the newline after it. Not supervised are
+images, the speakers' names, and the text of system and user.
 """
 
 from __future__ import annotations
@@ -13,60 +13,63 @@ from megatron_qwenvl.data.records.markup import Piece, parse_markup
 from .token_builder import TokenBuilder
 
 
-def write_dialogue(writer: TokenBuilder, sample: Chat) -> None:
-    """Write all turns.
+def write_dialogue(builder: TokenBuilder, chat: Chat, answer: bool) -> None:
+    """Write all turns of a dialogue, or its prompt.
+
+    Args:
+        builder: receives the tokens.
+        chat: the dialogue.
+        answer: write all turns. Otherwise stop after `<|im_start|>assistant\\n` of the last answer, or of the answer
+            to come where the dialogue ends with the user.
 
     Raises:
-        SampleError: no turn is an answer; markup or images do not fit.
+        SampleError: markup or images do not fit; with `answer`, also if no turn is an answer or an image is not shown.
     """
-    if len(sample.turns) < 2:
+    turns = chat.turns
+    if not answer:
+        _write_turns(builder, chat, turns[:-1] if turns[-1].speaker == "assistant" else turns)
+        _open_turn(builder, "assistant")
+        return
+    if len(turns) < 2:
         raise SampleError("the dialogue has no answer")
-    _write_turns(writer, sample, sample.turns)
+    _write_turns(builder, chat, turns)
+    shown, given = len(builder.sample.image_order), len(builder.images)
+    if shown != given:
+        raise SampleError(f"the text shows {shown} of {given} images")
 
 
-def write_prompt(writer: TokenBuilder, sample: Chat) -> None:
-    """Write everything up to `<|im_start|>assistant\\n` of the last answer, or of the one to come.
-
-    Raises:
-        SampleError: markup or images do not fit.
-    """
-    turns = sample.turns
-    _write_turns(writer, sample, turns[:-1] if turns[-1].speaker == "assistant" else turns)
-    _open_turn(writer, "assistant")
-
-
-def _write_turns(writer: TokenBuilder, sample: Chat, turns: tuple[Turn, ...]) -> None:
-    _open_turn(writer, "system")
-    writer.text(sample.system_text)
-    _close_turn(writer)
+def _write_turns(builder: TokenBuilder, chat: Chat, turns: tuple[Turn, ...]) -> None:
+    _open_turn(builder, "system")
+    builder.text(chat.system_text)
+    _close_turn(builder)
     for turn in turns:
-        _open_turn(writer, turn.speaker)
-        writer.supervised = turn.speaker == "assistant"
-        for piece in parse_markup(turn.value, keep=writer.options.unparsed_markup == "keep"):
-            _write_piece(writer, piece)
-        _close_turn(writer)
+        _open_turn(builder, turn.speaker)
+        builder.supervised = turn.speaker == "assistant"
+        for piece in parse_markup(turn.value, keep=builder.options.unparsed_markup == "keep"):
+            _write_piece(builder, piece)
+        _close_turn(builder)
 
 
-def _open_turn(writer: TokenBuilder, speaker: str) -> None:
-    """The published fine-tuning masks the speaker's name and the newline after it in every turn."""
-    writer.supervised = False
-    writer.ids([writer.tokenizer.im_start], supervised=True)
-    writer.text(speaker)
-    writer.text("\n")
+def _open_turn(builder: TokenBuilder, speaker: str) -> None:
+    """Write the start of a turn; the published code masks the speaker's name and the newline after it."""
+    builder.supervised = False
+    builder.ids([builder.tokenizer.im_start], supervised=True)
+    builder.text(speaker)
+    builder.text("\n")
 
 
-def _close_turn(writer: TokenBuilder) -> None:
-    writer.ids([writer.tokenizer.im_end], supervised=True)
-    writer.text("\n", supervised=True)
+def _close_turn(builder: TokenBuilder) -> None:
+    builder.ids([builder.tokenizer.im_end], supervised=True)
+    builder.text("\n", supervised=True)
 
 
-def _write_piece(writer: TokenBuilder, piece: Piece) -> None:
+def _write_piece(builder: TokenBuilder, piece: Piece) -> None:
     if piece.kind == "text":
-        writer.text(piece.text)
+        builder.text(piece.text)
     elif piece.kind != "img":
-        writer.enclosed(piece.kind, piece.text)
-    elif not writer.images and writer.options.unparsed_markup == "keep":
-        writer.text(f"<img>{piece.text}</img>")
+        builder.enclosed(piece.kind, piece.text)
+    elif not builder.images and builder.options.unparsed_markup == "keep":
+        builder.text(f"<img>{piece.text}</img>")
     else:
-        names = [image.name for image in writer.images]
-        writer.image(find_image(piece.text, piece.number, names, writer.out.image_order))
+        names = [image.name for image in builder.images]
+        builder.image(find_image(piece.text, piece.number, names, builder.sample.image_order))

@@ -1,7 +1,7 @@
-"""Records to token ids and loss masks: the seven task formats (Appendix B of the paper); dialogues in `chatml.py`.
+"""The seven task formats (Appendix B of the paper) as token ids with a loss mask; dialogues are in `chatml.py`.
 
-Each format is a pair of functions: one writes the prompt, the other what is to be learned. Training calls
-both, inference only the first, so the two cannot diverge. `=>` marks where one ends and the other starts:
+Each format is a pair of functions: one writes the prompt, the other the answer. Training calls both, generation the
+first alone, so the two cannot diverge. `=>` marks where the answer, and with it the loss, begins:
 
     <img>..</img>Generate the caption in English: => the beautiful flowers for design.<eos>
     <img>..</img>Does the bandage have a different color? Answer: => No, both are white.<eos>
@@ -9,11 +9,13 @@ both, inference only the first, so the two cannot diverge. `=>` marks where one 
     <img>..</img><ref>the ear on a giraffe</ref> => <box>(176,106),(232,160)</box><eos>
     <img>..</img><ref>This</ref><box>(360,542),(476,705)</box> is => Yellow gloves<eos>
     <img>..</img>OCR with grounding: => <ref>It is managed</ref> <quad>(568,121),..</quad><ref>..<eos>
-    text<eos>                                                                   (learned throughout)
+    text<eos>                                                                   (supervised throughout)
 
-The blank after `=>` belongs to the answer (` the`, ` No`), as generation starts behind the colon. Several
-images stand before the prompt one after the other. Blanks between the texts and phrases of a grounded caption are
-those of the record; `RenderOptions.ref_blank` moves the one before a phrase into `<ref>`.
+The blank after `=>` belongs to the answer (` the`, ` No`), as generation starts directly after the colon. Several
+images stand before the prompt, one after the other. Blanks between the texts and phrases of a grounded caption are
+those of the record; `RenderOptions.ref_blank` moves the blank before a phrase into `<ref>`.
+
+To add a format: its record in `records/tasks.py`, its two functions and its line in `FORMATS` here.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.records.dialogues import Chat
 from megatron_qwenvl.data.records.tasks import (
     OCR,
     VQA,
@@ -33,145 +34,77 @@ from megatron_qwenvl.data.records.tasks import (
     PureText,
     Referring,
     RegionCaption,
-    Sample,
+    TaskRecord,
 )
 
-from . import chatml
-from .token_builder import DEFAULT_OPTIONS, ImageInfo, RenderOptions, TokenBuilder, TokenizedSample
-from .tokenizer import Tokenizer
-
-RENDERING_VERSION = 6
-"""Raised whenever a record may render to other tokens, or is accepted or refused where it was not before: an index
-made by another version is refused, as its lengths would be wrong. `tests/unit/data/test_rendering_version.py` watches.
-"""
+from .token_builder import TokenBuilder
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 _T = TypeVar("_T")
 
 
-def render_prompt(
-    sample: Sample,
-    images: Sequence[ImageInfo],
-    tokenizer: Tokenizer,
-    image_tokens: int,
-    language: str = "en",
-    options: RenderOptions = DEFAULT_OPTIONS,
-) -> TokenizedSample:
-    """Everything before `=>`; of pure text the text itself.
-
-    Of a dialogue everything up to `<|im_start|>assistant\\n` of its last answer, or of the answer to come
-    when it ends with the user.
-
-    Args:
-        sample: the record; its answer is not used and may be missing.
-        images: the sample's images, in the order of the sample's image members.
-        tokenizer: the vocabulary.
-        image_tokens: slots of one image.
-        language: language of the caption prompt of a record that does not say its own.
-        options: how the record is rendered where there is a choice.
+def write_task(builder: TokenBuilder, record: TaskRecord, answer: bool) -> None:
+    """Write the images and the prompt of a record, and the answer if it is wanted.
 
     Raises:
-        SampleError: the images do not match the record, a box is not one, or markup does not parse.
+        SampleError: the number of images does not fit the task, a box is invalid, or the answer is missing.
     """
-    writer = _writer(sample, images, tokenizer, image_tokens, language, options)
-    if isinstance(sample, Chat):
-        chatml.write_prompt(writer, sample)
-    else:
-        _FORMATS[type(sample)].prompt(writer, sample)
-    return writer.out
+    form = FORMATS[type(record)]
+    found = len(builder.images)
+    if not form.min_images <= found <= form.max_images:
+        expected = f"{form.min_images} or more" if form.max_images > form.min_images else form.min_images
+        raise SampleError(f"{record.task}: expected {expected} images, found {found}")
+    builder.all_images()
+    form.write_prompt(builder, record)
+    if answer:
+        builder.supervised = True
+        form.write_answer(builder, record)
+        builder.ids([builder.tokenizer.eos])
 
 
-def render_sample(
-    sample: Sample,
-    images: Sequence[ImageInfo],
-    tokenizer: Tokenizer,
-    image_tokens: int,
-    language: str = "en",
-    options: RenderOptions = DEFAULT_OPTIONS,
-) -> TokenizedSample:
-    """The whole sample for training; arguments and errors as `render_prompt`.
-
-    Raises:
-        SampleError: also when the record has no answer.
-    """
-    writer = _writer(sample, images, tokenizer, image_tokens, language, options)
-    if isinstance(sample, Chat):
-        chatml.write_dialogue(writer, sample)
-        if len(writer.out.image_order) != len(images):
-            raise SampleError(f"the text shows {len(writer.out.image_order)} of {len(images)} images")
-        return writer.out
-    form = _FORMATS[type(sample)]
-    form.prompt(writer, sample)
-    writer.supervised = True
-    form.answer(writer, sample)
-    writer.ids([tokenizer.eos])
-    return writer.out
+def _caption_prompt(builder: TokenBuilder, record: Caption | GroundedCaption) -> None:
+    language = LANGUAGES[record.language or builder.language]
+    grounding = " with grounding" if isinstance(record, GroundedCaption) else ""
+    builder.text(f"Generate the caption in {language}{grounding}:")
 
 
-def _writer(
-    sample: Sample,
-    images: Sequence[ImageInfo],
-    tokenizer: Tokenizer,
-    image_tokens: int,
-    language: str,
-    options: RenderOptions,
-) -> TokenBuilder:
-    """Start writing after a check of the number of images; those of a dialogue stand in its text."""
-    writer = TokenBuilder(tokenizer, images, image_tokens, language, options)
-    if not isinstance(sample, Chat):
-        form = _FORMATS[type(sample)]
-        if not form.min_images <= len(images) <= form.max_images:
-            expected = f"{form.min_images} or more" if form.max_images > form.min_images else form.min_images
-            raise SampleError(f"{sample.task}: expected {expected} images, found {len(images)}")
-        writer.all_images()
-    return writer
+def _caption_answer(builder: TokenBuilder, record: Caption) -> None:
+    builder.text(f" {_required(record.caption, 'caption')}")
 
 
-# ---- the seven formats
+def _vqa_prompt(builder: TokenBuilder, record: VQA) -> None:
+    builder.text(f"{record.question} Answer:")
 
 
-def _caption_prompt(writer: TokenBuilder, sample: Caption | GroundedCaption) -> None:
-    language = LANGUAGES[sample.language or writer.language]
-    grounding = " with grounding" if isinstance(sample, GroundedCaption) else ""
-    writer.text(f"Generate the caption in {language}{grounding}:")
+def _vqa_answer(builder: TokenBuilder, record: VQA) -> None:
+    builder.text(f" {_required(record.answer, 'answer')}")
 
 
-def _caption_answer(writer: TokenBuilder, sample: Caption) -> None:
-    writer.text(f" {_given(sample.caption, 'caption')}")
-
-
-def _vqa_prompt(writer: TokenBuilder, sample: VQA) -> None:
-    writer.text(f"{sample.question} Answer:")
-
-
-def _vqa_answer(writer: TokenBuilder, sample: VQA) -> None:
-    writer.text(f" {_given(sample.answer, 'answer')}")
-
-
-def _grounded_answer(writer: TokenBuilder, sample: GroundedCaption) -> None:
-    phrases, rest = _text_before_phrases(_given(sample.caption, "caption"))
+def _grounded_answer(builder: TokenBuilder, record: GroundedCaption) -> None:
+    phrases, rest = _text_before_phrases(_required(record.caption, "caption"))
     for text, phrase in phrases:
-        blank = " " if writer.options.ref_blank == "inside" and text.endswith(" ") else ""
-        writer.text(text.removesuffix(blank))
-        writer.ref(blank + phrase.ref.strip())
-        writer.boxes(phrase.boxes)
-    writer.text(rest)
+        blank = " " if builder.options.ref_blank == "inside" and text.endswith(" ") else ""
+        builder.text(text.removesuffix(blank))
+        builder.ref(blank + phrase.ref.strip())
+        builder.boxes(phrase.boxes)
+    builder.text(rest)
 
 
 def _text_before_phrases(caption: Sequence[str | Phrase]) -> tuple[list[tuple[str, Phrase]], str]:
-    """Each phrase with the text before it, and the rest: one blank, then the caption without its outer blanks.
+    """Return each phrase with the text before it, and the text after the last one.
 
-    The outer blanks of a phrase belong to the text around it.
+    The outer blanks of a phrase belong to the text around it. The caption begins with exactly one blank and ends
+    without any.
     """
     phrases: list[tuple[str, Phrase]] = []
     text = ""
-    for part in caption:
-        if isinstance(part, str):
-            text += part
+    for piece in caption:
+        if isinstance(piece, str):
+            text += piece
         else:
-            ref = part.ref
-            phrases.append((text + ref[: len(ref) - len(ref.lstrip())], part))
+            ref = piece.ref
+            phrases.append((text + ref[: len(ref) - len(ref.lstrip())], piece))
             text = ref[len(ref.rstrip()) :]
     if not phrases:
         return [], f" {text.strip()}"
@@ -179,69 +112,69 @@ def _text_before_phrases(caption: Sequence[str | Phrase]) -> tuple[list[tuple[st
     return phrases, text.rstrip()
 
 
-def _referring_prompt(writer: TokenBuilder, sample: Referring) -> None:
-    writer.ref(sample.phrase)
+def _referring_prompt(builder: TokenBuilder, record: Referring) -> None:
+    builder.ref(record.phrase)
 
 
-def _referring_answer(writer: TokenBuilder, sample: Referring) -> None:
-    writer.boxes(_given(sample.boxes, "boxes"))
+def _referring_answer(builder: TokenBuilder, record: Referring) -> None:
+    builder.boxes(_required(record.boxes, "boxes"))
 
 
-def _region_prompt(writer: TokenBuilder, sample: RegionCaption) -> None:
-    writer.ref("This")
-    writer.boxes([sample.box])
-    writer.text(" is")
+def _region_prompt(builder: TokenBuilder, record: RegionCaption) -> None:
+    builder.ref("This")
+    builder.boxes([record.box])
+    builder.text(" is")
 
 
-def _region_answer(writer: TokenBuilder, sample: RegionCaption) -> None:
-    writer.text(f" {_given(sample.caption, 'caption')}")
+def _region_answer(builder: TokenBuilder, record: RegionCaption) -> None:
+    builder.text(f" {_required(record.caption, 'caption')}")
 
 
-def _ocr_prompt(writer: TokenBuilder, sample: OCR) -> None:
-    writer.text("OCR with grounding:")
+def _ocr_prompt(builder: TokenBuilder, record: OCR) -> None:
+    builder.text("OCR with grounding:")
 
 
-def _ocr_answer(writer: TokenBuilder, sample: OCR) -> None:
-    writer.text(" ")
-    for line in _given(sample.lines, "lines"):
-        writer.ref(line.text)
-        writer.text(" ")
-        writer.quad(line.quad)
+def _ocr_answer(builder: TokenBuilder, record: OCR) -> None:
+    builder.text(" ")
+    for line in _required(record.lines, "lines"):
+        builder.ref(line.text)
+        builder.text(" ")
+        builder.quad(line.quad)
 
 
-def _text_prompt(writer: TokenBuilder, sample: PureText) -> None:
-    writer.supervised = True
-    writer.text(sample.text)
+def _text_prompt(builder: TokenBuilder, record: PureText) -> None:
+    builder.supervised = True
+    builder.text(record.text)
 
 
-def _nothing(writer: TokenBuilder, sample: Sample) -> None:
-    pass
+def _no_answer(builder: TokenBuilder, record: PureText) -> None:
+    """Write nothing: pure text is its own prompt."""
 
 
-def _given(value: _T | None, key: str) -> _T:
-    """The part of a record that only training needs."""
+def _required(value: _T | None, key: str) -> _T:
+    """Return a value that a record may lack for generation, but not for training."""
     if value is None:
         raise SampleError(f"the record has no {key!r}")
     return value
 
 
 @dataclass(frozen=True)
-class _Format:
-    """How a record becomes text, and how many images it has."""
+class TaskFormat:
+    """How the records of a task become tokens, and how many images they have."""
 
-    prompt: Callable[[TokenBuilder, Any], None]
-    answer: Callable[[TokenBuilder, Any], None]
+    write_prompt: Callable[[TokenBuilder, Any], None]
+    write_answer: Callable[[TokenBuilder, Any], None]
     min_images: int = 1
     max_images: int = 1
 
 
 _MANY = 1000
-_FORMATS: dict[type, _Format] = {
-    Caption: _Format(_caption_prompt, _caption_answer, max_images=_MANY),
-    VQA: _Format(_vqa_prompt, _vqa_answer, max_images=_MANY),
-    GroundedCaption: _Format(_caption_prompt, _grounded_answer),
-    Referring: _Format(_referring_prompt, _referring_answer),
-    RegionCaption: _Format(_region_prompt, _region_answer),
-    OCR: _Format(_ocr_prompt, _ocr_answer),
-    PureText: _Format(_text_prompt, _nothing, min_images=0, max_images=0),
+FORMATS: dict[type, TaskFormat] = {
+    Caption: TaskFormat(_caption_prompt, _caption_answer, max_images=_MANY),
+    VQA: TaskFormat(_vqa_prompt, _vqa_answer, max_images=_MANY),
+    GroundedCaption: TaskFormat(_caption_prompt, _grounded_answer),
+    Referring: TaskFormat(_referring_prompt, _referring_answer),
+    RegionCaption: TaskFormat(_region_prompt, _region_answer),
+    OCR: TaskFormat(_ocr_prompt, _ocr_answer),
+    PureText: TaskFormat(_text_prompt, _no_answer, min_images=0, max_images=0),
 }

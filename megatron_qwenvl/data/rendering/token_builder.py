@@ -1,4 +1,4 @@
-"""Writing a sample: text, special tokens, images and coordinates to token ids with a loss mask."""
+"""Token ids and loss mask of a sample, built from text, special tokens, images and coordinates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """An image as far as the text needs it: member name (`jpg`, `0.jpg`) and size in pixels."""
+    """Name (`jpg`, `0.jpg`) and size in pixels of an image: all that its text depends on."""
 
     name: str
     width: int
@@ -26,16 +26,16 @@ class RenderOptions:
     """How the records of a directory are rendered; chosen when it is indexed, and kept in its index.
 
     Attributes:
-        unparsed_markup: a dialogue with an attempt at markup that does not parse is left out, or kept as text.
-        ref_blank: whether the blank before a phrase of a grounded caption stands before `<ref>`, as in the paper, or
-            inside, as the published model writes it.
+        unparsed_markup: leave out a dialogue with text that looks like markup and does not parse, or keep it as text.
+        ref_blank: write the blank before a phrase of a grounded caption before `<ref>`, as in the paper, or inside, as
+            the published model writes it.
     """
 
     unparsed_markup: Literal["leave_out", "keep"] = "leave_out"
     ref_blank: Literal["outside", "inside"] = "outside"
 
     def __str__(self) -> str:
-        """The fields that are not the default: `ref_blank inside`."""
+        """Name the fields that differ from the default: `ref_blank inside`."""
         default = RenderOptions()
         return ", ".join(
             f"{name} {value}" for name, value in vars(self).items() if value != getattr(default, name)
@@ -47,10 +47,10 @@ DEFAULT_OPTIONS = RenderOptions()
 
 @dataclass
 class TokenizedSample:
-    """A sample, or a prompt, as the decoder sees it.
+    """A sample, or a prompt, as the decoder reads it.
 
     Attributes:
-        tokens: ids; image slots hold `<imgpad>`.
+        tokens: token ids; image slots hold `<imgpad>`.
         loss_mask: for each token, whether predicting it is part of the loss.
         image_starts: position of the first slot of each image.
         image_order: for each image in the order of appearance, its index in the given images.
@@ -63,7 +63,17 @@ class TokenizedSample:
 
 
 class TokenBuilder:
-    """Appends to a `TokenizedSample`; `supervised` says whether what is written belongs to the loss."""
+    """Appends to a `TokenizedSample`.
+
+    `supervised` says whether the tokens that follow belong to the loss; a single call may say otherwise.
+
+    Args:
+        tokenizer: the vocabulary.
+        images: the sample's images.
+        image_tokens: slots of one image.
+        language: of the caption prompt where a record does not name its own.
+        options: how records are rendered where there is a choice.
+    """
 
     def __init__(
         self,
@@ -79,43 +89,47 @@ class TokenBuilder:
         self.language = language
         self.options = options
         self.supervised = False
-        self.out = TokenizedSample()
+        self.sample = TokenizedSample()
 
     def ids(self, ids: list[int], supervised: bool | None = None) -> None:
-        self.out.tokens += ids
-        self.out.loss_mask += [self.supervised if supervised is None else supervised] * len(ids)
+        """Append token ids."""
+        self.sample.tokens += ids
+        self.sample.loss_mask += [self.supervised if supervised is None else supervised] * len(ids)
 
     def text(self, text: str, supervised: bool | None = None) -> None:
+        """Append text, in which nothing becomes a special token."""
         self.ids(self.tokenizer.encode(text), supervised)
 
     def image(self, index: int) -> None:
-        """`<img>`, the slots, `</img>`; never learned."""
+        """Append `<img>`, the slots of an image, and `</img>`; never supervised."""
         tokenizer = self.tokenizer
-        self.out.image_order.append(index)
-        self.out.image_starts.append(len(self.out.tokens) + 1)
+        self.sample.image_order.append(index)
+        self.sample.image_starts.append(len(self.sample.tokens) + 1)
         slots = [tokenizer.img_pad] * self.image_tokens
         self.ids([tokenizer.img_start, *slots, tokenizer.img_end], supervised=False)
 
     def all_images(self) -> None:
+        """Append every image in its order."""
         for index in range(len(self.images)):
             self.image(index)
 
     def ref(self, text: str) -> None:
+        """Append a phrase between `<ref>` and `</ref>`."""
         self.enclosed("ref", text)
 
     def boxes(self, boxes: Sequence[Box]) -> None:
-        """Boxes in pixels of the only image."""
+        """Append boxes that are given in pixels of the only image."""
         image = self.images[0]
         for box in boxes:
             self.enclosed("box", write_corners(box_corners(box, image.width, image.height)))
 
     def quad(self, quad: Quad) -> None:
-        """A quadrilateral in pixels of the only image."""
+        """Append a quadrilateral that is given in pixels of the only image."""
         image = self.images[0]
         self.enclosed("quad", write_corners(quad_corners(quad, image.width, image.height)))
 
     def enclosed(self, markup: Literal["ref", "box", "quad"], text: str) -> None:
-        """`text` between a pair of grounding tokens."""
+        """Append `text` between a pair of grounding tokens."""
         start, end = self.tokenizer.markup[markup]
         self.ids([start])
         self.text(text)

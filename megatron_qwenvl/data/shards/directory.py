@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_qwenvl.data.errors import DataError, index_command
-from megatron_qwenvl.data.rendering.formats import RENDERING_VERSION
+from megatron_qwenvl.data.rendering.renderer import RENDERING_VERSION
 from megatron_qwenvl.data.rendering.token_builder import DEFAULT_OPTIONS, RenderOptions
 from megatron_qwenvl.runtime.retry import reads
 

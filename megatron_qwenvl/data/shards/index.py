@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_qwenvl.data.errors import DataError, index_command
 from megatron_qwenvl.data.records.tasks import TASKS
-from megatron_qwenvl.data.rendering.formats import RENDERING_VERSION
+from megatron_qwenvl.data.rendering.renderer import RENDERING_VERSION
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo, RenderOptions
 from megatron_qwenvl.runtime.retry import reads
 

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_qwenvl.data.errors import DataError, SampleError, only_this_sample
 from megatron_qwenvl.data.images import load_pixels, read_header
 from megatron_qwenvl.data.records.tasks import TASKS, Chat, decode_record
-from megatron_qwenvl.data.rendering.formats import render_sample
+from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import DEFAULT_OPTIONS, ImageInfo, RenderOptions
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
 
@@ -165,11 +165,12 @@ def build_index(
             stat = os.fstat(file.fileno())
             digest = file_digest(file)
             read = _reader(file.fileno(), path)
+            renderer = Renderer(tokenizer, image_tokens=0, options=options)
             joints: list[int] = []
             for sample in scan_shard(file, path, joints):
                 try:
                     with only_this_sample():
-                        _append(columns, sample, read, tokenizer, verify_images, options)
+                        _append(columns, sample, read, renderer, verify_images)
                 except SampleError as error:
                     columns["skipped_keys"].append(sample.key[:_MAX_KEY].encode(errors="replace"))
                     columns["skipped_reasons"].append(str(error)[:_MAX_REASON].encode(errors="replace"))
@@ -197,9 +198,8 @@ def _append(
     columns: dict[str, list[Any]],
     sample: ShardSample,
     read: Callable[[Member], bytes],
-    tokenizer: Tokenizer,
+    renderer: Renderer,
     verify_images: bool,
-    options: RenderOptions,
 ) -> None:
     """Add the row of one sample; nothing is added when it raises SampleError."""
     if sample.problem:
@@ -214,7 +214,7 @@ def _append(
     names = image_names(sample, ordered=not isinstance(record, Chat))
     described = [_describe(name, read(sample.members[name]), verify_images) for name in names]
     images = [image for image, _ in described]
-    rendered = render_sample(record, images, tokenizer, image_tokens=0, options=options)
+    rendered = renderer.render(record, images)
     shown = [images[i] for i in rendered.image_order]
     row = {
         "keys": sample.key.encode(), "tasks": TASKS.index(record.task), "text_suffixes": suffix.encode(),

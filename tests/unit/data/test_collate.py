@@ -17,9 +17,9 @@ from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading import reader as reader_module
 from megatron_qwenvl.data.loading.collate import collate
 from megatron_qwenvl.data.loading.reader import SampleReader
-from megatron_qwenvl.data.records.tasks import TASKS, parse_sample
+from megatron_qwenvl.data.records.tasks import TASKS, parse_record
 from megatron_qwenvl.data.rendering import formats
-from megatron_qwenvl.data.rendering.formats import render_sample
+from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.data.sampling.mixture import SampleTable
@@ -81,9 +81,9 @@ def test_batches_hold_their_samples_exactly(root: Path, byte_level: Tokenizer, p
         assert batch.task_ids is not None and batch.sample_ids is not None
         used = torch.zeros(batch.length, dtype=torch.bool)
         for ordinal, key in enumerate(keys):
-            record = parse_sample(json.loads(by_key(key)["json"]))
+            record = parse_record(json.loads(by_key(key)["json"]))
             images = [ImageInfo("png", 20, 10)] if "png" in by_key(key) else []
-            rendered = render_sample(record, images, byte_level, SLOTS)
+            rendered = Renderer(byte_level, SLOTS).render(record, images)
             at = (batch.sample_ids == ordinal).nonzero().flatten()
             assert at.tolist() == list(range(int(at[0]), int(at[0]) + len(rendered.tokens)))
             assert batch.tokens[at].tolist() == rendered.tokens
@@ -193,7 +193,7 @@ def test_a_stage_reads_what_it_needs(root: Path, byte_level: Tokenizer) -> None:
 # ---- samples that turn out bad while training
 
 
-@pytest.mark.parametrize("part", ["render_sample", "decode_record", "load_pixels"])
+@pytest.mark.parametrize("part", ["render", "decode_record", "load_pixels"])
 @pytest.mark.parametrize("kind", [AssertionError, SyntaxError, OSError, EOFError, ValueError])
 def test_no_exception_of_a_library_on_the_bytes_of_a_sample_ends_a_run(
     root: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch, part: str, kind: type[Exception]
@@ -201,7 +201,7 @@ def test_no_exception_of_a_library_on_the_bytes_of_a_sample_ends_a_run(
     def fail(*_: object) -> object:
         raise kind("broken")
 
-    monkeypatch.setattr(reader_module, part, fail)
+    monkeypatch.setattr(Renderer if part == "render" else reader_module, part, fail)
     for keys, batch in batches_of(reader_of(run_config(root, {"a": 1}), byte_level)):
         images = [sum(name.endswith("png") for name in by_key(key)) for key in keys]
         bad = [i for i in range(len(keys)) if part != "load_pixels" or images[i]]

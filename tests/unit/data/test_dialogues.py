@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.records.tasks import parse_sample
-from megatron_qwenvl.data.rendering.formats import render_prompt, render_sample
+from megatron_qwenvl.data.records.tasks import parse_record
+from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo, RenderOptions, TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 
@@ -55,10 +55,12 @@ def test_chatml_byte_level(byte_level: Tokenizer) -> None:
     rendered = render(DIALOGUE, byte_level)
     assert rendered.tokens == [token for ids, _ in parts for token in ids]
     assert rendered.loss_mask == [supervised for ids, supervised in parts for _ in ids]
-    prompt = render_prompt(parse_sample(DIALOGUE), IMAGE, byte_level, 2)
+    prompt = Renderer(byte_level, 2).render(parse_record(DIALOGUE), IMAGE, answer=False)
     assert prompt.tokens == [token for ids, _ in parts[:-1] for token in ids]
     open_ended = {**DIALOGUE, "conversations": DIALOGUE["conversations"][:3]}
-    assert render_prompt(parse_sample(open_ended), IMAGE, byte_level, 2).tokens == prompt.tokens
+    assert (
+        Renderer(byte_level, 2).render(parse_record(open_ended), IMAGE, answer=False).tokens == prompt.tokens
+    )
 
 
 def test_chatml_qwen(qwen: Tokenizer) -> None:
@@ -167,7 +169,7 @@ def test_dialogues_that_are_left_out(byte_level: Tokenizer, record: dict[str, An
 
 def test_a_dialogue_without_an_answer_can_be_asked(byte_level: Tokenizer) -> None:
     for record in (chat(Q), chat(Q, A), chat(A, Q)):
-        prompt = render_prompt(parse_sample(record), [], byte_level, 2)
+        prompt = Renderer(byte_level, 2).render(parse_record(record), [], answer=False)
         assert spoken(prompt, byte_level)[1:] == ["user\nq<|im_end|>\n", "assistant\n"]
 
 
@@ -230,12 +232,9 @@ def test_images_that_leave_a_dialogue_out(
 def test_a_dialogue_about_html_can_be_kept(byte_level: Tokenizer) -> None:
     """Without an image it cannot be known whether one is missing; who vouches for the text says so."""
     record = chat(("user", "Close <img>photo.png</img>?"), A)
-    rendered = render_sample(
-        parse_sample(record), [], byte_level, 2, options=RenderOptions(unparsed_markup="keep")
-    )
+    renderer = Renderer(byte_level, 2, options=RenderOptions(unparsed_markup="keep"))
+    rendered = renderer.render(parse_record(record), [])
     assert spoken(rendered, byte_level)[1] == "user\nClose <img>photo.png</img>?<|im_end|>\n"
     assert byte_level.img_start not in rendered.tokens
     with pytest.raises(SampleError, match="shows an image 'photo.png', the sample has 0.jpg"):
-        render_sample(
-            parse_sample(record), TWO[:1], byte_level, 2, options=RenderOptions(unparsed_markup="keep")
-        )
+        renderer.render(parse_record(record), TWO[:1])

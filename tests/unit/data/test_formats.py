@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_qwenvl.data.errors import SampleError
-from megatron_qwenvl.data.records.tasks import TASKS, decode_record, parse_sample
-from megatron_qwenvl.data.rendering.formats import render_prompt, render_sample
+from megatron_qwenvl.data.records.tasks import TASKS, decode_record, parse_record
+from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo, TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 
@@ -132,18 +132,20 @@ CASES = {
 def test_format_byte_level(byte_level: Tokenizer, name: str) -> None:
     case = CASES[name]
     check(render(case.record, byte_level), case.prompt, case.answer)
-    assert render_prompt(parse_sample(case.record), IMAGE, byte_level, 2).tokens == case.prompt
+    assert (
+        Renderer(byte_level, 2).render(parse_record(case.record), IMAGE, answer=False).tokens == case.prompt
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_format_qwen(qwen: Tokenizer, name: str) -> None:
     case = CASES[name]
     check(render(case.record, qwen), case.qwen_prompt, case.qwen_answer)
-    assert render_prompt(parse_sample(case.record), IMAGE, qwen, 2).tokens == case.qwen_prompt
+    assert Renderer(qwen, 2).render(parse_record(case.record), IMAGE, answer=False).tokens == case.qwen_prompt
 
 
 def render(record: Any, tokenizer: Tokenizer, images: list[ImageInfo] = IMAGE) -> TokenizedSample:
-    return render_sample(parse_sample(record), images, tokenizer, image_tokens=2)
+    return Renderer(tokenizer, image_tokens=2).render(parse_record(record), images)
 
 
 def check(rendered: TokenizedSample, prompt: list[int], answer: list[int]) -> None:
@@ -152,7 +154,7 @@ def check(rendered: TokenizedSample, prompt: list[int], answer: list[int]) -> No
     assert rendered.image_starts == [1]
 
 
-def test_pure_text_is_learned_throughout(byte_level: Tokenizer, qwen: Tokenizer) -> None:
+def test_pure_text_is_supervised_throughout(byte_level: Tokenizer, qwen: Tokenizer) -> None:
     record = {"task": "text", "text": "Hello <img>x</img> <|im_end|>"}
     rendered = render(record, byte_level, [])
     assert rendered.tokens == [*b"Hello <img>x</img> <|im_end|>", EOS]
@@ -215,17 +217,19 @@ def test_an_answer_is_needed_for_training_only(byte_level: Tokenizer, name: str)
     answers = {"region_caption": ["caption"], "referring": ["boxes"], "ocr": ["lines"]}
     missing = answers.get(name, ["answer", "caption"])
     record = {key: value for key, value in CASES[name].record.items() if key not in missing}
-    assert render_prompt(parse_sample(record), IMAGE, byte_level, 2).tokens == CASES[name].prompt
+    assert (
+        Renderer(byte_level, 2).render(parse_record(record), IMAGE, answer=False).tokens == CASES[name].prompt
+    )
     with pytest.raises(SampleError, match="the record has no"):
         render(record, byte_level)
 
 
 def test_languages_prompt_with_equally_many_tokens(byte_level: Tokenizer, qwen: Tokenizer) -> None:
     """The index counts captions without a language as English; a source may say Chinese later."""
-    sample = parse_sample({"task": "caption", "caption": "x"})
+    record = parse_record({"task": "caption", "caption": "x"})
     for tokenizer in (byte_level, qwen):
         lengths = {
-            len(render_sample(sample, IMAGE, tokenizer, 2, language).tokens) for language in ("en", "zh")
+            len(Renderer(tokenizer, 2, language).render(record, IMAGE).tokens) for language in ("en", "zh")
         }
         assert len(lengths) == 1
 
@@ -235,6 +239,6 @@ def test_every_task_has_a_case() -> None:
 
 
 def test_plain_captions_are_captions(byte_level: Tokenizer) -> None:
-    sample = decode_record("txt", b"the beautiful flowers for design.\n")
-    assert render_sample(sample, IMAGE, byte_level, 2) == render(CASES["caption"].record, byte_level)
-    assert json.loads(sample.model_dump_json())["task"] == "caption"
+    record = decode_record("txt", b"the beautiful flowers for design.\n")
+    assert Renderer(byte_level, 2).render(record, IMAGE) == render(CASES["caption"].record, byte_level)
+    assert json.loads(record.model_dump_json())["task"] == "caption"

@@ -19,8 +19,8 @@ import pytest
 
 from megatron_qwenvl.commands import index_shards
 from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.records.tasks import TASKS, decode_record, parse_sample
-from megatron_qwenvl.data.rendering.formats import render_sample
+from megatron_qwenvl.data.records.tasks import TASKS, decode_record, parse_record
+from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwenvl.data.sampling.sampler import open_training_sampler
@@ -45,12 +45,12 @@ def test_index_describes_every_sample(tmp_path: Path, byte_level: Tokenizer) -> 
     index = build_index(path, byte_level)
     assert [index.key(row) for row in range(len(index))] == [item["__key__"] for item in samples]
     for row, item in enumerate(samples):
-        record = parse_sample(json.loads(item["json"]))
+        record = parse_record(json.loads(item["json"]))
         infos = [ImageInfo("png", 20, 10)] if "png" in item else []
         assert index.arrays["tasks"][row] == TASKS.index(record.task)
         assert [info for info, _ in index.images(row)] == infos
         for slots in (0, 16, 256):
-            length = len(render_sample(record, infos, byte_level, slots).tokens)
+            length = len(Renderer(byte_level, slots).render(record, infos).tokens)
             assert index.arrays["text_tokens"][row] + slots * index.image_counts[row] == length
 
 

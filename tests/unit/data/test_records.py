@@ -11,8 +11,8 @@ import pytest
 from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.records.coordinates import normalise
 from megatron_qwenvl.data.records.markup import parse_markup
-from megatron_qwenvl.data.records.tasks import decode_record, parse_sample
-from megatron_qwenvl.data.rendering.formats import render_sample
+from megatron_qwenvl.data.records.tasks import decode_record, parse_record
+from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import RenderOptions
 from megatron_qwenvl.data.rendering.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -43,7 +43,7 @@ def _chat(user: str, assistant: str) -> dict[str, Any]:
 
 def tokens(record: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
     images = [] if record["task"] in ("text", "chat") else IMAGE
-    return render_sample(decode_record("json", json.dumps(record).encode()), images, tokenizer, 2).tokens
+    return Renderer(tokenizer, 2).render(decode_record("json", json.dumps(record).encode()), images).tokens
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -93,8 +93,8 @@ def test_members_are_utf8_with_or_without_a_byte_order_mark() -> None:
     record = {"task": "caption", "caption": "caf\u00e9"}
     text = json.dumps(record, ensure_ascii=False)
     for mark in (b"", b"\xef\xbb\xbf"):
-        assert decode_record("txt", mark + record["caption"].encode()) == parse_sample(record)
-        assert decode_record("json", mark + text.encode()) == parse_sample(record)
+        assert decode_record("txt", mark + record["caption"].encode()) == parse_record(record)
+        assert decode_record("json", mark + text.encode()) == parse_record(record)
     for suffix, data in (("txt", record["caption"]), ("json", text)):
         for encoding in ("utf-16", "latin-1"):
             with pytest.raises(SampleError, match=f"malformed {suffix}: not UTF-8 at byte"):
@@ -275,8 +275,8 @@ def test_no_blank_is_lost_between_text_and_phrase(
     byte_level: Tokenizer, parts: list[Any], outside: str, inside: str
 ) -> None:
     for where, expected in (("outside", outside), ("inside", inside)):
-        sample = parse_sample(grounded(*parts))
-        rendered = render_sample(sample, IMAGE, byte_level, 2, options=RenderOptions(ref_blank=where))  # type: ignore[arg-type]
+        renderer = Renderer(byte_level, 2, options=RenderOptions(ref_blank=where))  # type: ignore[arg-type]
+        rendered = renderer.render(parse_record(grounded(*parts)), IMAGE)
         answer = byte_level.decode(rendered.tokens).partition("with grounding:")[2]
         written = expected.replace("[", "<ref>").replace("]", "</ref><box>(0,0),(9,9)</box>")
         assert answer == f"{written}<|endoftext|>"

@@ -12,8 +12,8 @@ from megatron_qwenvl.data import images as image_files
 from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.records import attempts, coordinates, dialogues, fields, markup, tasks
 from megatron_qwenvl.data.records.tasks import TASKS, decode_record
-from megatron_qwenvl.data.rendering import chatml, formats, token_builder
-from megatron_qwenvl.data.rendering.formats import RENDERING_VERSION, render_sample
+from megatron_qwenvl.data.rendering import chatml, formats, renderer, token_builder
+from megatron_qwenvl.data.rendering.renderer import RENDERING_VERSION, Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.data.shards import media, members
@@ -21,11 +21,11 @@ from megatron_qwenvl.data.shards import media, members
 EXPECTED = {
     "version": 6,
     "renderings": "7d009248fe8ea43a",
-    "logic": "671a3cb98cacb59c",
+    "logic": "0748b941ed1dd81b",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise
-RENDERING_VERSION in megatron_qwenvl/data/rendering/formats.py (now {version}): users are then asked to index again.
+RENDERING_VERSION in megatron_qwenvl/data/rendering/renderer.py (now {version}): users are then asked to index again.
 If no rendering can have changed (a refactoring), leave it. Then put into EXPECTED of {file}:
 {expected}"""
 
@@ -89,8 +89,8 @@ CORPUS: list[tuple[Any, int]] = [
 def rendering(record: Any, images: int, tokenizer: Tokenizer) -> object:
     """Tokens, loss mask and images of a record, or that it is refused; its reason may change freely."""
     try:
-        sample = decode_record("json", json.dumps(record).encode())
-        out = render_sample(sample, [ImageInfo(f"{i}.png", 20, 10) for i in range(images)], tokenizer, 2)
+        infos = [ImageInfo(f"{i}.png", 20, 10) for i in range(images)]
+        out = Renderer(tokenizer, 2).render(decode_record("json", json.dumps(record).encode()), infos)
     except SampleError:
         return "refused"
     return out.tokens, out.loss_mask, out.image_starts, out.image_order
@@ -125,8 +125,8 @@ def digest(value: object) -> str:
 def test_the_version_is_raised_with_every_change_of_renderings(byte_level: Tokenizer) -> None:
     assert {record["task"] for record, _ in CORPUS if isinstance(record, dict)} >= set(TASKS)
     modules = (
-        formats, chatml, dialogues, markup, attempts, tasks, fields, coordinates, token_builder, image_files, members,
-        media,
+        renderer, formats, chatml, dialogues, markup, attempts, tasks, fields, coordinates, token_builder, image_files,
+        members, media,
     )  # fmt: skip
     found = {
         "version": RENDERING_VERSION,
