@@ -14,8 +14,9 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
-from megatron_qwenvl.runtime.exit_codes import CRASHED, INTERRUPTED, RUN_ERROR
+from megatron_qwenvl.runtime.exit_codes import CRASHED, INTERRUPTED, RUN_ERROR, SUCCESS, USAGE_ERROR
 from megatron_qwenvl.runtime.interrupt import StopRequest
 from megatron_qwenvl.runtime.leave import leave
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str], stop: StopRequest) -> int:
-    from megatron_qwenvl.config.cli import USAGE_ERROR, parse_start_arguments
+    from megatron_qwenvl.config.cli import parse_start_arguments
     from megatron_qwenvl.runtime.processes import LaunchError, detect_process
 
     try:
@@ -83,7 +84,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
             how = "interrupted" if trainer.interrupted else "finished"
             logger.info("%s at step %d of %d", how, progress.step, config.train.steps)
         stop_engine()
-        return INTERRUPTED if trainer.interrupted else 0
+        return INTERRUPTED if trainer.interrupted else SUCCESS
     except (
         CheckpointError,
         DataError,
@@ -110,5 +111,10 @@ def _stopped_early(signal_name: str) -> int:
     return INTERRUPTED
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Run the program and end the process with its code."""
     leave(main())
+
+
+if __name__ == "__main__":
+    run()

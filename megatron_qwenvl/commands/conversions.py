@@ -17,6 +17,7 @@ from megatron_qwenvl.checkpoint.formats.hf_files import content_files
 from megatron_qwenvl.checkpoint.storage.files import OnBytes, check_places
 from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
 from megatron_qwenvl.config.recipes import RECIPES
+from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
 
 
 def next_stage(arguments: argparse.Namespace) -> int:
@@ -55,7 +56,7 @@ def export_qwenvl(arguments: argparse.Namespace) -> int:
 def inspect_checkpoint(arguments: argparse.Namespace) -> int:
     """Print what a checkpoint is."""
     _tell(tuple(describe(arguments.checkpoint)))
-    return 0
+    return SUCCESS
 
 
 def compare_checkpoints(arguments: argparse.Namespace) -> int:
@@ -66,7 +67,7 @@ def compare_checkpoints(arguments: argparse.Namespace) -> int:
     progress.finish()
     _tell([*table_notes(arguments.a), *table_notes(arguments.b), *differences])
     print(f"{len(differences)} of {len(a.specs.keys() | b.specs.keys())} tensors differ")
-    return 1 if differences else 0
+    return RUN_ERROR if differences else SUCCESS
 
 
 def verify_checkpoint(arguments: argparse.Namespace) -> int:
@@ -77,7 +78,7 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
     progress.finish()
     _tell(problems)
     print(f"{checkpoint}: {f'{len(problems)} problems' if problems else 'good'}")
-    return 1 if problems else 0
+    return RUN_ERROR if problems else SUCCESS
 
 
 def _import(arguments: argparse.Namespace, plan: Import) -> int:
@@ -117,15 +118,15 @@ def _convert(
         print(
             f"{arguments.out}: complete, made before by the same command from the same sources; nothing to do"
         )
-        return 0
+        return SUCCESS
     if arguments.dry_run:
         print(f"would write {total / 1e9:.3f} GB to {arguments.out}")
-        return 0
+        return SUCCESS
     conversion = Conversion(command=arguments.command, settings=settings, sources=digest())
     progress = Progress(f"{arguments.command} -> {arguments.out}", total)
     work(progress.add, conversion)
     progress.finish()
-    return 0
+    return SUCCESS
 
 
 def _tell(lines: list[str] | tuple[str, ...]) -> None:

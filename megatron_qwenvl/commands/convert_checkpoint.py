@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_qwenvl.config.recipes import RECIPES
+from megatron_qwenvl.runtime.exit_codes import RUN_ERROR
 from megatron_qwenvl.runtime.output import print_any_name
 
 from .entry import run_program
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[arguments.command](arguments)
     except (CheckpointError, OSError) as error:
         print(f"{arguments.command}: {error}", file=sys.stderr)
-        return 1
+        return RUN_ERROR
 
 
 def run() -> NoReturn:

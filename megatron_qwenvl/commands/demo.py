@@ -21,12 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
+from megatron_qwenvl.runtime.torchrun import local_command
+
 from .entry import run_program
 
 if TYPE_CHECKING:
     from megatron_qwenvl.evaluation.report import Example
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("stage1", "stage2", "stage3")
 VQA_GOAL = 0.90
 EXAMPLES = 12
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"demo: {' '.join(error.cmd[1:4])} ... failed with exit code {error.returncode}", file=sys.stderr
         )
-        return 1
+        return RUN_ERROR
     report = question(arguments)
     report["seconds"] = round(time.monotonic() - began, 1)
     (arguments.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -113,8 +115,8 @@ def train(arguments: argparse.Namespace, stage: str, previous: str | None) -> No
     processes = arguments.tensor * arguments.pipeline * arguments.data_parallel
     heading(f"{stage}: {processes} processes, tensor {arguments.tensor} x pipeline {arguments.pipeline}")
     subprocess.run(
-        [
-            str(ROOT / "launch" / "local.sh"),
+        local_command(
+            processes, "-m", "megatron_qwenvl.train",
             "--recipe", f"tiny_{stage}",
             "--run_dir", str(out / stage),
             "--seed", str(arguments.seed),
@@ -123,10 +125,9 @@ def train(arguments: argparse.Namespace, stage: str, previous: str | None) -> No
             "--parallel.pipeline", str(arguments.pipeline),
             "--parallel.sequence_parallel", str(arguments.tensor > 1).lower(),
             *start,
-        ],
+        ),
         check=True,
-        cwd=ROOT,
-        env={**os.environ, "NPROC": str(processes), "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore"},
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def conclude(report: dict[str, Any], out: Path) -> int:
         f"answers are right, {report['vqa_accuracy_shuffled_images']:.0%} with exchanged images "
         f"(chance is {report['vqa_chance']:.0%})."
     )
-    return 0 if learned else 1
+    return SUCCESS if learned else RUN_ERROR
 
 
 def run() -> NoReturn:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS, USAGE_ERROR
 from megatron_qwenvl.runtime.output import print_any_name
 
 from .entry import run_program
@@ -69,15 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_any_name()
     try:
         if arguments.list_skipped:
-            return 1 if sum(map(list_skipped, arguments.directories)) else 0
+            return RUN_ERROR if sum(map(list_skipped, arguments.directories)) else SUCCESS
         if arguments.check:
             for directory in arguments.directories:
                 check_directory(directory, arguments.tokenizer)
-            return 0
-        return 1 if index_directories(arguments) else 0
-    except (DataError, LaunchError) as error:
+            return SUCCESS
+        return RUN_ERROR if index_directories(arguments) else SUCCESS
+    except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return RUN_ERROR
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
 
 
 def run() -> NoReturn:

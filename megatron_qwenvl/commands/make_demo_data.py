@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
+
+from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
 
 from .entry import run_program
 
@@ -40,6 +43,12 @@ def _count(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write all shards; returns the exit code."""
     arguments = parse_arguments(argv)
+    if find_spec("webdataset") is None:
+        print(
+            "make_demo_data: expected the package webdataset, found none: pip install webdataset",
+            file=sys.stderr,
+        )
+        return RUN_ERROR
     from megatron_qwenvl.demo.dataset import make_demo_data
 
     try:
@@ -52,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except OSError as error:
         print(f"{arguments.out}: cannot write the data: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+        return RUN_ERROR
+    return SUCCESS
 
 
 def run() -> NoReturn:

@@ -17,15 +17,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_qwenvl.config.cli import USAGE_ERROR
 from megatron_qwenvl.profiling.layouts import Launcher, Layout, Measurement, ProfileError, check, run_layout
 from megatron_qwenvl.profiling.throughput import Row, read_metrics, render_markdown, write_table
+from megatron_qwenvl.runtime.environment import git_state
+from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS, USAGE_ERROR
 
 from .entry import run_program
 
@@ -45,7 +45,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     parser.add_argument("--steps", type=int, default=10, help="steps to measure (default 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
     parser.add_argument(
-        "--launcher", type=Path, default=ROOT / "launch/local.sh", help="default launch/local.sh"
+        "--launcher",
+        type=Path,
+        metavar="SCRIPT",
+        help="such as launch/srun.sh; left out: torchrun on this machine",
     )
     parser.add_argument(
         "--processes", type=int, metavar="N", help="default: NPROC, or the allocation's tasks below Slurm"
@@ -56,13 +59,16 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     return arguments, overrides
 
 
-def git_revision() -> str | None:
+def default_launcher() -> Path | None:
+    """`launch/local.sh` of a checkout; None where the package is installed without it."""
+    script = ROOT / "launch/local.sh"
+    return script if script.is_file() else None
+
+
+def revision() -> str | None:
     """The checkout's commit, `-dirty` with changes; None where it is no checkout."""
-    try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    commit, dirty = git_state(ROOT)
+    return commit and commit[:12] + ("-dirty" if dirty else "")
 
 
 def describe(measurement: Measurement, rows: list[Row]) -> dict[str, Any]:
@@ -76,8 +82,8 @@ def describe(measurement: Measurement, rows: list[Row]) -> dict[str, Any]:
         "hardware": f"{start['processes']} x {start['device']}" if start else None,
         "peak_flops_per_device": start.get("peak_flops_per_device"),
         "versions": {name: start[name] for name in versions if start.get(name)},
-        "revision": git_revision(),
-        "launcher": measurement.launcher.script.name,
+        "revision": revision(),
+        "launcher": measurement.launcher.name,
         "processes": measurement.launcher.processes,
         "warmup_steps": measurement.warmup,
         "measured_steps": measurement.steps,
@@ -91,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         measurement = Measurement(
             recipe=arguments.recipe,
-            launcher=Launcher.find(arguments.launcher, arguments.processes, os.environ),
+            launcher=Launcher.find(arguments.launcher or default_launcher(), arguments.processes, os.environ),
             out=arguments.out.resolve(),
             overrides=tuple(overrides),
             steps=arguments.steps,
@@ -112,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row)
         write_table(measurement.out, describe(measurement, rows), rows)
     print(render_markdown(describe(measurement, rows), rows))
-    return 0 if any(row.result is not None for row in rows) else 1
+    return SUCCESS if any(row.result is not None for row in rows) else RUN_ERROR
 
 
 def run() -> NoReturn:

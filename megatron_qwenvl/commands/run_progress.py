@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
+
 TAIL_BYTES = 200_000
 """Bytes of the metrics that are read, from the end."""
 RECENT_RECORDS = 20
@@ -124,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.finished:
         steps = total_steps(arguments.run)
-        return 0 if steps is not None and saved_step(arguments.run) == steps else 1
+        return SUCCESS if steps is not None and saved_step(arguments.run) == steps else RUN_ERROR
     print(describe(arguments.run))
-    return 0
+    return SUCCESS
 
 
 def run() -> NoReturn:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_qwenvl.config.load import ConfigError, load_config
+from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS, USAGE_ERROR
 from megatron_qwenvl.runtime.output import print_any_name
 
 from .entry import run_program
@@ -101,14 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_any_name()
     try:
         described = describe_step(make_sampler(arguments, overrides), arguments.step, arguments.data_parallel)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return USAGE_ERROR
+    except (DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return RUN_ERROR
     if arguments.json:
         print(json.dumps(described))
     else:
         print_step(described)
-    return 0
+    return SUCCESS
 
 
 def run() -> NoReturn:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from megatron_qwenvl.runtime.exit_codes import SUCCESS, USAGE_ERROR
+
 from .fields import (
     describe_default,
     describe_type,
@@ -29,8 +31,6 @@ from .load import ConfigError, dump_yaml, load_config
 from .recipes import RECIPES
 from .schema import RunConfig, SourceConfig
 
-USAGE_ERROR = 2
-"""Exit code for arguments or configurations that cannot be used."""
 _OWN_OPTIONS = {"--recipe", "--print-config", "--print-value", "--help"}
 HEAD_START_SECONDS = 1.0
 """Launchers end all processes once one has ended; the one that speaks must be first."""
@@ -194,4 +194,4 @@ def _print_and_exit(text: str) -> NoReturn:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # else the interpreter's last flush fails
-    sys.exit(0)
+    sys.exit(SUCCESS)

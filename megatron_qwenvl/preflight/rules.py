@@ -13,9 +13,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Literal
 
-from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR
-
-PASSED = 0
+from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR, SUCCESS
 
 Level = Literal["ok", "warning", "failure"]
 Slow = Literal["warning", "failure"]
@@ -65,7 +63,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
     failures = [finding for finding in findings if finding.level == "failure"]
     if any(finding.of_nodes for finding in failures):
         return BAD_NODES
-    return RUN_ERROR if failures else PASSED
+    return RUN_ERROR if failures else SUCCESS
 
 
 def bad_nodes(findings: Iterable[Finding]) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_qwenvl.config.load import ConfigError, load_config
 from megatron_qwenvl.runtime.exit_codes import INTERRUPTED
+from megatron_qwenvl.runtime.torchrun import local_command
 
 from .throughput import IncompleteRun, Row, measure, read_metrics
 
@@ -29,40 +30,51 @@ class ProfileError(Exception):
 
 @dataclass(frozen=True)
 class Launcher:
-    """One of the scripts in `launch/`."""
+    """What starts a run: one of the scripts in `launch/`, or torchrun."""
 
-    script: Path
-    """The script."""
+    script: Path | None
+    """The script; None: torchrun with processes on this machine."""
     processes: int
     """Processes that it starts."""
 
     @classmethod
-    def find(cls, script: Path, processes: int | None, environment: Mapping[str, str]) -> Launcher:
-        """A launcher; processes that are not given are NPROC, or the tasks of the Slurm allocation.
+    def find(cls, script: Path | None, processes: int | None, environment: Mapping[str, str]) -> Launcher:
+        """Find a launcher; the default of `processes` is NPROC, or the tasks of the Slurm allocation.
 
         Raises:
             ProfileError: no such script, or the number of processes is not known.
         """
-        if not os.access(script, os.X_OK) or not script.is_file():
+        if script is not None and not (os.access(script, os.X_OK) and script.is_file()):
             raise ProfileError(f"--launcher: expected a script such as launch/local.sh, found {script}")
         text = (
             str(processes)
             if processes is not None
-            else environment.get("NPROC") or _slots(script, environment)
+            else environment.get("NPROC") or _default_processes(script, environment)
         )
         if not text.isdecimal() or int(text) < 1:
             raise ProfileError(f"--processes: expected a number, there or in NPROC, found {text!r}")
-        return cls(script.resolve(), int(text))
+        return cls(script.resolve() if script else None, int(text))
+
+    @property
+    def name(self) -> str:
+        """Name for the table."""
+        return self.script.name if self.script else "torchrun"
+
+    def command(self, *arguments: str) -> list[str]:
+        """Command that starts the training program with these arguments."""
+        if self.script is None:
+            return local_command(self.processes, "-m", "megatron_qwenvl.train", *arguments)
+        return [str(self.script), *arguments]
 
     def environment(self) -> dict[str, str]:
-        """The environment that makes the script start the training program in that many processes."""
+        """Environment that makes the command start the training program in that many processes."""
         inherited = {name: value for name, value in os.environ.items() if name != "PROGRAM"}
-        return {**inherited, "NPROC": str(self.processes)}
+        return {"OMP_NUM_THREADS": "1", **inherited, "NPROC": str(self.processes)}
 
 
-def _slots(script: Path, environment: Mapping[str, str]) -> str:
-    """How many processes a launcher starts without NPROC; empty if only the launcher knows."""
-    if script.name == "local.sh":
+def _default_processes(script: Path | None, environment: Mapping[str, str]) -> str:
+    """Number of processes that a launcher starts without NPROC; empty if only the launcher knows."""
+    if script is None or script.name == "local.sh":
         return "1"
     if "SLURM_JOB_ID" in environment:
         return environment.get("SLURM_NTASKS", "")
@@ -175,7 +187,7 @@ def run_layout(measurement: Measurement, layouts: Sequence[Layout], number: int,
     metrics, log = folder / "metrics.jsonl", folder / "log.txt"
     metrics.unlink(missing_ok=True)
     overrides = run_overrides(measurement, layout, folder)
-    command = [str(measurement.launcher.script), "--recipe", measurement.recipe, *overrides]
+    command = measurement.launcher.command("--recipe", measurement.recipe, *overrides)
     code = _run(command, measurement.launcher.environment(), log, metrics, tell)
     if code:
         text = log.read_text(encoding="utf-8", errors="replace")

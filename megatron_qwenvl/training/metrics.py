@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,15 @@ class MetricsLog:
         self._writes = is_main
         self._file: RecordFile | None = None
         self._board: Any = None
+        self._has_board = config.logging.tensorboard and find_spec("tensorboard") is not None
         self._failing = False
         self._began = time.monotonic()
         self._first_step = first_step
         if is_main:
+            if config.logging.tensorboard and not self._has_board:
+                logger.warning(
+                    "logging.tensorboard: expected the package tensorboard, found none; metrics.jsonl alone"
+                )
             with self._going_on():
                 self._file = self._open_file()
                 self._board = self._open_board(first_step)
@@ -240,7 +246,7 @@ class MetricsLog:
 
     def _open_board(self, first_step: int) -> Any:
         """A TensorBoard writer whose steps from `first_step` on replace older ones; None if there is to be none."""
-        if not self._config.logging.tensorboard:
+        if not self._has_board:
             return None
         from torch.utils.tensorboard import SummaryWriter
 

@@ -10,10 +10,10 @@ import pytest
 
 PACKAGE = "megatron_qwenvl"
 ROOMS = [  # a room imports from those above it
+    "runtime",
     "config.schema",
     "architecture",  # the description of the model, which validation reads
     "config",
-    "runtime",
     "batch",
     "checkpoint.storage",
     "engine",

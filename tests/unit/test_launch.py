@@ -55,6 +55,9 @@ def tree(tmp_path: Path) -> Path:
     (package / "train.py").write_text(REPORT)
     (tools / "report.py").write_text(REPORT)
     shutil.copy(ROOT / "megatron_qwenvl/runtime/processes.py", package)
+    (package / "runtime").mkdir()
+    for name in ("__init__", "exit_codes", "interrupt", "leave", "torchrun"):
+        shutil.copy(ROOT / f"megatron_qwenvl/runtime/{name}.py", package / "runtime")
     return tmp_path
 
 

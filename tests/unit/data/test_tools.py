@@ -90,7 +90,7 @@ def test_ranks_that_do_not_see_each_other_index_nothing(shards: Path, tmp_path: 
     environment = {**os.environ, **slurm, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [sys.executable, ROOT / "tools" / "index_shards.py", shards]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "slurm started 2 ranks but mpi4py sees 1" in result.stderr
     assert not (shards / "manifest.json").exists()
 
