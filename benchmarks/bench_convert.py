@@ -26,12 +26,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.convert.exports import published_table
-from megatron_qwenvl.checkpoint.formats.hf_config import published_config
+from megatron_qwenvl.checkpoint.formats.hf_config import hf_config
 from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, qwenvl_rules
 from megatron_qwenvl.checkpoint.storage.safetensors_files import read_header, write_safetensors
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.config.schema import DecoderConfig, ModelConfig, VisionConfig
+from megatron_qwenvl.model.positions import sincos_table
 from megatron_qwenvl.model.shapes import tensor_shapes
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_checkpoint.py"
@@ -53,11 +53,9 @@ def published_specs(model: ModelConfig) -> dict[str, TensorSpec]:
     """Shape and type of every published tensor."""
     shapes, specs = tensor_shapes(model), {}
     for rule in qwenvl_rules(model):
-        ours = [torch.empty(shapes[name], device="meta", dtype=torch.bfloat16) for name in rule.ours]
-        theirs = rule.mapping.to_theirs(ours)
-        specs |= {
-            name: TensorSpec(tuple(t.shape), t.dtype) for name, t in zip(rule.theirs, theirs, strict=True)
-        }
+        ours = [torch.empty(shapes[name], device="meta", dtype=torch.bfloat16) for name in rule.megatron]
+        theirs = rule.mapping.to_hf(ours)
+        specs |= {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in zip(rule.hf, theirs, strict=True)}
     specs[TABLE_NAME] = TensorSpec((model.image_tokens, model.decoder.hidden), torch.bfloat16)
     return specs
 
@@ -76,7 +74,7 @@ def make_published(folder: Path, model: ModelConfig) -> int:
     def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
             if name == TABLE_NAME:
-                yield name, published_table(model.adapter.query_grid, model.decoder.hidden, torch.bfloat16)
+                yield name, sincos_table(model.adapter.query_grid, model.decoder.hidden).to(torch.bfloat16)
             else:
                 bits = torch.randint(-(2**15), 2**15 - 1, specs[name].shape, dtype=torch.int16)
                 bits &= ~(1 << 14)  # numbers below 2: weights are neither infinite nor NaN
@@ -88,7 +86,7 @@ def make_published(folder: Path, model: ModelConfig) -> int:
         weight_map |= dict.fromkeys(names, file)
         write_safetensors(folder / file, {name: specs[name] for name in names}, tensors(names))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(published_config(model, 448, "bfloat16")))
+    (folder / "config.json").write_text(json.dumps(hf_config(model, 448, "bfloat16")))
     return sum(spec.nbytes for spec in specs.values())
 
 
@@ -155,17 +153,17 @@ def main() -> int:
         vision=VisionConfig(layers=arguments.vit_layers),
         decoder=DecoderConfig(layers=arguments.decoder_layers),
     )
-    published, ours = scratch / "published", scratch / "ours"
-    size = make_published(published, model)
-    copy(published)  # a machine that was idle is slow at first
-    before = copy(published)
+    hf, ours = scratch / "hf", scratch / "megatron"
+    size = make_published(hf, model)
+    copy(hf)  # a machine that was idle is slow at first
+    before = copy(hf)
     print(f"{size / 1e9:.2f} GB; copy with fsync {before:.1f} s ({size / before / 1e6:.0f} MB/s)", flush=True)
     exported = ["export-qwenvl", "--from", str(ours), "--out", str(scratch / "exported")]
     commands: list[tuple[str, list[str], int]] = [
-        ("import-qwenvl", ["import-qwenvl", "--from", str(published), "--out", str(ours)], 0),
-        ("compare", ["compare", str(ours), str(published)], 0),
-        ("  different", ["compare", str(ours), str(published)], 1),
-        ("  tolerance", ["compare", str(ours), str(published), "--tolerance", "1e-3"], 1),
+        ("import-qwenvl", ["import-qwenvl", "--from", str(hf), "--out", str(ours)], 0),
+        ("compare", ["compare", str(ours), str(hf)], 0),
+        ("  different", ["compare", str(ours), str(hf)], 1),
+        ("  tolerance", ["compare", str(ours), str(hf), "--tolerance", "1e-3"], 1),
         ("verify", ["verify", str(ours)], 0),
         (
             "next-stage",
@@ -176,10 +174,10 @@ def main() -> int:
     ]
     for name, command, expected in commands:
         if name.strip() in ("different", "verify"):
-            change_all(published)
+            change_all(hf)
         seconds, peak = run(str(TOOL), *command, expected=expected)
         shutil.rmtree(scratch / "next", ignore_errors=True)
-        after = copy(published)
+        after = copy(hf)
         ratio = seconds / ((before + after) / 2)
         print(
             f"{name:14} {ratio:5.2f} x copy   {seconds:6.1f} s (copies {before:.1f} s and {after:.1f} s)   "

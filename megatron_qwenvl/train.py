@@ -64,7 +64,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     warnings.filterwarnings(
         "ignore", module=r"megatron\.core"
     )  # what it says on import of kernels that are absent
-    from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+    from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
     from megatron_qwenvl.data.errors import DataError
     from megatron_qwenvl.engine.backends import LayerBackendError
     from megatron_qwenvl.engine.start import is_lost_peer, start_engine, stop_engine

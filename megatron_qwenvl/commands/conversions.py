@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, describe, open_weights, table_notes, verify
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights, table_notes
 from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
 from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.inspect import describe, verify
 from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, plan_transition
-from megatron_qwenvl.checkpoint.convert.progress import Progress
-from megatron_qwenvl.checkpoint.convert.repeat import Conversion, digest_files, digest_weights, is_done
+from megatron_qwenvl.checkpoint.convert.progress_line import ProgressLine
+from megatron_qwenvl.checkpoint.convert.record import Conversion, digest_files, digest_weights, is_done
 from megatron_qwenvl.checkpoint.formats.hf_files import content_files
-from megatron_qwenvl.checkpoint.storage.files import OnBytes, check_places
-from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes
+from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
+from megatron_qwenvl.checkpoint.storage.new_directory import check_places
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
 
@@ -41,7 +44,7 @@ def import_qwenvl(arguments: argparse.Namespace) -> int:
 
 
 def export_qwenvl(arguments: argparse.Namespace) -> int:
-    """Write a checkpoint in the published layout."""
+    """Write a checkpoint in the Hugging Face format."""
     plan = plan_export(arguments.source, arguments.tokenizer)
     _tell(plan.notes)
     work = partial(execute_export, plan, arguments.out)
@@ -62,7 +65,7 @@ def inspect_checkpoint(arguments: argparse.Namespace) -> int:
 def compare_checkpoints(arguments: argparse.Namespace) -> int:
     """Print the tensors in which two sets of weights differ."""
     a, b = open_weights(arguments.a), open_weights(arguments.b)
-    progress = Progress("compare", sum(spec.nbytes for spec in a.specs.values()))
+    progress = ProgressLine("compare", sum(spec.nbytes for spec in a.specs.values()))
     differences = compare(a, b, arguments.tolerance, progress.add)
     progress.finish()
     _tell([*table_notes(arguments.a), *table_notes(arguments.b), *differences])
@@ -73,7 +76,7 @@ def compare_checkpoints(arguments: argparse.Namespace) -> int:
 def verify_checkpoint(arguments: argparse.Namespace) -> int:
     """Print what is wrong with a checkpoint."""
     checkpoint = find_checkpoint(arguments.checkpoint)
-    progress = Progress("verify", read_manifest(checkpoint).total_bytes)
+    progress = ProgressLine("verify", read_manifest(checkpoint).total_bytes)
     problems = verify(checkpoint, progress.add)
     progress.finish()
     _tell(problems)
@@ -91,7 +94,7 @@ def _import(arguments: argparse.Namespace, plan: Import) -> int:
             for number, source in enumerate(plan.sources, 1)
             for file in content_files(source)
         }
-        progress = Progress("digests of the sources", sum(file.stat().st_size for file in files.values()))
+        progress = ProgressLine("digests of the sources", sum(file.stat().st_size for file in files.values()))
         digests = digest_files(files, progress.add)
         progress.finish()
         return digests
@@ -123,7 +126,7 @@ def _convert(
         print(f"would write {total / 1e9:.3f} GB to {arguments.out}")
         return SUCCESS
     conversion = Conversion(command=arguments.command, settings=settings, sources=digest())
-    progress = Progress(f"{arguments.command} -> {arguments.out}", total)
+    progress = ProgressLine(f"{arguments.command} -> {arguments.out}", total)
     work(progress.add, conversion)
     progress.finish()
     return SUCCESS

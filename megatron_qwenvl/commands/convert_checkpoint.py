@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # torch's memory in huge pages: tensors are read into fresh memory, whose small pages cost more than the reading.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+    from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 
     from .conversions import COMMANDS
 

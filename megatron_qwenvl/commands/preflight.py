@@ -76,7 +76,7 @@ def write_bad_nodes(path: Path, names: Sequence[str]) -> None:
     """Replace the file, or remove it where there are none; says so where it cannot."""
     try:
         if names:
-            from megatron_qwenvl.checkpoint.storage.files import replace_bytes
+            from megatron_qwenvl.checkpoint.storage.writing import replace_bytes
 
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_bytes(path, "".join(f"{name}\n" for name in names).encode())

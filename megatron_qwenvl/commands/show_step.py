@@ -95,7 +95,7 @@ def print_step(described: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the step; returns the exit code."""
     arguments, overrides = parse_arguments(argv)
-    from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+    from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
     from megatron_qwenvl.data.errors import DataError
     from megatron_qwenvl.data.sampling.sampler import describe_step
 

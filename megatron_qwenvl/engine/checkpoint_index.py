@@ -17,13 +17,9 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_qwenvl.checkpoint.storage.files import (
-    CheckpointError,
-    FileRecord,
-    FileSlice,
-    open_whole,
-    write_bytes,
-)
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.reading import FileSlice, open_whole
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord, write_bytes
 from megatron_qwenvl.runtime.retry import reads
 
 INDEX_NAME = ".metadata"

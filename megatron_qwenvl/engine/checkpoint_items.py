@@ -17,13 +17,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
-from megatron_qwenvl.checkpoint.storage.files import (
-    CheckpointError,
-    DigestWriter,
-    FileRecord,
-    FileSlice,
-    write_bytes,
-)
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.reading import FileSlice
+from megatron_qwenvl.checkpoint.storage.writing import DigestWriter, FileRecord, write_bytes
 from megatron_qwenvl.runtime.retry import reads
 
 from .checkpoint_index import INDEX_NAME, load_data

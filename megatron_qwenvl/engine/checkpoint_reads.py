@@ -23,7 +23,7 @@ import torch
 from megatron.core.dist_checkpointing import core, serialization, validation
 from torch.distributed.checkpoint import filesystem
 
-from megatron_qwenvl.checkpoint.storage.files import open_whole
+from megatron_qwenvl.checkpoint.storage.reading import open_whole
 from megatron_qwenvl.runtime.retry import reads
 
 from .versions import engine_is_at_least

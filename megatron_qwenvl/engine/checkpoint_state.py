@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 
 from .checkpoint_items import with_own_storage
 from .checkpoint_reads import patient_engine_reads

@@ -23,13 +23,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_qwenvl.checkpoint.storage.files import (
-    CheckpointError,
-    DigestWriter,
-    FileRecord,
-)
-from megatron_qwenvl.checkpoint.storage.finite import NonFinite, find_non_finite
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.non_finite import NonFinite, find_non_finite
 from megatron_qwenvl.checkpoint.storage.tensors import Region, TensorSpec
+from megatron_qwenvl.checkpoint.storage.writing import DigestWriter, FileRecord
 
 from .checkpoint_index import INDEX_NAME, read_index
 from .checkpoint_items import StoredItem, StoredPlace, read_item, with_own_storage, write_index, write_item

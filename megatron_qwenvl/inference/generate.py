@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_qwenvl.batch import Batch
 from megatron_qwenvl.checkpoint.run.weights import load_weights
-from megatron_qwenvl.checkpoint.storage.manifest import Published
+from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.engine.start import Runtime
@@ -77,8 +77,8 @@ class Generator:
                 f"pipeline {runtime.pipeline_size}"
             )
         stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
-        published = load_weights(checkpoint, config, stage).published or Published()
-        context = LongContext(published.seq_length, published.use_dynamic_ntk, published.use_logn_attn)
+        hf_metadata = load_weights(checkpoint, config, stage).hf_metadata or HFMetadata()
+        context = LongContext(hf_metadata.seq_length, hf_metadata.use_dynamic_ntk, hf_metadata.use_logn_attn)
         return cls(stage, tokenizer, runtime.device, context)
 
     @torch.inference_mode()

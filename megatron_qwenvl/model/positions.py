@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,20 +28,22 @@ def resize_grid(table: Tensor, grid: int) -> Tensor:
 
 
 def sincos_table(grid: int, width: int) -> Tensor:
-    """The adapter's constant 2-D sin-cos table (Qwen-VL section 2.1; MAE, arXiv 2111.06377).
+    """The adapter's constant 2-D sin-cos table, bit for bit that of the published code.
 
     The first half of the channels encodes the column, the second half the row; each half is [sin | cos] of the
-    position times 10000^(-k / (width / 4)).
+    position times 10000^(-k / (width / 4)). Every step is numpy's in float32, as in `get_2d_sincos_pos_embed` of the
+    published Qwen-VL (`visual.py`, after MAE, arXiv 2111.06377); other libraries differ in the last bits.
 
     Returns:
         float32 `[grid^2, width]`, rows in raster order.
     """
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # [grid, width / 4]
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    quarter = width // 4
+    frequencies = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter))
+    angles = np.outer(np.arange(grid, dtype=np.float32), frequencies)
+    line = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))  # [grid, width / 2]
     columns = line[None, :, :].expand(grid, grid, -1)
     rows = line[:, None, :].expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=2).reshape(grid * grid, width).float()
+    return torch.cat([columns, rows], dim=2).reshape(grid * grid, width)
 
 
 def rotary_frequencies(positions: Tensor, head_dim: int, base: float) -> Tensor:

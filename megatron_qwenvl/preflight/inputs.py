@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_qwenvl.checkpoint.run.start import Start, find_start
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.checkpoint.storage.manifest import checkpoints_of_run
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run
 from megatron_qwenvl.config.cli import RunArguments
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError

@@ -23,7 +23,7 @@ from megatron_qwenvl.checkpoint.run.owner import (
 )
 from megatron_qwenvl.checkpoint.run.rewind import Rewind
 from megatron_qwenvl.checkpoint.run.weights import OPTIMIZER_METADATA, model_state
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import Step, StepLoader
@@ -40,7 +40,7 @@ from .metrics import MetricsLog, StepCost, mfu_reference, start_record, step_met
 from .optimizer import Schedule, build_optimizer
 from .progress import Progress
 from .run_directory import check_run_directory, record_start
-from .setup import announce, first_weights, make_loaders, resume, set_aside_newer
+from .setup import announce, first_weights, make_loaders, move_newer_checkpoints, resume
 from .step import StepReport, StepRunner
 from .unreadable import UnreadableShards, too_many, worst_shards
 
@@ -107,7 +107,7 @@ class Trainer:
             older = None if from_step is None else checkpoints.rewind_to(from_step)
             newest = older or checkpoints.latest()
             if newest is None:
-                checkpoints.published = first_weights(config, runtime, stage, checkpoints.ranks)
+                checkpoints.hf_metadata = first_weights(config, runtime, stage, checkpoints.ranks)
             runner = StepRunner.build(config, runtime, partition, stage)
             optimizer = build_optimizer(runner.model, config)
             progress = (
@@ -124,7 +124,7 @@ class Trainer:
                 lambda: reads(folder, lambda: record_start(config, runtime.process)),
                 f"{folder}: the start cannot be recorded",
             )
-            rewind = set_aside_newer(checkpoints, progress.step) if older else None
+            rewind = move_newer_checkpoints(checkpoints, progress.step) if older else None
             metrics = MetricsLog(config, runtime.is_main, progress.step, hold.check)
         return cls(
             config=config,
@@ -340,7 +340,7 @@ class Trainer:
     def _keep_last_save(self) -> None:
         """Complete the save that is still going on when the run ends by an error, if all ranks have that error."""
         try:
-            self._report_save(self.checkpoints.wait_if_all_come)
+            self._report_save(self.checkpoints.wait_if_all_arrive)
         except CheckpointError as error:
             logger.error("checkpoint not saved: %s", error)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, replace_bytes
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.writing import replace_bytes
 from megatron_qwenvl.config.fields import plain
 from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig

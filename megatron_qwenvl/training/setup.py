@@ -14,7 +14,7 @@ from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.run.ranks import Ranks
 from megatron_qwenvl.checkpoint.run.rewind import Rewind
 from megatron_qwenvl.checkpoint.run.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
-from megatron_qwenvl.checkpoint.storage.manifest import Published
+from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
@@ -40,7 +40,7 @@ def announce(config: RunConfig, partition: str) -> None:
         logger.info(line)
 
 
-def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks: Ranks) -> Published | None:
+def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks: Ranks) -> HFMetadata | None:
     """Fill the model for a run that has no checkpoint of its own: with `checkpoint.init_from`, or afresh. Collective.
 
     Returns:
@@ -51,13 +51,13 @@ def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks
     """
     if config.checkpoint.init_from is None:
         initialize_weights(stage, config.model, config.seed)
-        published, source = None, f"fresh, seed {config.seed}"
+        hf_metadata, source = None, f"fresh, seed {config.seed}"
     else:
-        published = load_weights(Path(config.checkpoint.init_from), config, stage, ranks).published
+        hf_metadata = load_weights(Path(config.checkpoint.init_from), config, stage, ranks).hf_metadata
         source = config.checkpoint.init_from
     if runtime.is_main:
         logger.info("weights: %s", source)
-    return published
+    return hf_metadata
 
 
 def resume(
@@ -84,14 +84,14 @@ def resume(
     return progress
 
 
-def set_aside_newer(checkpoints: CheckpointManager, step: int) -> Rewind:
+def move_newer_checkpoints(checkpoints: CheckpointManager, step: int) -> Rewind:
     """Move the checkpoints after the one that the run was told to go on from, and say where they are. Collective.
 
     Raises:
         CheckpointError: they cannot be moved.
     """
-    rewind = checkpoints.set_aside_newer(step)
-    if checkpoints.ranks.is_main:
+    rewind = checkpoints.move_newer_checkpoints(step)
+    if checkpoints.ranks.is_rank0:
         if rewind.moved:
             logger.warning(
                 "went back from step %d to %d: %d newer checkpoints are kept in %s",
@@ -129,11 +129,11 @@ def make_sampler(
         except DataError as error:
             return None, str(error)
 
-    mine = compare() if ranks.is_main else None
+    mine = compare() if ranks.is_rank0 else None
     found, error = ranks.broadcast(mine)
     if found is None:
         raise DataError(error)
-    if ranks.is_main:
+    if ranks.is_rank0:
         for line in found.lines:
             logger.warning(line)
     if found.refused:

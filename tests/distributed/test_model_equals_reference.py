@@ -45,8 +45,8 @@ def published_tensors(stage: QwenVLStage, config: RunConfig) -> dict[str, Tensor
     ours = {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in halves.items()}
     theirs = {}
     for rule in qwenvl_rules(config.model):
-        values = rule.mapping.to_theirs([ours[name] for name in rule.ours])
-        theirs.update(zip(rule.theirs, values, strict=True))
+        values = rule.mapping.to_hf([ours[name] for name in rule.megatron])
+        theirs.update(zip(rule.hf, values, strict=True))
     theirs[TABLE_NAME] = ReferenceModel(config.model).state_dict()[TABLE_NAME]
     return theirs
 

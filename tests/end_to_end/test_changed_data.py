@@ -16,13 +16,9 @@ from typing import Any
 import pytest
 
 from megatron_qwenvl.checkpoint.run.start import find_start
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.checkpoint.storage.manifest import (
-    Manifest,
-    find_checkpoint,
-    read_manifest,
-    write_manifest,
-)
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.commands import run_progress
 from megatron_qwenvl.commands.show_step import make_sampler
 from megatron_qwenvl.config.cli import RunArguments

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.runtime import retry
 from megatron_qwenvl.runtime.processes import ProcessInfo

@@ -21,14 +21,14 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.reference_generation import PublishedGeneration
 from tests.reference_model import ReferenceModel
-from tests.unit.checkpoint.published_cases import config_json, publish
+from tests.unit.checkpoint.hf_cases import config_json, write_hf
 
 from .training_cases import run_config, train, write_data
 
 CHAT = {"chat_format": "chatml", "max_window_size": 2048, "top_p": 0.5}
 
 
-def published_chat(folder: Path, model: ModelConfig) -> tuple[Path, ReferenceModel]:
+def hf_chat(folder: Path, model: ModelConfig) -> tuple[Path, ReferenceModel]:
     """A chat model that was trained at 16 tokens, and what it computes."""
     torch.manual_seed(3)
     reference = ReferenceModel(model)
@@ -36,7 +36,7 @@ def published_chat(folder: Path, model: ModelConfig) -> tuple[Path, ReferenceMod
         torch.nn.init.normal_(parameter, std=0.2)
     for layer in reference.transformer.h:
         layer.attn.c_attn.weight.data *= 4  # sharp attention, in which positions show
-    publish(folder, model, reference.state_dict())
+    write_hf(folder, model, reference.state_dict())
     (folder / "config.json").write_text(json.dumps(config_json(model, 56) | {"seq_length": 16}))
     (folder / "generation_config.json").write_text(json.dumps(CHAT))
     return folder, reference
@@ -46,22 +46,22 @@ def published_chat(folder: Path, model: ModelConfig) -> tuple[Path, ReferenceMod
 def imported(tmp_path: Path) -> Path:
     """The weights checkpoint of a published chat model with the shape that small runs have."""
     model = run_config(tmp_path, tmp_path / "run").model
-    published, _ = published_chat(tmp_path / "published", model)
-    execute_import(plan_qwenvl(published), tmp_path / "imported")
+    hf, _ = hf_chat(tmp_path / "hf", model)
+    execute_import(plan_qwenvl(hf), tmp_path / "imported")
     return tmp_path / "imported"
 
 
 def test_what_is_known_of_the_origin_comes_through_training(tmp_path: Path, imported: Path) -> None:
     data = write_data(tmp_path / "data", ("chat",))
-    expected = read_manifest(imported).published
+    expected = read_manifest(imported).hf_metadata
     arguments = ("--checkpoint.init_from", str(imported), "--train.steps", "3", "--train.stop_after")
     for steps in ("1", "2", "3"):  # from the import, resumed, and to the end
         config = run_config(data.parent, tmp_path / "run", *arguments, steps, recipe="tiny_stage2")
         run_ranks(1, train, config)
     newest = tmp_path / "run/checkpoints/step_00000003"
-    assert read_manifest(newest).published == expected
+    assert read_manifest(newest).hf_metadata == expected
     execute_next_stage(plan_transition(tmp_path / "run", "stage3"), tmp_path / "start3")
-    assert read_manifest(tmp_path / "start3").published == expected
+    assert read_manifest(tmp_path / "start3").hf_metadata == expected
     config = run_config(
         data.parent, tmp_path / "run3", "--checkpoint.init_from", str(tmp_path / "start3"), "--train.steps", "2",
         "--optimizer.warmup_steps", "1", recipe="tiny_stage3",
@@ -83,8 +83,8 @@ def answers(
 
 def test_a_generator_takes_the_trained_length_from_the_checkpoint(tmp_path: Path) -> None:
     config = run_config(tmp_path, tmp_path / "run")
-    published, reference = published_chat(tmp_path / "published", config.model)
-    execute_import(plan_qwenvl(published), tmp_path / "imported")
+    hf, reference = hf_chat(tmp_path / "hf", config.model)
+    execute_import(plan_qwenvl(hf), tmp_path / "imported")
     rng = torch.Generator().manual_seed(1)
     prompts = [
         Prompt(torch.randint(0, 256, (n,), generator=rng).tolist(), [], torch.empty(0))

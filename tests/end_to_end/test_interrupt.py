@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
 from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.engine.start import start_engine

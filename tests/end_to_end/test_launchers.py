@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
 
 from .training_cases import records, run_arguments, write_data
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_qwenvl.checkpoint.run.owner import RunOwner
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.runtime.identity import ProcessIdentity
 from megatron_qwenvl.runtime.processes import ProcessInfo

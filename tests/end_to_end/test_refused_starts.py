@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.commands import run_progress
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.data.errors import DataError

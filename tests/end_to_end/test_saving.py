@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_qwenvl.checkpoint.run import folder, manager
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.engine.start import start_engine

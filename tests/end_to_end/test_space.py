@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_qwenvl.checkpoint.run.space import checkpoint_bytes, checkpoints_to_come
-from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.model.layers import is_frozen
 from megatron_qwenvl.model.shapes import tensor_shapes

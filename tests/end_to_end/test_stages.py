@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer

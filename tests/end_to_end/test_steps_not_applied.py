@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import build_loader

@@ -174,6 +174,6 @@ def published(weights: dict[str, Tensor], model: ModelConfig) -> dict[str, Tenso
     """Weights by checkpoint key under the names and in the shapes of the published model."""
     theirs = {TABLE_NAME: ReferenceModel(model).state_dict()[TABLE_NAME]}
     for rule in qwenvl_rules(model):
-        values = rule.mapping.to_theirs([weights[name] for name in rule.ours])
-        theirs.update(zip(rule.theirs, values, strict=True))
+        values = rule.mapping.to_hf([weights[name] for name in rule.megatron])
+        theirs.update(zip(rule.hf, values, strict=True))
     return theirs

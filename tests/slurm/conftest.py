@@ -7,7 +7,7 @@ import pytest
 
 from megatron_qwenvl.config.load import load_config
 from tests.end_to_end.training_cases import write_data
-from tests.unit.checkpoint.published_cases import publish, random_weights
+from tests.unit.checkpoint.hf_cases import random_weights, write_hf
 
 from .cluster import Cluster, missing_programs
 from .jobs import STEPS, finish_chain, pipeline, site_of_chain, write_recipe
@@ -46,7 +46,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     folder = tmp_path_factory.mktemp("published") / "qwen_vl"
     recipe = write_recipe(tmp_path_factory.mktemp("recipe"), data, "stage1")
     model = load_config(str(recipe)).model
-    publish(folder, model, random_weights(model))
+    write_hf(folder, model, random_weights(model))
     return folder
 
 

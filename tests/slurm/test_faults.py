@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
 
 from .cluster import Cluster
 from .faults import Faults, disturb_chain

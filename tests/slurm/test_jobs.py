@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights
-from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
+from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 
 from .cluster import Cluster, wait_until
 from .jobs import (

@@ -1,4 +1,4 @@
-"""A checkpoint into the published Qwen-VL layout."""
+"""Export of a checkpoint into the Hugging Face format of Qwen-VL."""
 
 from __future__ import annotations
 
@@ -7,42 +7,34 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from megatron_qwenvl.checkpoint.formats.hf_config import (
     CODE_FILES,
     TOKENIZER_FILE,
     generation_config,
-    published_config,
-    published_limits,
+    hf_config,
+    hf_limits,
     tokenizer_digest,
 )
 from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, Rule, qwenvl_rules
-from megatron_qwenvl.checkpoint.formats.position_table import published_table
-from megatron_qwenvl.checkpoint.storage.files import (
-    CheckpointError,
-    FileRecord,
-    OnBytes,
-    file_problem,
-    new_directory,
-    untold,
-    write_bytes,
-)
-from megatron_qwenvl.checkpoint.storage.finite import NonFinite, describe_non_finite
+from megatron_qwenvl.checkpoint.formats.position_table import PositionTable
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes, file_problem, no_progress
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest
+from megatron_qwenvl.checkpoint.storage.new_directory import new_directory
+from megatron_qwenvl.checkpoint.storage.non_finite import NonFinite, describe_non_finite
 from megatron_qwenvl.checkpoint.storage.safetensors_files import write_safetensors
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
-from megatron_qwenvl.config.schema import ModelConfig
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord, write_bytes
 
-from .jobs import Part, counted, run_jobs, split_into_files, their_specs, to_theirs
-from .repeat import Conversion, write_record
-from .source import WeightsSource, open_source
+from .jobs import counted, run_jobs
+from .mapped_source import MappedSource, hf_specs, split_into_files, to_hf
+from .record import Conversion, write_record
+from .weights_source import WeightsSource, open_source
 
 _DEFAULT_IMAGE_SIZE = 448
 
 
-_BESIDE = (
+_TOKENIZER_FILES = (
     "*.py",
     "*.tiktoken",
     "SimSun.ttf",
@@ -61,16 +53,18 @@ _CONFIGURATIONS = (_INDEX, "config.json", "generation_config.json")
 
 @dataclass(frozen=True)
 class Export:
-    """A checked export, ready to be carried out."""
+    """A checked export, ready to be executed."""
 
     source: WeightsSource
     """The checkpoint."""
-    parts: tuple[Part, ...]
+    mapped: tuple[MappedSource, ...]
+    """What is read, with the rules that map it."""
     specs: dict[str, TensorSpec]
-    """The published tensors."""
+    """The tensors of the result."""
     tokenizer: tuple[Path, ...]
-    """Files to lay beside the weights."""
+    """Files to copy beside the weights."""
     notes: tuple[str, ...]
+    """Lines for the user: what the export is, and what it lacks."""
 
     @property
     def total_bytes(self) -> int:
@@ -79,32 +73,32 @@ class Export:
 
 
 def plan_export(path: Path, tokenizer: Path | None = None) -> Export:
-    """Check that a checkpoint can be written in the published layout.
+    """Check that a checkpoint can be written in the Hugging Face format.
 
     Args:
         path: checkpoint directory, a run's checkpoints folder or a run's directory.
         tokenizer: file, or directory whose tokenizer and code files are copied.
 
     Raises:
-        CheckpointError: no checkpoint, one that is not whole, or no tokenizer at `tokenizer`.
+        CheckpointError: there is no checkpoint, it is incomplete, or there is no tokenizer at `tokenizer`.
     """
     source = open_source(path)
     model = source.manifest.model
     table = PositionTable(model, source.folder.specs)
-    parts = (
-        Part(source.folder, tuple(qwenvl_rules(model))),
-        Part(table, (Rule((TABLE_NAME,), (TABLE_NAME,)),)),
+    mapped = (
+        MappedSource(source.folder, tuple(qwenvl_rules(model))),
+        MappedSource(table, (Rule((TABLE_NAME,), (TABLE_NAME,)),)),
     )
     try:
-        specs = {name: spec for part in parts for name, spec in their_specs(part).items()}
+        specs = {name: spec for one in mapped for name, spec in hf_specs(one).items()}
     except CheckpointError as error:
         raise CheckpointError(f"{source.path}: {error}") from None
-    beside = _tokenizer_files(tokenizer)
-    return Export(source, parts, specs, beside, _notes(source.manifest, beside))
+    extra_files = _tokenizer_files(tokenizer)
+    return Export(source, mapped, specs, extra_files, _notes(source.manifest, extra_files))
 
 
-def _notes(manifest: Manifest, beside: tuple[Path, ...]) -> tuple[str, ...]:
-    chat, origin = _is_chat(manifest), manifest.published
+def _notes(manifest: Manifest, extra_files: tuple[Path, ...]) -> tuple[str, ...]:
+    chat, origin = _is_chat(manifest), manifest.hf_metadata
     kind = "Qwen-VL-Chat" if chat else "Qwen-VL"
     if origin is not None and origin.generation is not None and origin.chats == chat:
         kind = "the imported directory"
@@ -116,8 +110,8 @@ def _notes(manifest: Manifest, beside: tuple[Path, ...]) -> tuple[str, ...]:
         notes.append(
             f"note: {TABLE_NAME} is the constant table; the imported one differed by {origin.table_drift:.2g} at most"
         )
-    notes += [f"note: the published code differs: {limit}" for limit in published_limits(manifest.model)]
-    vocabulary = next((file for file in beside if file.name == TOKENIZER_FILE), None)
+    notes += [f"note: the published code differs: {limit}" for limit in hf_limits(manifest.model)]
+    vocabulary = next((file for file in extra_files if file.name == TOKENIZER_FILE), None)
     if vocabulary is None:
         notes.append(
             f"note: without {TOKENIZER_FILE}; --tokenizer takes it and its companions from a directory"
@@ -126,7 +120,7 @@ def _notes(manifest: Manifest, beside: tuple[Path, ...]) -> tuple[str, ...]:
         notes.append(
             f"note: {vocabulary} is not the vocabulary of the imported directory; ids may mean other text"
         )
-    if missing := sorted(set(CODE_FILES) - {file.name for file in beside}):
+    if missing := sorted(set(CODE_FILES) - {file.name for file in extra_files}):
         notes.append(
             f"note: config.json names {' and '.join(missing)}, which --tokenizer did not give; copy the published "
             "directory's *.py there to load the model"
@@ -136,7 +130,7 @@ def _notes(manifest: Manifest, beside: tuple[Path, ...]) -> tuple[str, ...]:
 
 def _is_chat(manifest: Manifest) -> bool:
     if manifest.origin == "published":
-        return manifest.published is not None and manifest.published.chats
+        return manifest.hf_metadata is not None and manifest.hf_metadata.chats
     return manifest.origin == "stage3"  # trained on dialogues
 
 
@@ -147,14 +141,14 @@ def _tokenizer_files(path: Path | None) -> tuple[Path, ...]:
         if path.name in _CONFIGURATIONS or path.suffix == ".safetensors":
             raise CheckpointError(f"{path}: not a tokenizer; the export writes its own {path.name}")
         return (path,)
-    files = {file for pattern in _BESIDE for file in path.glob(pattern) if file.is_file()}
+    files = {file for pattern in _TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()}
     if not files:
-        raise CheckpointError(f"{path}: no tokenizer file ({', '.join(_BESIDE)})")
+        raise CheckpointError(f"{path}: no tokenizer file ({', '.join(_TOKENIZER_FILES)})")
     return tuple(sorted(files))
 
 
 def execute_export(
-    plan: Export, out: Path, on_bytes: OnBytes = untold, conversion: Conversion | None = None
+    plan: Export, out: Path, on_bytes: OnBytes = no_progress, conversion: Conversion | None = None
 ) -> None:
     """Write sharded safetensors with their index, configuration and tokenizer files and the record of `conversion`, and
     compare every file of the source with its digest meanwhile.
@@ -162,37 +156,40 @@ def execute_export(
     Raises:
         CheckpointError: `out` exists, or the checkpoint is damaged, named file by file, or holds NaN or infinity.
     """
-    with new_directory(out, [plan.source.path]) as aside:
+    with new_directory(out, [plan.source.path]) as tmp_dir:
         pieces = [
-            p for part in plan.parts for p in split_into_files(part, plan.specs, lambda rule: rule.theirs)
+            piece
+            for mapped in plan.mapped
+            for piece in split_into_files(mapped, plan.specs, lambda rule: rule.hf)
         ]
         names = [f"model-{i:05d}-of-{len(pieces):05d}.safetensors" for i in range(1, len(pieces) + 1)]
-        _run(
-            plan, [_FileJob(aside / name, piece) for name, piece in zip(names, pieces, strict=True)], on_bytes
-        )
-        weight_map = {
-            tensor: name
-            for name, piece in zip(names, pieces, strict=True)
-            for rule in piece.rules
-            for tensor in rule.theirs
-        }
-        index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        manifest = plan.source.manifest
-        dtype = str(plan.specs["transformer.wte.weight"].dtype).removeprefix("torch.")
-        size = manifest.image_size or _DEFAULT_IMAGE_SIZE
-        config = published_config(manifest.model, size, dtype, manifest.published)
-        contents = (index, config, generation_config(_is_chat(manifest), manifest.published))
-        for name, content in zip(_CONFIGURATIONS, contents, strict=True):
-            write_bytes(aside / name, json.dumps(content, indent=2).encode())
+        files = dict(zip(names, pieces, strict=True))
+        _run(plan, [_FileJob(tmp_dir / name, piece) for name, piece in files.items()], on_bytes)
+        for name, content in _configurations(plan, files).items():
+            write_bytes(tmp_dir / name, json.dumps(content, indent=2).encode())
         for file in plan.tokenizer:
-            write_bytes(aside / file.name, file.read_bytes())
-        write_record(aside, conversion)
+            write_bytes(tmp_dir / file.name, file.read_bytes())
+        write_record(tmp_dir, conversion)
+
+
+def _configurations(plan: Export, files: Mapping[str, MappedSource]) -> dict[str, object]:
+    """Content of the index and of the configurations beside the weights, by file name."""
+    weight_map = {
+        tensor: name for name, mapped in files.items() for rule in mapped.rules for tensor in rule.hf
+    }
+    index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    manifest = plan.source.manifest
+    dtype = str(plan.specs["transformer.wte.weight"].dtype).removeprefix("torch.")
+    size = manifest.image_size or _DEFAULT_IMAGE_SIZE
+    config = hf_config(manifest.model, size, dtype, manifest.hf_metadata)
+    contents = (index, config, generation_config(_is_chat(manifest), manifest.hf_metadata))
+    return dict(zip(_CONFIGURATIONS, contents, strict=True))
 
 
 @dataclass(frozen=True)
 class _FileJob:
     path: Path
-    part: Part
+    mapped: MappedSource
 
 
 @dataclass(frozen=True)
@@ -205,14 +202,14 @@ def _run(plan: Export, jobs: list[_FileJob], on_bytes: OnBytes) -> None:
     """Write the files and digest the sources.
 
     Raises:
-        CheckpointError: naming every damaged file of the source, tensors that are not finite, or what else went wrong.
+        CheckpointError: naming every damaged file of the source, or tensors that are not finite, or another error.
     """
     digests = {name: _DigestJob(plan.source.path / name, r) for name, r in sorted(plan.source.files.items())}
     try:
         found = run_jobs(_work, _in_reading_order(plan, digests, jobs), on_bytes)
     except CheckpointError:
-        # What a reader stumbled over may be damage: the digests tell.
-        found = run_jobs(_work, list(digests.values()), untold)
+        # A damaged file may be the cause; the digests show it.
+        found = run_jobs(_work, list(digests.values()), no_progress)
         if not any(found):
             raise
     if problems := [problem for problem in found if problem]:
@@ -222,14 +219,14 @@ def _run(plan: Export, jobs: list[_FileJob], on_bytes: OnBytes) -> None:
 def _in_reading_order(
     plan: Export, digests: Mapping[str, _DigestJob], jobs: list[_FileJob]
 ) -> Iterator[_FileJob | _DigestJob]:
-    """A file is digested right before the first job that reads it, so that the disk gives it once."""
+    """Order the jobs so that a file is digested right before the first job that reads it: the disk is read once."""
     left = dict(digests)
     for job in jobs:
-        if job.part.source is plan.source.folder:
+        if job.mapped.source is plan.source.folder:
             read = {
                 file
-                for rule in job.part.rules
-                for name in rule.ours
+                for rule in job.mapped.rules
+                for name in rule.megatron
                 for file in plan.source.folder.files_of(name)
             }
             for name in sorted(f"{MODEL_FOLDER}/{file}" for file in read):
@@ -240,27 +237,9 @@ def _in_reading_order(
 
 
 def _work(job: _FileJob | _DigestJob) -> str | None:
-    """What is wrong with a source file or with tensors, or None."""
+    """Do a job; returns what is wrong with a source file or with tensors, or None."""
     if isinstance(job, _DigestJob):
         return file_problem(job.path, job.record)
-    specs, bad = their_specs(job.part), list[NonFinite]()
-    write_safetensors(job.path, specs, counted(to_theirs(job.part, bad)))
+    specs, bad = hf_specs(job.mapped), list[NonFinite]()
+    write_safetensors(job.path, specs, counted(to_hf(job.mapped, bad)))
     return describe_non_finite(bad) or None
-
-
-class PositionTable:
-    """The adapter's constant table as a tensor source of its own."""
-
-    def __init__(self, model: ModelConfig, specs: Mapping[str, TensorSpec]) -> None:
-        self._grid = model.adapter.query_grid
-        query = specs.get("adapter.query", TensorSpec((0, model.decoder.hidden), torch.float32))
-        self._spec = TensorSpec((self._grid**2, model.decoder.hidden), query.dtype)
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """The one tensor."""
-        return {TABLE_NAME: self._spec}
-
-    def read(self, name: str) -> Tensor:
-        """Compute it."""
-        return published_table(self._grid, self._spec.shape[1], self._spec.dtype)

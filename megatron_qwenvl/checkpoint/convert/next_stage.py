@@ -1,4 +1,4 @@
-"""From stage to stage: the weights of a finished stage become the start of the next one."""
+"""Transition between training stages: the weights of a finished stage become the start of the next one."""
 
 from __future__ import annotations
 
@@ -6,41 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_qwenvl.checkpoint.storage.files import (
-    CheckpointError,
-    FileRecord,
-    OnBytes,
-    copy_file,
-    new_directory,
-    sync_directory,
-    untold,
-)
-from megatron_qwenvl.checkpoint.storage.finite import NonFinite, describe_non_finite
-from megatron_qwenvl.checkpoint.storage.lineage import check_order
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes, copy_file, no_progress
+from megatron_qwenvl.checkpoint.storage.lineage import check_stage_order
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.new_directory import new_directory
+from megatron_qwenvl.checkpoint.storage.non_finite import NonFinite, describe_non_finite
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord, sync_directory
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, Stage
 from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
 from .jobs import count_bytes, run_jobs
-from .repeat import Conversion, write_record
-from .source import open_source
+from .record import Conversion, write_record
+from .weights_source import open_source
 
 
 @dataclass(frozen=True)
 class Transition:
-    """A checked transition, ready to be carried out."""
+    """A checked transition, ready to be executed."""
 
     source: Path
-    """Checkpoint that gives the weights."""
+    """Checkpoint that the weights are copied from."""
     manifest: Manifest
     """Manifest of the result; its files are those to be copied."""
     notes: tuple[str, ...]
-    """What changes, for people."""
+    """Lines for the user: what changes."""
 
 
 def plan_transition(path: Path, target: Literal["stage2", "stage3"], force: bool = False) -> Transition:
-    """Check that the weights at `path` can start the stage `target`.
+    """Check that the weights at `path` can start the training stage `target`.
 
     Args:
         path: checkpoint directory, a run's checkpoints folder or a run's directory.
@@ -48,13 +43,13 @@ def plan_transition(path: Path, target: Literal["stage2", "stage3"], force: bool
         force: accept weights that did not go through the stage before, or not to its end.
 
     Raises:
-        CheckpointError: no checkpoint, an order of stages that makes no sense, a run that was not finished, an
-            incomplete checkpoint, or an image size that the model cannot take.
+        CheckpointError: there is no checkpoint, the stage before is another one, its run was not finished, the
+            checkpoint is incomplete, or the model cannot take images of the next stage's size.
     """
     source = open_source(path)
     found = source.manifest
     if not force:
-        check_order(source.path, found, target, "--force to do it anyway")
+        check_stage_order(source.path, found, target, "--force to do it anyway")
     recipe = _recipe_after(found.recipe, found.origin, target)
     manifest = Manifest(
         kind="weights",
@@ -65,33 +60,33 @@ def plan_transition(path: Path, target: Literal["stage2", "stage3"], force: bool
         recipe=found.recipe,
         image_size=found.image_size,
         model=found.model,
-        layout=found.layout,
-        published=found.published,
+        parallel_sizes=found.parallel_sizes,
+        hf_metadata=found.hf_metadata,
         files=source.files,
     )
     return Transition(source.path, manifest, _notes(source.path, found, recipe, target))
 
 
 def execute_next_stage(
-    transition: Transition, out: Path, on_bytes: OnBytes = untold, conversion: Conversion | None = None
+    transition: Transition, out: Path, on_bytes: OnBytes = no_progress, conversion: Conversion | None = None
 ) -> None:
-    """Write the weights checkpoint, checking every file against its digest on the way, and the record of `conversion`.
+    """Write the weights checkpoint and the record of `conversion`; compare every file with its digest on the way.
 
     Raises:
         CheckpointError: `out` exists, a source file is missing or damaged, or a tensor holds NaN or infinity.
     """
-    with new_directory(out, [transition.source]) as aside:
-        (aside / MODEL_FOLDER).mkdir()
+    with new_directory(out, [transition.source]) as tmp_dir:
+        (tmp_dir / MODEL_FOLDER).mkdir()
         jobs = [
-            _CopyJob(transition.source / name, aside / name, record)
+            _CopyJob(transition.source / name, tmp_dir / name, record)
             for name, record in transition.manifest.files.items()
         ]
         found = run_jobs(_copy, jobs, on_bytes)
-        if bad := describe_non_finite(part for parts in found for part in parts):
+        if bad := describe_non_finite(tensor for tensors in found for tensor in tensors):
             raise CheckpointError(f"{transition.source}: {bad}")
-        sync_directory(aside / MODEL_FOLDER)
-        write_manifest(aside, transition.manifest)
-        write_record(aside, conversion)
+        sync_directory(tmp_dir / MODEL_FOLDER)
+        write_manifest(tmp_dir, transition.manifest)
+        write_record(tmp_dir, conversion)
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def _copy(job: _CopyJob) -> list[NonFinite]:
 
 
 def _recipe_after(recipe: str, origin: str, target: Stage) -> RunConfig:
-    """The recipe of the next stage: the one that belongs to the run's own recipe, else the paper's."""
+    """Recipe of the next stage: the one that belongs to the run's own recipe, else the paper's."""
     name = recipe.replace(origin, target)
     return RECIPES[name if name in RECIPES else target]()
 

@@ -1,4 +1,4 @@
-"""A section of a published configuration against what a model computes."""
+"""Comparison of a section of a published configuration with what a model computes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .config_keys import HARMLESS, NAMES, NESTED, SUBJECTS, computes, is_off
 
 @dataclass(frozen=True)
 class Expected:
-    """What a key must say.
+    """Expected value of a key.
 
     Attributes:
-        text: the same in words.
-        fits: whether a value does.
+        text: the expectation in words.
+        fits: whether a value meets it.
     """
 
     text: str
@@ -27,7 +27,7 @@ class Expected:
 
 
 def one_of(*values: object) -> Expected:
-    """Any of some JSON values; numbers as near as a float32 that was written down."""
+    """Expect one of some JSON values; numbers are equal to the precision of a float32."""
     return Expected(" or ".join(map(show_json, values)), lambda found: any(is_same(found, v) for v in values))
 
 
@@ -37,21 +37,21 @@ NOTHING = Expected("nothing", is_off)
 
 @dataclass
 class Compared:
-    """What a comparison has found."""
+    """Result of a comparison."""
 
     problems: list[str] = field(default_factory=list)
     """Differences, each with file, key, expected and found."""
     notes: list[str] = field(default_factory=list)
     """Keys about which nothing is known."""
     given: dict[str, Any] = field(default_factory=dict)
-    """What was said, by subject; one value of each."""
+    """Values that were found, one for each subject."""
 
     def differs(self, path: Path, name: str, expected: str, found: object) -> None:
-        """Note that a key is not what it must be."""
+        """Record that a key has another value than expected."""
         self.problems.append(f"{path}: {name}: expected {expected}, found {show_json(found)}")
 
     def add(self, other: Compared) -> None:
-        """Take over what another comparison has found."""
+        """Add the result of another comparison."""
         self.problems += other.problems
         self.notes += [note for note in other.notes if note not in self.notes]
         self.given = {**other.given, **self.given}
@@ -65,15 +65,15 @@ def compare_section(
     defaults: Mapping[str, object] | None = None,
     apart: frozenset[str] = frozenset(),
 ) -> Compared:
-    """Compare every key of a section, by all names that there are for it.
+    """Compare every key of a section, under all names that it has had.
 
     Args:
         path: the file.
         prefix: the keys that lead to the section, with a dot at the end.
-        section: what the file says there.
-        table: what is expected, by subject (`config_keys.NAMES`); subjects that are not in it must be absent or off.
-        defaults: what a key means that is absent, by its name; it is a difference like a key that is there.
-        apart: keys that are of no concern here.
+        section: value in the file.
+        table: expected values by subject (`config_keys.NAMES`); subjects that are not in it must be absent or off.
+        defaults: meaning of absent keys by name; compared like a key that is present.
+        apart: keys that are not compared here.
     """
     found = Compared()
     if not isinstance(section, Mapping):
@@ -105,7 +105,7 @@ def compare_section(
 
 
 def _compare_nested(path: Path, prefix: str, section: object, table: Mapping[str, Expected]) -> Compared:
-    """Keys that only such an object has are part of the computation, whatever they are called."""
+    """Compare a nested object: keys that only such an object has affect the computation, whatever their name."""
     found = compare_section(path, prefix, section, table)
     for name, value in section.items() if isinstance(section, Mapping) else ():
         unknown = name not in SUBJECTS and name not in HARMLESS
@@ -115,7 +115,7 @@ def _compare_nested(path: Path, prefix: str, section: object, table: Mapping[str
 
 
 def not_said(found: Compared, prefix: str, subjects: tuple[str, ...]) -> list[str]:
-    """Of the subjects that shapes of tensors do not show, the names of those that the section says nothing of."""
+    """Names of those subjects that the section does not state."""
     return [f"{prefix}{NAMES[subject][0]}" for subject in subjects if subject not in found.given]
 
 
@@ -127,5 +127,5 @@ def is_same(found: object, expected: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a finite number; True and False are none."""
+    """Whether a JSON value is a finite number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

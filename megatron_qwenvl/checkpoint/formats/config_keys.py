@@ -1,5 +1,4 @@
-"""The keys of published configurations: one list of names for all kinds of them, so that none knows a name that
-another does not."""
+"""Keys of published configurations: one list of names for all kinds of configuration."""
 
 from __future__ import annotations
 
@@ -49,13 +48,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "architectures": ("architectures",),
     "tied": ("tie_word_embeddings",),
 }  # fmt: skip
-"""What a configuration says of a computation, and its names, new and old. The first is what Qwen calls it."""
+"""Subjects that a configuration states about the computation, with their names, new and old; the first is Qwen's."""
 
 SUBJECTS = {name: subject for subject, names in NAMES.items() for name in names}
-"""The same the other way round."""
+"""Subject of each name."""
 
 NESTED = ("act_kwargs", "norm_kwargs", "rope_parameters")
-"""Keys of objects whose keys are looked at as if they stood outside."""
+"""Keys of nested objects whose keys are compared as if they stood outside."""
 
 HARMLESS = frozenset({
     # the file itself, its types and its training
@@ -85,7 +84,7 @@ HARMLESS = frozenset({
     "init_logit_bias", "init_logit_scale", "logit_scale_init_value", "multimodal_cfg", "nonscalar_logit_scale",
     "output_dict", "output_tokens", "pool_type", "projection_dim", "text_cfg", "text_config", "text_config_dict",
 })  # fmt: skip
-"""Keys that change nothing of what is imported, whatever they say."""
+"""Keys that do not affect what is imported, whatever their value."""
 
 _COMPUTES = re.compile(
     r"(^|_)act(_|$)|activation|(ge|re|si|swi|g)lu|(^|_)rope|rotary|theta|alibi|window|softcap|scal(e|ing|ar)|multiplier"
@@ -95,10 +94,10 @@ _COMPUTES = re.compile(
 
 
 def computes(key: str, value: object) -> bool:
-    """Whether a key that is not known switches on something that changes what a model computes, by its name."""
+    """Whether an unknown key, judged by its name, switches on something that changes what a model computes."""
     return bool(_COMPUTES.search(key.lower())) and "checkpoint" not in key and not is_off(value)
 
 
 def is_off(value: object) -> bool:
-    """Whether a value asks for nothing."""
+    """Whether a value switches nothing on."""
     return value is None or value is False or value == 0 or value in ("", "none") or value in ([], {})

@@ -1,4 +1,4 @@
-"""`config.json` and `generation_config.json` of the published Qwen-VL: from them to our model shape and back."""
+"""`config.json` and `generation_config.json` of Qwen-VL in the Hugging Face format, to a `ModelConfig` and back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import show_json, show_name
-from megatron_qwenvl.checkpoint.storage.manifest import Published
+from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, VisionConfig
 
@@ -25,21 +25,21 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_qwen.QWenConfig",
     "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
 }
-"""Where the published code is found beside the weights."""
+"""The published code, in files beside the weights."""
 
 CODE_FILES = tuple(f"{place.split('.')[0]}.py" for place in _AUTO_MAP.values())
-"""The files that `config.json` names; they import others of the published directory."""
+"""The files that `config.json` names; they import other files of the published directory."""
 
 _HEAD_WIDTH = 128
-"""The published code gives its adapter one head per 128 channels; `adapter_heads` is our addition."""
+"""Channels per head of the adapter in the published code; the key `adapter_heads` is this project's addition."""
 
 
 def read_model(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[ModelConfig, list[str]]:
-    """The model shape of a published Qwen-VL directory.
+    """Read the model shape of a published Qwen-VL directory.
 
     Args:
         path: its `config.json`.
-        specs: its tensors; they give the sizes that the published configuration leaves out.
+        specs: its tensors; they give the sizes that the configuration leaves out.
 
     Returns:
         The model, and notes of keys about which nothing is known.
@@ -76,7 +76,7 @@ _POSITIONS = "transformer.visual.positional_embedding"
 _QUERY = "transformer.visual.attn_pool.query"
 _VISUAL_KEYS = ("width", "layers", "heads", "mlp_ratio", "patch_size")
 _FRACTIONS = ("norm_eps", "rotary_base", "mlp_ratio")
-"""What need not be a whole number."""
+"""Values that need not be whole numbers."""
 
 _NEEDED = {
     "layers": NAMES["layers"],
@@ -87,7 +87,7 @@ _NEEDED = {
     "rotary_base": NAMES["rotary_base"],
     "vocabulary": ("padded_vocab_size", "vocab_size"),
 }
-"""What gives the decoder its shape. The first name that is there counts; the comparison sees that the others agree."""
+"""Keys that give the decoder its shape. The first name that is present counts; the comparison checks the others."""
 
 
 def _missing_keys(config: Mapping[str, Any]) -> list[str]:
@@ -102,7 +102,7 @@ def _missing_keys(config: Mapping[str, Any]) -> list[str]:
 
 
 def _not_numbers(config: Mapping[str, Any]) -> list[str]:
-    """Keys of another type than the shape's."""
+    """List the keys whose value is not a number of the kind that a shape needs."""
     visual = config["visual"]
     given = [
         (kind, name, config[name]) for kind, names in _NEEDED.items() for name in names if name in config
@@ -121,11 +121,11 @@ def _not_numbers(config: Mapping[str, Any]) -> list[str]:
 
 
 _LARGEST = 1 << 32
-"""No size of a model is as large; beyond, sizes of tensors would not be numbers of a machine."""
+"""No size of a model is as large; sizes of tensors beyond it would overflow 64 bits."""
 
 
 def _other_layers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Numbers of layers that the tensors do not show; a model of so many would have to be spelt out to say it."""
+    """List the numbers of layers that the tensors contradict, before a model of so many layers is described."""
     given = (
         ("num_hidden_layers", "transformer.h.", _first(config, NAMES["layers"])),
         ("visual.layers", "transformer.visual.transformer.resblocks.", config["visual"]["layers"]),
@@ -141,7 +141,7 @@ def _other_layers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) ->
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """The value under the first of the names that is there."""
+    """The value of the first name that is present."""
     return next((config[name] for name in names if config.get(name) is not None), None)
 
 
@@ -176,7 +176,7 @@ def _model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Mod
 
 
 def read_image_size(path: Path) -> int | None:
-    """The image size in a Qwen-VL's `config.json` that `read_model` could read; None: not told.
+    """Read the image size from a Qwen-VL's `config.json` that `read_model` has accepted; None: not stated.
 
     Raises:
         CheckpointError: not a number of pixels.
@@ -205,7 +205,7 @@ would fetch and run (`auto_map`, `custom_generate`)."""
 
 
 def generation_notes(directory: Path) -> tuple[str, ...]:
-    """The keys of a directory's `generation_config.json` that are left out."""
+    """Name the keys of a directory's `generation_config.json` that are not kept."""
     path = directory / "generation_config.json"
     if not path.is_file():
         return ()
@@ -214,8 +214,8 @@ def generation_notes(directory: Path) -> tuple[str, ...]:
     return (f"note: {path}: not kept for an export: {names}",) if left_out else ()
 
 
-def read_published(directory: Path) -> Published:
-    """What a Qwen or Qwen-VL directory says beside its weights.
+def read_hf_metadata(directory: Path) -> HFMetadata:
+    """Read the metadata beside the weights of a Qwen or Qwen-VL directory.
 
     Raises:
         CheckpointError: a file is not JSON, or a value is of another type.
@@ -238,7 +238,7 @@ def read_published(directory: Path) -> Published:
             )
     try:
         known = {"config": kept, "generation": generated, "tokenizer": tokenizer_digest(directory)}
-        return Published.model_validate({**context, **known}, strict=True)
+        return HFMetadata.model_validate({**context, **known}, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
         raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
@@ -248,14 +248,14 @@ TOKENIZER_FILE = "qwen.tiktoken"
 
 
 def tokenizer_digest(directory: Path) -> str | None:
-    """SHA-256 of a directory's vocabulary; None: it has none."""
+    """SHA-256 of a directory's vocabulary; None: there is no vocabulary."""
     path = directory / TOKENIZER_FILE
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _check_plain(path: Path, content: object) -> None:
-    """Python reads NaN and Infinity, which are no JSON and could not be compared, and halves of characters, which
-    could not be written."""
+    """Refuse NaN and Infinity, which Python reads although they are not JSON and which cannot be compared, and lone
+    surrogates, which cannot be written."""
     if isinstance(content, float) and not math.isfinite(content):
         raise CheckpointError(f"{path}: not JSON: holds {content}")
     if isinstance(content, str) and any("\ud800" <= letter <= "\udfff" for letter in content):
@@ -267,8 +267,8 @@ def _check_plain(path: Path, content: object) -> None:
         _check_plain(path, part)
 
 
-def _published_decoder(decoder: DecoderConfig) -> dict[str, Any]:
-    """The keys that say what the decoder computes."""
+def _hf_decoder(decoder: DecoderConfig) -> dict[str, Any]:
+    """The keys that determine what the decoder computes."""
     return {
         "hidden_size": decoder.hidden,
         "intermediate_size": 2 * decoder.ffn_hidden,
@@ -283,11 +283,11 @@ def _published_decoder(decoder: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def published_config(
-    model: ModelConfig, image_size: int, dtype: str, published: Published | None = None
+def hf_config(
+    model: ModelConfig, image_size: int, dtype: str, hf_metadata: HFMetadata | None = None
 ) -> dict[str, Any]:
-    """`config.json` for the published `QWenLMHeadModel` code; `published` is what is known of the weights' origin."""
-    published = published or Published()
+    """Make `config.json` for the published `QWenLMHeadModel` code; `hf_metadata` comes from the weights' origin."""
+    hf_metadata = hf_metadata or HFMetadata()
     vision, adapter, decoder = model.vision, model.adapter, model.decoder
     visual: dict[str, Any] = {
         "heads": vision.heads,
@@ -315,22 +315,22 @@ def published_config(
         "model_type": "qwen",
         "onnx_safe": None,
         "scale_attn_weights": True,
-        "seq_length": published.seq_length,
+        "seq_length": hf_metadata.seq_length,
         "tokenizer_type": "QWenTokenizer",
         "torch_dtype": dtype,
         "use_cache": True,
-        "use_dynamic_ntk": published.use_dynamic_ntk,
+        "use_dynamic_ntk": hf_metadata.use_dynamic_ntk,
         "use_flash_attn": "auto",
-        "use_logn_attn": published.use_logn_attn,
+        "use_logn_attn": hf_metadata.use_logn_attn,
         "visual": visual,
         "vocab_size": decoder.vocab_size,
-        **{key: published.config[key] for key in _KEPT if key in published.config},
-        **_published_decoder(decoder),
+        **{key: hf_metadata.config[key] for key in _KEPT if key in hf_metadata.config},
+        **_hf_decoder(decoder),
     }
 
 
-def published_limits(model: ModelConfig) -> list[str]:
-    """Where the model is of a shape that the published code does not compute; empty for the published shape."""
+def hf_limits(model: ModelConfig) -> list[str]:
+    """List where the model's shape is one that the published code does not compute; empty for the published shape."""
     found = []
     if model.vision.position_grid != 16:
         found.append(f"its ViT has 16x16 positions, this model {model.vision.position_grid} squared")
@@ -352,11 +352,11 @@ def _mlp_ratio(width: int, hidden: int) -> float:
     raise CheckpointError(f"no mlp_ratio gives {hidden} from width {width}")
 
 
-def generation_config(chat: bool, published: Published | None = None) -> dict[str, Any]:
-    """`generation_config.json`: the origin's own where that is of the kind asked for, else the published Qwen-VL-Chat's
-    (ChatML, sampling) or the pre-trained Qwen-VL's (plain text, greedy)."""
-    if published is not None and published.generation is not None and published.chats == chat:
-        return {key: published.generation[key] for key in published.generation if key in _GENERATION}
+def generation_config(chat: bool, hf_metadata: HFMetadata | None = None) -> dict[str, Any]:
+    """Make `generation_config.json`: the origin's own if it is of the requested kind, else that of Qwen-VL-Chat
+    (ChatML, sampling) or of the pre-trained Qwen-VL (plain text, greedy)."""
+    if hf_metadata is not None and hf_metadata.generation is not None and hf_metadata.chats == chat:
+        return {key: hf_metadata.generation[key] for key in hf_metadata.generation if key in _GENERATION}
     common = {
         "eos_token_id": 151643,
         "max_new_tokens": 512,

@@ -1,4 +1,4 @@
-"""Published weights as a source of tensors: Hugging Face and OpenCLIP files, safetensors or torch, sharded or not."""
+"""Tensors in Hugging Face or OpenCLIP files: safetensors or torch, in one file or in several with an index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json, show_name
 from megatron_qwenvl.checkpoint.storage.safetensors_files import StoredTensor, read_header
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
@@ -29,13 +29,13 @@ _RELEASE_BYTES = 1 << 30
 """A torch file is mapped into memory; after reading this much the map is dropped and made anew."""
 
 
-class PublishedWeights:
-    """The tensors of a weights file or of a directory as published. An index is followed: a tensor comes from the file
-    that the index names, whatever other files hold under its name.
+class HFWeights:
+    """Tensors of a weights file or of a directory in the Hugging Face format. An index is followed: a tensor comes from
+    the file that the index names, whatever other files hold under its name.
 
     Raises:
-        CheckpointError: no weights there, a shard or a tensor of it missing, or a file that is damaged or holds more
-            than data.
+        CheckpointError: there are no weights, a file or a tensor of the index is missing, or a file is damaged or
+            holds more than data.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class PublishedWeights:
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Every tensor by its published name."""
+        """Every tensor by its name in the files."""
         return self._specs
 
     def read(self, name: str) -> Tensor:
@@ -74,7 +74,7 @@ class PublishedWeights:
         return {**self.__dict__, "_mapped": None}
 
     def _add(self, file: Path, names: set[str] | None) -> None:
-        """Take the tensors `names` of a file; None: all that it holds."""
+        """Add the tensors `names` of a file; None: all that it holds."""
         if file.suffix == ".safetensors":
             stored = read_header(file)
             for name in _listed(file, stored.keys(), names):
@@ -94,13 +94,13 @@ class PublishedWeights:
 
 
 def content_files(path: Path) -> list[Path]:
-    """The files that say what published weights are: weights, their index and the configurations beside them.
+    """List the files that define published weights: weights, their index and the configurations beside them.
 
     Raises:
-        CheckpointError: no weights there, or a shard is missing.
+        CheckpointError: there are no weights, or a file of the index is missing.
     """
-    beside = path.glob("*.json") if path.is_dir() else ()
-    return sorted({*_weight_files(path), *beside})
+    configurations = path.glob("*.json") if path.is_dir() else ()
+    return sorted({*_weight_files(path), *configurations})
 
 
 def _listed(file: Path, found: AbstractSet[str], names: set[str] | None) -> Iterable[str]:
@@ -112,12 +112,12 @@ def _listed(file: Path, found: AbstractSet[str], names: set[str] | None) -> Iter
 
 
 def _weight_files(path: Path) -> dict[Path, set[str] | None]:
-    """The files, each with the tensors that are its own by the index; None: all, there is no index."""
+    """The weight files, each with the tensors that the index assigns to it; None: all, there is no index."""
     if path.is_file():
         return {path: None}
     for index in _INDEXES:
         if (path / index).is_file():
-            return {**_shards(path / index)}
+            return {**_files_of_index(path / index)}
     for name in _SINGLE:
         if (path / name).is_file():
             return {path / name: None}
@@ -126,7 +126,7 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
     )
 
 
-def _shards(index: Path) -> dict[Path, set[str]]:
+def _files_of_index(index: Path) -> dict[Path, set[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map")
@@ -143,7 +143,7 @@ def _shards(index: Path) -> dict[Path, set[str]]:
 
 
 def _plain(name: str) -> str:
-    """A tensor's name without what a wrapper of the model put before it."""
+    """Strip the prefix of a model wrapper from a tensor's name."""
     return name.removeprefix("module.")
 
 
@@ -174,7 +174,7 @@ def _map_torch_file(path: Path) -> dict[str, Tensor]:
 
 
 def _kind_of(tensor: Tensor) -> str:
-    """What a tensor is that is not plain values in memory."""
+    """Describe a tensor that is not plain values in memory."""
     if tensor.is_quantized:
         return "a quantized tensor"
     return "a sparse tensor" if tensor.layout != torch.strided else "a tensor without values"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.storage.files import FileRecord, sync_directory, writing
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord, open_durable, sync_directory
 from megatron_qwenvl.engine.checkpoint_index import INDEX_NAME, write_common
 from megatron_qwenvl.engine.checkpoint_items import StoredItem
 from megatron_qwenvl.engine.checkpoint_tensors import write_chunks, write_tensor_index
 
-from .names import chunk_grid
+from .chunk_grid import chunk_grid
 
 
 class FolderFile:
@@ -26,7 +26,7 @@ class FolderFile:
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[list[StoredItem], FileRecord]:
         """Write full tensors, each in the chunks of `chunk_grid`, durably."""
         stored: list[StoredItem] = []
-        with writing(self._path) as file:
+        with open_durable(self._path) as file:
             for name, tensor in tensors:
                 stored += write_chunks(file, self.name, name, tensor, chunk_grid(name, tuple(tensor.shape)))
             return stored, file.sync()

@@ -1,7 +1,7 @@
-"""Published configurations against the model that is to hold their weights.
+"""Comparison of published configurations with the model that is to hold their weights.
 
-Shapes of tensors do not show the number of heads, activations, epsilons of norms or the rotary base. These stand in a
-configuration beside the weights, under names that have changed over the years; every name that is there is compared.
+Shapes of tensors do not show the number of heads, activations, epsilons of norms or the rotary base. They stand in a
+configuration beside the weights, under names that have changed over the years; every name that is present is compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IMAGE_START = 151857
 """Id of `<img>` in the published vocabulary."""
 
 _NOT_IN_SHAPES = ("heads", "norm_eps", "rotary_base")
-"""What a decoder's configuration must say, as its tensors' shapes do not."""
+"""Subjects that a decoder's configuration must state, as shapes of tensors do not show them."""
 
 _OPEN_CLIP_DEFAULTS = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16}
 """OpenCLIP's `CLIPVisionCfg` without arguments."""
@@ -108,7 +108,7 @@ def _classes(part: str) -> Expected:
 
 
 def _near(values: tuple[float, ...]) -> Expected:
-    """Colours as they are written down, with three digits or more."""
+    """Expect colours that are written with three digits or more."""
 
     def fits(found: object) -> bool:
         return (
@@ -123,12 +123,12 @@ def _near(values: tuple[float, ...]) -> Expected:
 
 
 def compare_decoder(path: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> Compared:
-    """Compare a Qwen configuration, of any age, with a decoder; what it must say and does not is a note.
+    """Compare a Qwen configuration, of any age, with a decoder; a missing statement becomes a note.
 
     Args:
         path: its file.
         config: its content.
-        decoder: the weights are to be used in it.
+        decoder: the decoder that is to use the weights.
     """
     found = compare_section(path, "", config, _decoder_table(decoder), apart=frozenset({"visual"}))
     if decoder.hidden % decoder.heads:
@@ -164,7 +164,7 @@ def vit_problems(weights: Path, model: ModelConfig) -> tuple[list[str], list[str
 
     Args:
         weights: file or directory of the weights.
-        model: they are to be used in it.
+        model: the model that is to use them.
 
     Returns:
         Differences, and notes of what is assumed.
@@ -200,8 +200,8 @@ def vit_problems(weights: Path, model: ModelConfig) -> tuple[list[str], list[str
 
 
 def _compare_open_clip(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
-    """A file of OpenCLIP: the model below `model_cfg`, or, as in its source, by itself. What is said outside of the
-    ViT's own section is compared too."""
+    """Compare a file of OpenCLIP: the model stands below `model_cfg` or, as in OpenCLIP's source, at the top. Keys
+    outside of the ViT's own section are compared, too."""
     table = _vision_table(model, model.vision.norm_eps, OPEN_CLIP_EPS)
     outside = frozenset({"model_cfg", "vision_cfg", "preprocess_cfg", "embed_dim"})
     found = compare_section(path, "", config, table, apart=outside)
@@ -215,14 +215,14 @@ def _compare_open_clip(path: Path, config: Mapping[str, Any], model: ModelConfig
 
 
 def _is_clip(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is about a ViT: one of transformers' CLIP, or one with any key of a model. That of a Qwen
-    is not, which may lie beside a single file of weights."""
+    """Whether a `config.json` describes a ViT: it is of transformers' CLIP, or has any key of a model. That of a Qwen,
+    which may lie beside a single weights file, does not."""
     sections = {"vision_config", "vision_config_dict"}
     return config.get("model_type") != "qwen" and bool(config.keys() & (sections | SUBJECTS.keys()))
 
 
 def _compare_clip(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
-    """A file of transformers: the ViT's section, of the old name too, which wins there, or the ViT by itself."""
+    """Compare a file of transformers: the section of a ViT (the old name wins, as there), or a ViT alone."""
     table = _vision_table(model, model.vision.norm_eps, OPEN_CLIP_EPS)
     sections = [name for name in ("vision_config_dict", "vision_config") if config.get(name) is not None]
     defaults = None if sections else _CLIP_DEFAULTS

@@ -1,39 +1,45 @@
-"""Which published tensors are which of ours: one table per published layout, used in both directions.
+"""Tensor names of the Hugging Face formats and of this project: one table per format, used in both directions.
 
-Ours are the checkpoint keys of `model.shapes.tensor_shapes`; a rule says which of them come from which
-published tensors by which mapping.
+The megatron names are the checkpoint keys of `model.shapes.tensor_shapes`. A rule states which of them hold the same
+weights as which tensors of the Hugging Face format (`hf`, also for OpenCLIP's own), and the mapping between both.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
 
-from megatron_qwenvl.architecture.tower import Shape
 from megatron_qwenvl.config.schema import ModelConfig
 
-from .mappings import InterleavedHeads, Mapping, PaddedRows, Same, Split, Stacked, Transposed, WithoutClassRow
+from .mappings import (
+    Identity,
+    InterleavedHeads,
+    Mapping,
+    PaddedRows,
+    Split,
+    Stacked,
+    Transposed,
+    WithoutClassRow,
+)
 
 TABLE_NAME = "transformer.visual.attn_pool.pos_embed"
-"""The adapter's constant sin-cos table: published as a tensor, computed by this project."""
+"""The adapter's constant sin-cos table: a tensor of the Hugging Face format, computed by this project."""
 
 
-_SAME = Same()
+_IDENTITY = Identity()
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`ours` and `theirs` hold the same weights, related by `mapping`."""
+    """Names of tensors that hold the same weights in both formats, and the mapping between them."""
 
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    mapping: Mapping = _SAME
+    megatron: tuple[str, ...]
+    hf: tuple[str, ...]
+    mapping: Mapping = _IDENTITY
 
 
-def _rules(table: dict[str, str], ours: str, theirs: str) -> list[Rule]:
-    """Rules for tensors that are stored alike; names get the prefixes `ours` and `theirs`."""
-    return [Rule((ours + mine,), (theirs + other,)) for mine, other in table.items()]
+def _rules(table: dict[str, str], megatron: str, hf: str) -> list[Rule]:
+    """Rules for tensors that both formats store in the same way; names get the prefixes `megatron` and `hf`."""
+    return [Rule((megatron + key,), (hf + hf_key,)) for key, hf_key in table.items()]
 
 
 _VIT_STEM = {
@@ -94,14 +100,14 @@ def qwen_rules(model: ModelConfig) -> list[Rule]:
     rules = _rules(_DECODER_ENDS, "", "")
     qkv = InterleavedHeads(model.decoder.heads)
     for i in range(model.decoder.layers):
-        ours, theirs = f"decoder.layers.{i}.", f"transformer.h.{i}."
-        rules += _rules(_DECODER_LAYER, ours, theirs)
+        megatron, hf = f"decoder.layers.{i}.", f"transformer.h.{i}."
+        rules += _rules(_DECODER_LAYER, megatron, hf)
         rules += [
-            Rule((f"{ours}self_attention.linear_qkv.{kind}",), (f"{theirs}attn.c_attn.{kind}",), qkv)
+            Rule((f"{megatron}self_attention.linear_qkv.{kind}",), (f"{hf}attn.c_attn.{kind}",), qkv)
             for kind in ("weight", "bias")
         ]
-        gate_and_up = (f"{theirs}mlp.w2.weight", f"{theirs}mlp.w1.weight")  # c_proj(w1(x) * silu(w2(x)))
-        rules.append(Rule((f"{ours}mlp.linear_fc1.weight",), gate_and_up, Stacked()))
+        gate_and_up = (f"{hf}mlp.w2.weight", f"{hf}mlp.w1.weight")  # c_proj(w1(x) * silu(w2(x)))
+        rules.append(Rule((f"{megatron}mlp.linear_fc1.weight",), gate_and_up, Stacked()))
     return rules
 
 
@@ -109,24 +115,26 @@ def padded_qwen_rules(model: ModelConfig) -> list[Rule]:
     """`qwen_rules` for a vocabulary with at most `model`'s rows (import only)."""
     padded = {"embedding.word_embeddings.weight", "output_layer.weight"}
     return [
-        Rule(rule.ours, rule.theirs, PaddedRows(model.decoder.vocab_size)) if rule.ours[0] in padded else rule
+        Rule(rule.megatron, rule.hf, PaddedRows(model.decoder.vocab_size))
+        if rule.megatron[0] in padded
+        else rule
         for rule in qwen_rules(model)
     ]
 
 
 def qwenvl_rules(model: ModelConfig) -> list[Rule]:
-    """The published Qwen-VL. Its ViT stores query, key and value rows interleaved per head, as we do."""
+    """The published Qwen-VL. Its ViT stores query, key and value rows interleaved per head, as megatron-core does."""
     visual = "transformer.visual."
     rules = _rules(_VIT_STEM, "patch_embed.", visual)
     for i in range(model.vision.layers):
-        ours, theirs = f"vit.layers.{i}.", f"{visual}transformer.resblocks.{i}."
-        rules += _rules(_VIT_LAYER, ours, theirs)
+        megatron, hf = f"vit.layers.{i}.", f"{visual}transformer.resblocks.{i}."
+        rules += _rules(_VIT_LAYER, megatron, hf)
         rules += _rules({f"linear_qkv.{kind}": f"in_proj.{kind}" for kind in ("weight", "bias")},
-                        ours + "self_attention.", theirs + "attn.")  # fmt: skip
+                        megatron + "self_attention.", hf + "attn.")  # fmt: skip
     rules += _rules(_ADAPTER, "adapter.", f"{visual}attn_pool.")
     rules += [
         Rule(
-            tuple(f"adapter.linear_{part}.{kind}" for part in "qkv"),
+            tuple(f"adapter.linear_{letter}.{kind}" for letter in "qkv"),
             (f"{visual}attn_pool.attn.in_proj_{kind}",),
             Split(),
         )
@@ -138,54 +146,37 @@ def qwenvl_rules(model: ModelConfig) -> list[Rule]:
 
 
 def open_clip_rules(model: ModelConfig) -> list[Rule]:
-    """The image tower of OpenCLIP's own layout: [q; k; v] rows, a class token (dropped)."""
+    """The image tower of OpenCLIP's own format: [q; k; v] rows, a class token (dropped)."""
     rules = [
-        rule if "positional" not in rule.ours[0] else Rule(rule.ours, rule.theirs, WithoutClassRow())
+        rule if "positional" not in rule.megatron[0] else Rule(rule.megatron, rule.hf, WithoutClassRow())
         for rule in _rules(_VIT_STEM, "patch_embed.", "visual.")
     ]
     qkv = InterleavedHeads(model.vision.heads)
     for i in range(model.vision.layers):
-        ours, theirs = f"vit.layers.{i}.", f"visual.transformer.resblocks.{i}."
-        rules += _rules(_VIT_LAYER, ours, theirs)
+        megatron, hf = f"vit.layers.{i}.", f"visual.transformer.resblocks.{i}."
+        rules += _rules(_VIT_LAYER, megatron, hf)
         rules += [
-            Rule((f"{ours}self_attention.linear_qkv.{kind}",), (f"{theirs}attn.in_proj_{kind}",), qkv)
+            Rule((f"{megatron}self_attention.linear_qkv.{kind}",), (f"{hf}attn.in_proj_{kind}",), qkv)
             for kind in ("weight", "bias")
         ]
     return rules
 
 
 def hf_clip_rules(model: ModelConfig) -> list[Rule]:
-    """The image tower of OpenCLIP in the Hugging Face layout: separate q, k and v, a class token (dropped)."""
+    """The image tower of OpenCLIP in the Hugging Face format: separate q, k and v, a class token (dropped)."""
     stem = "vision_model.embeddings."
     rules = [
         Rule(("patch_embed.conv1.weight",), (f"{stem}patch_embedding.weight",)),
         Rule(("patch_embed.positional_embedding",), (f"{stem}position_embedding.weight",), WithoutClassRow()),
-        *_rules(  # the layout's own spelling
+        *_rules(  # the format's own spelling
             {"weight": "weight", "bias": "bias"}, "patch_embed.ln_pre.", "vision_model.pre_layrnorm."
         ),
     ]
-    qkv = InterleavedHeads(model.vision.heads, parts=3)
+    qkv = InterleavedHeads(model.vision.heads, hf_tensors=3)
     for i in range(model.vision.layers):
-        ours, theirs = f"vit.layers.{i}.", f"vision_model.encoder.layers.{i}."
-        rules += _rules(_HF_CLIP_LAYER, ours, theirs)
+        megatron, hf = f"vit.layers.{i}.", f"vision_model.encoder.layers.{i}."
+        rules += _rules(_HF_CLIP_LAYER, megatron, hf)
         for kind in ("weight", "bias"):
-            parts = tuple(f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv")
-            rules.append(Rule((f"{ours}self_attention.linear_qkv.{kind}",), parts, qkv))
+            separate = tuple(f"{hf}self_attn.{letter}_proj.{kind}" for letter in "qkv")
+            rules.append(Rule((f"{megatron}self_attention.linear_qkv.{kind}",), separate, qkv))
     return rules
-
-
-_COLUMN_PARALLEL = re.compile(
-    r"(linear_qkv|linear_fc1|adapter\.linear_[qkv])\.(weight|bias)$|word_embeddings\.weight$|^output_layer\.weight$"
-)
-_ROW_PARALLEL = re.compile(r"(linear_proj|linear_fc2)\.weight$")
-
-
-def chunk_grid(name: str, shape: Shape) -> tuple[int, int]:
-    """Axis and number of chunks in which a tensor is stored, so that a rank of a tensor-parallel run of up to 8
-    reads little more than its own part. Any layout can read any chunking."""
-    if _ROW_PARALLEL.search(name):
-        return 1, math.gcd(shape[1], 8)
-    if _COLUMN_PARALLEL.search(name):
-        gated = name.startswith("decoder.") and "linear_fc1" in name
-        return 0, math.gcd(shape[0], 16 if gated else 8)
-    return 0, 1

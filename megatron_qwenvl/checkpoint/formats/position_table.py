@@ -1,51 +1,55 @@
-"""The adapter's constant position table: published as a tensor, computed here, moved by published fine-tuning.
+"""The adapter's constant position table: a tensor of the Hugging Face format, computed by this project, never stored.
 
-The published fine-tuning script frees everything below `attn_pool` for training, and the table, meant to be constant,
-lies there.
+The published fine-tuning script trains everything below `attn_pool`, and the table, meant to be constant, lies there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_qwenvl.checkpoint.storage.differences import measure
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.checkpoint.storage.finite import find_non_finite
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.non_finite import find_non_finite
+from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.config.schema import ModelConfig
+from megatron_qwenvl.model.positions import sincos_table
 
-from .hf_files import PublishedWeights
+from .hf_files import HFWeights
 from .names import TABLE_NAME
 
 _FLOAT32_TABLE = 1e-5
 """Largest difference of position tables of up to 16 rows between libraries; measured: 2e-6."""
 
 
-def published_table(grid: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The adapter's constant 2D position table `[grid^2, width]`.
+class PositionTable:
+    """The constant table as a tensor source of its own."""
 
-    The first half of the channels encodes the column, the second half the row; each half is [sin | cos] of
-    position x 10000^(-k / (width/4)), k = 0..width/4-1, in float32.
-    """
-    quarter = width // 4  # numpy, as the published table was made: other libraries differ in the last bit
-    frequencies = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float32) / np.float32(quarter))
-    angles = np.outer(np.arange(grid, dtype=np.float32), frequencies)
-    line = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))  # [grid, width/2]
-    columns = line.unsqueeze(0).expand(grid, grid, -1)
-    rows = line.unsqueeze(1).expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=2).flatten(0, 1).to(dtype).contiguous()
+    def __init__(self, model: ModelConfig, specs: Mapping[str, TensorSpec]) -> None:
+        self._grid = model.adapter.query_grid
+        query = specs.get("adapter.query", TensorSpec((0, model.decoder.hidden), torch.float32))
+        self._spec = TensorSpec((self._grid**2, model.decoder.hidden), query.dtype)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The one tensor."""
+        return {TABLE_NAME: self._spec}
+
+    def read(self, name: str) -> Tensor:
+        """Compute the table."""
+        return sincos_table(self._grid, self._spec.shape[1]).to(self._spec.dtype)
 
 
 def check_table(
-    directory: Path, weights: PublishedWeights, model: ModelConfig, accept_drift: bool
+    directory: Path, weights: HFWeights, model: ModelConfig, accept_drift: bool
 ) -> tuple[float | None, tuple[str, ...]]:
-    """The adapter's position table is not stored, so the published one must be the constant that it is meant to be.
+    """Check that the position table of a published directory is the constant one, as the imported model will use that.
 
     Returns:
-        How far it is from that, if by more than rounding, and notes where it is not the same to the bit.
+        Largest difference from it, if more than rounding, and notes if the table is not the same to the bit.
     """
     if TABLE_NAME not in weights.specs:
         return None, ()
@@ -56,7 +60,7 @@ def check_table(
     if spec.shape != shape:
         raise CheckpointError(f"{place}: expected {list(shape)}, found {list(spec.shape)}")
     found = weights.read(TABLE_NAME)
-    expected = published_table(model.adapter.query_grid, model.decoder.hidden, torch.float32)
+    expected = sincos_table(model.adapter.query_grid, model.decoder.hidden)
     if bad := find_non_finite(TABLE_NAME, found):
         raise CheckpointError(f"{directory}: {bad}")
     difference = measure(found, expected.to(found.dtype))
@@ -88,14 +92,14 @@ def check_table(
 
 
 _LARGEST_DRIFT = 0.1
-"""Mean difference beyond which a table is not a trained rendering of the constant one, whose elements are 0.7 in size:
+"""Mean difference beyond which a table has not come from the constant one by training. Its elements are 0.7 in size:
 AdamW moves an element by its rate a step, which is 1e-5 in the published script, so that this is 10,000 steps in one
 direction."""
 
 
 def _rounding(table: Tensor) -> float:
-    """How far two renderings of the table may be apart: a step of its type, or what other libraries' sines and powers
-    differ by in float32."""
+    """Largest difference between two computations of the table: one step of its type, or the difference of other
+    libraries' sines and powers in float32."""
     coarse = (torch.bfloat16, torch.float16)  # a table that was widened is as coarse as before
     kind = next((k for k in coarse if torch.equal(table.to(k).to(table.dtype), table)), table.dtype)
     return max(torch.finfo(kind).eps, _FLOAT32_TABLE)

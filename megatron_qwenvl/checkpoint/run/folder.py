@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, FileRecord, sync_directory, writing
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord, open_durable, sync_directory
 from megatron_qwenvl.engine.checkpoint_index import INDEX_NAME, check_data_only, write_common
 from megatron_qwenvl.engine.checkpoint_items import StoredItem, write_index, write_item
 from megatron_qwenvl.engine.checkpoint_state import (
@@ -53,10 +54,10 @@ class FolderSave:
         plan = _checked_plan(state, folder, ranks)
         self._common = plan.common
         problem = f"{folder}: tensors cannot be laid out in a checkpoint"
-        own = ranks.each(lambda: plan.lay_out(ranks.is_main), problem)
+        own = ranks.run_on_every_rank(lambda: plan.lay_out(ranks.is_rank0), problem)
         plans = ranks.gather(own)
         self._index = ranks.run_on_rank0(lambda: plan.index(plans), problem)
-        self._items = ranks.each(
+        self._items = ranks.run_on_every_rank(
             lambda: plan.items(own, copied), f"{folder}: state cannot be copied to host memory"
         )
         self._stored: list[StoredItem] = []
@@ -70,12 +71,12 @@ class FolderSave:
         """
         if self._items:
             name = f"__{self._ranks.rank}_0.distcp"
-            with writing(self._folder / name) as file:
+            with open_durable(self._folder / name) as file:
                 while self._items:  # a snapshot's memory is given back as it is written
                     item, data = self._items.pop(0)
                     self._stored.append(write_item(file, name, item, host_copy(data)))
                 self._files[name] = file.sync()
-        if self._ranks.is_main:
+        if self._ranks.is_rank0:
             self._files |= write_common(self._folder, self._common)
 
     def finish(self) -> dict[str, FileRecord]:
@@ -108,7 +109,7 @@ def _checked_plan(state: ShardedState, folder: Path, ranks: Ranks) -> StatePlan:
         plan = StatePlan(state)
         return plan, plan.describe()
 
-    plan, described = ranks.each(take_apart, f"{folder}: state cannot be saved")
+    plan, described = ranks.run_on_every_rank(take_apart, f"{folder}: state cannot be saved")
     gathered = ranks.gather(described)
     ranks.run_on_rank0(lambda: check_coverage(gathered), f"{folder}: inconsistent shards")
     return plan
@@ -130,4 +131,4 @@ def load_folder(state: ShardedState, folder: Path, ranks: Ranks) -> ShardedState
             cannot read them.
     """
     ranks.run_on_rank0(lambda: check_data_only(folder), "refused")
-    return ranks.each(lambda: load_state(state, folder), "cannot be loaded")
+    return ranks.run_on_every_rank(lambda: load_state(state, folder), "cannot be loaded")

@@ -24,31 +24,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_qwenvl.checkpoint.storage.files import (
-    CheckpointError,
-    FileRecord,
-    replace_bytes,
-    sync_directory,
-    write_bytes,
-)
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import (
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
-    POINTER_NAME,
+    HFMetadata,
     Manifest,
-    Published,
-    checkpoint_name,
-    checkpoints_of_run,
     read_manifest,
-    step_of,
     write_manifest,
 )
+from megatron_qwenvl.checkpoint.storage.run_folder import (
+    POINTER_NAME,
+    checkpoint_name,
+    checkpoints_of_run,
+    step_of,
+)
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord, replace_bytes, sync_directory, write_bytes
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.retry import reads
 
 from .folder import FolderSave, ShardedState, load_folder, was_sharded
-from .ranks import Ranks, attempt, find_problems
-from .rewind import Rewind, is_rewound, of_step, set_aside_newer
+from .ranks import Ranks, attempt, find_damage
+from .rewind import Rewind, is_rewound, move_newer_checkpoints, of_step
 from .start import check_resume
 
 logger = logging.getLogger(__name__)
@@ -64,7 +61,7 @@ class _Pending:
     step: int
     folders: dict[str, FolderSave]
     progress: dict[str, Any]
-    beside: Mapping[str, bytes]
+    extra_files: Mapping[str, bytes]
     writing: Future[Exception | None]
     began: float
     stall: float
@@ -118,7 +115,7 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.ranks = Ranks(config.checkpoint.timeout_minutes)
         """All ranks, as checkpoints need them."""
-        self.published: Published | None = None
+        self.hf_metadata: HFMetadata | None = None
         """What is known of the published directory that the run's weights come from; every save records it."""
 
     def prepare(self, guard: Callable[[], None] = lambda: None) -> None:
@@ -143,7 +140,7 @@ class CheckpointManager:
         optimizer: ShardedState,
         progress: dict[str, Any],
         began: float | None = None,
-        beside: Mapping[str, bytes] | None = None,
+        extra_files: Mapping[str, bytes] | None = None,
     ) -> SaveReport | None:
         """Save a checkpoint of `step`; an asynchronous save that is still running is finished first.
 
@@ -164,15 +161,15 @@ class CheckpointManager:
         """
         self.wait()
         began = time.monotonic() if began is None else began
-        aside = self._aside(step)
+        tmp_dir = self._tmp_dir(step)
         try:
-            self.ranks.run_on_rank0(lambda: self._make_folders(aside), f"{aside}: cannot be created")
+            self.ranks.run_on_rank0(lambda: self._make_folders(tmp_dir), f"{tmp_dir}: cannot be created")
             folders = {
-                name: FolderSave(state, aside / name, self._asynchronous, self.ranks)
+                name: FolderSave(state, tmp_dir / name, self._asynchronous, self.ranks)
                 for name, state in ((MODEL_FOLDER, model), (OPTIMIZER_FOLDER, optimizer))
             }
         except CheckpointError:
-            self._discard(aside)
+            self._discard(tmp_dir)
             raise
         if self._asynchronous:
             writing = self._thread.submit(self._write_all, folders)
@@ -180,7 +177,7 @@ class CheckpointManager:
             writing = Future()
             writing.set_result(self._write_all(folders))
         stall = time.monotonic() - began
-        self._pending = _Pending(step, folders, progress, beside or {}, writing, began, stall)
+        self._pending = _Pending(step, folders, progress, extra_files or {}, writing, began, stall)
         return None if self._asynchronous else self.wait()
 
     def poll(self) -> SaveReport | None:
@@ -193,14 +190,14 @@ class CheckpointManager:
             return None
         return self.wait() if self.ranks.all_true(self._pending.writing.done()) else None
 
-    def wait_if_all_come(self) -> SaveReport | None:
+    def wait_if_all_arrive(self) -> SaveReport | None:
         """Complete the background save if every rank calls this; for a run that ends by an error which other ranks
         may not have, and which may not wait for them.
 
         Raises:
             CheckpointError: the save failed; see `save`.
         """
-        if self._pending is None or not self.ranks.all_come(TOGETHER_SECONDS):
+        if self._pending is None or not self.ranks.all_arrive(TOGETHER_SECONDS):
             return None
         return self.wait()
 
@@ -214,7 +211,7 @@ class CheckpointManager:
             return None
         pending, self._pending = self._pending, None
         waited = time.monotonic()
-        aside = self._aside(pending.step)
+        tmp_dir = self._tmp_dir(pending.step)
         try:
             self.ranks.raise_on_any_error(
                 pending.writing.result(), f"checkpoint of step {pending.step} was not written"
@@ -224,13 +221,15 @@ class CheckpointManager:
                 for folder, save in pending.folders.items()
                 for name, record in save.finish().items()
             }
-            beside = self.ranks.run_on_rank0(
-                lambda: _write_beside(aside, pending.beside), f"{aside}: not written"
+            extra_files = self.ranks.run_on_rank0(
+                lambda: _write_extra_files(tmp_dir, pending.extra_files), f"{tmp_dir}: not written"
             )
-            manifest = self._manifest(pending, {**files, **(beside or {})})
-            self.ranks.run_on_rank0(lambda: self._publish(aside, manifest), f"{aside}: cannot be published")
+            manifest = self._manifest(pending, {**files, **(extra_files or {})})
+            self.ranks.run_on_rank0(
+                lambda: self._put_in_place(tmp_dir, manifest), f"{tmp_dir}: cannot be moved into place"
+            )
         except CheckpointError:
-            self._discard(aside)
+            self._discard(tmp_dir)
             raise
         now = time.monotonic()
         return SaveReport(
@@ -249,11 +248,11 @@ class CheckpointManager:
         )
         candidates = self.ranks.broadcast(found)
         for candidate in candidates:
-            problems = find_problems(candidate, self.ranks)
+            problems = find_damage(candidate, self.ranks)
             if not problems:
                 return candidate
             self._damaged.add(step_of(candidate.with_suffix("")))
-            if self.ranks.is_main:
+            if self.ranks.is_rank0:
                 for problem in problems:
                     logger.error("damaged checkpoint: %s", problem)
         if candidates:
@@ -278,16 +277,16 @@ class CheckpointManager:
         )
         checkpoint: Path | None = self.ranks.broadcast(found)
         if checkpoint is None:
-            if self.ranks.is_main:
+            if self.ranks.is_rank0:
                 logger.info(
                     "this job has gone back to step %d already: going on from the newest checkpoint", step
                 )
             return None
-        if problems := find_problems(checkpoint, self.ranks):
+        if problems := find_damage(checkpoint, self.ranks):
             raise CheckpointError(f"damaged checkpoint: {'; '.join(problems[:4])}")
         return checkpoint
 
-    def set_aside_newer(self, step: int) -> Rewind:
+    def move_newer_checkpoints(self, step: int) -> Rewind:
         """Move the checkpoints after a step where the run's own search does not come, after `prepare`.
 
         Raises:
@@ -297,7 +296,7 @@ class CheckpointManager:
         def move() -> Rewind:
             self._guard()
             self._point_to(self._directory / checkpoint_name(step))
-            return set_aside_newer(self._directory, step)
+            return move_newer_checkpoints(self._directory, step)
 
         return self.ranks.broadcast(
             self.ranks.run_on_rank0(move, f"{self._directory}: newer checkpoints not set aside")
@@ -322,8 +321,8 @@ class CheckpointManager:
             check_resume(checkpoint, manifest, self._config)
             return manifest
 
-        manifest = self.ranks.each(read, "cannot be resumed from")
-        self.published = manifest.published
+        manifest = self.ranks.run_on_every_rank(read, "cannot be resumed from")
+        self.hf_metadata = manifest.hf_metadata
         return Loaded(
             manifest,
             load_folder(model, checkpoint / MODEL_FOLDER, self.ranks),
@@ -358,37 +357,37 @@ class CheckpointManager:
             recipe=config.name,
             image_size=config.data.image_size,
             model=config.model,
-            layout={
+            parallel_sizes={
                 "tensor": parallel.tensor,
                 "pipeline": parallel.pipeline,
                 "data": self.ranks.size // (parallel.tensor * parallel.pipeline),
             },
-            published=self.published,
+            hf_metadata=self.hf_metadata,
             progress=pending.progress,
             files=files,
         )
 
-    def _aside(self, step: int) -> Path:
+    def _tmp_dir(self, step: int) -> Path:
         return self._directory / f"{checkpoint_name(step)}.tmp"
 
-    def _make_folders(self, aside: Path) -> None:
+    def _make_folders(self, tmp_dir: Path) -> None:
         self._guard()
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / MODEL_FOLDER).mkdir(parents=True)
-        (aside / OPTIMIZER_FOLDER).mkdir()
+        shutil.rmtree(tmp_dir, ignore_errors=True)
+        (tmp_dir / MODEL_FOLDER).mkdir(parents=True)
+        (tmp_dir / OPTIMIZER_FOLDER).mkdir()
 
-    def _publish(self, aside: Path, manifest: Manifest) -> None:
+    def _put_in_place(self, tmp_dir: Path, manifest: Manifest) -> None:
         """Give the checkpoint its name. From then on it is the one that a run resumes from, so that what fails later
         is no failure of the save."""
         self._guard()
-        write_manifest(aside, manifest)
-        final = aside.with_suffix("")
+        write_manifest(tmp_dir, manifest)
+        final = tmp_dir.with_suffix("")
         replaced = final.with_suffix(".old")
         if final.exists():  # the step was saved before, perhaps damaged: the new one takes its place
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         try:
-            aside.rename(final)
+            tmp_dir.rename(final)
         except OSError:
             if replaced.exists():
                 replaced.rename(final)
@@ -439,9 +438,9 @@ class CheckpointManager:
         ):
             self._point_to(newest[0])
 
-    def _discard(self, aside: Path) -> None:
-        if self.ranks.is_main and attempt(self._guard) is None:
-            shutil.rmtree(aside, ignore_errors=True)
+    def _discard(self, tmp_dir: Path) -> None:
+        if self.ranks.is_rank0 and attempt(self._guard) is None:
+            shutil.rmtree(tmp_dir, ignore_errors=True)
 
     def _write_all(self, folders: dict[str, FolderSave]) -> Exception | None:
         def write() -> None:
@@ -463,5 +462,5 @@ def _warn(consequence: str, action: Callable[[], object]) -> None:
         logger.warning("%s: %s", consequence, error)
 
 
-def _write_beside(aside: Path, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
-    return {name: write_bytes(aside / name, content) for name, content in files.items()}
+def _write_extra_files(tmp_dir: Path, files: Mapping[str, bytes]) -> dict[str, FileRecord]:
+    return {name: write_bytes(tmp_dir / name, content) for name, content in files.items()}

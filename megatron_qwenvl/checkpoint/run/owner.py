@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, replace_bytes
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json
+from megatron_qwenvl.checkpoint.storage.writing import replace_bytes
 from megatron_qwenvl.runtime.identity import ProcessIdentity
 from megatron_qwenvl.runtime.retry import reads
 from megatron_qwenvl.runtime.slurm import is_job_over
@@ -285,7 +286,7 @@ def refused_if_owned(owner: RunOwner, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if ranks.is_main:
+        if ranks.is_rank0:
             owner.refuse_if_owned()
         raise
 
@@ -356,21 +357,21 @@ def _to_bytes(entry: _Entry) -> bytes:
 
 def _create(path: Path, content: bytes) -> bool:
     """Make a file with its whole content; False if it is there already."""
-    aside = path.with_name(f".{uuid4().hex}")
+    tmp_file = path.with_name(f".{uuid4().hex}")
     try:
-        _write(aside, content)
+        _write(tmp_file, content)
         try:
-            os.link(aside, path)
+            os.link(tmp_file, path)
         except FileExistsError:
             return False
         except OSError as error:
-            if os.stat(aside).st_nlink == 2:  # NFS: done, but the answer was lost
+            if os.stat(tmp_file).st_nlink == 2:  # NFS: done, but the answer was lost
                 return True
             if error.errno not in _NO_LINKS:
                 raise
             return _create_without_links(path, content)
     finally:
-        aside.unlink(missing_ok=True)
+        tmp_file.unlink(missing_ok=True)
     return True
 
 

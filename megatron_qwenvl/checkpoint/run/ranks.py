@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, FileRecord, file_problem
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.file_checks import file_problem
 from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord
 
 T = TypeVar("T")
 
@@ -38,7 +40,7 @@ class Ranks:
         """Number of ranks."""
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         """Rank 0: the one that does what is done once."""
         return self.rank == 0
 
@@ -54,7 +56,7 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks on rank 0; elsewhere an empty list."""
-        values: list[Any] | None = [None] * self.size if self.is_main else None
+        values: list[Any] | None = [None] * self.size if self.is_rank0 else None
         dist.gather_object(value, values, dst=0, group=self._group)
         return values or []
 
@@ -70,7 +72,7 @@ class Ranks:
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self._group)
         return bool(everywhere)
 
-    def all_come(self, seconds: float) -> bool:
+    def all_arrive(self, seconds: float) -> bool:
         """Whether every rank calls this within the time.
 
         After a False a thread of the group still waits for the others: the process is to end at once.
@@ -96,7 +98,7 @@ class Ranks:
                 f"{what}: {'; '.join(found[:4])}" + (" ..." if len(found) > 4 else "")
             ) from error
 
-    def each(self, action: Callable[[], T], what: str) -> T:
+    def run_on_every_rank(self, action: Callable[[], T], what: str) -> T:
         """Run `action`, which must not be collective itself, on every rank; each gets its own result.
 
         Raises:
@@ -112,7 +114,7 @@ class Ranks:
         Raises:
             CheckpointError: on every rank, if it fails.
         """
-        return self.each(lambda: action() if self.is_main else None, what)
+        return self.run_on_every_rank(lambda: action() if self.is_rank0 else None, what)
 
 
 def _describe(error: Exception) -> str:
@@ -128,24 +130,24 @@ def attempt(action: Callable[[], object]) -> Exception | None:
     return None
 
 
-def find_problems(checkpoint: Path, ranks: Ranks) -> list[str]:
+def find_damage(checkpoint: Path, ranks: Ranks) -> list[str]:
     """What is wrong with a checkpoint, file by file, the same list on all ranks. Collective; every rank
     digests its share of the bytes."""
-    found = ranks.all_gather(_problems_of_share(checkpoint, ranks.rank, ranks.size))
+    found = ranks.all_gather(_damage_of_share(checkpoint, ranks.rank, ranks.size))
     return list(dict.fromkeys(problem for problems in found for problem in problems))
 
 
-def _problems_of_share(checkpoint: Path, rank: int, ranks: int) -> list[str]:
+def _damage_of_share(checkpoint: Path, rank: int, ranks: int) -> list[str]:
     """A rank that cannot read the checkpoint has checked nothing, which is a problem as well."""
     try:
-        mine = shares(read_manifest(checkpoint).files, ranks)[rank]
+        mine = split_by_bytes(read_manifest(checkpoint).files, ranks)[rank]
         checked = (file_problem(checkpoint / name, record) for name, record in mine.items())
         return [problem for problem in checked if problem is not None]
     except (CheckpointError, OSError) as error:
         return [str(error)]
 
 
-def shares(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:
+def split_by_bytes(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:
     """Deal files to ranks so that all have about the same bytes: the largest first, to whom has least."""
     dealt: list[dict[str, FileRecord]] = [{} for _ in range(ranks)]
     least = [(0, rank) for rank in range(ranks)]

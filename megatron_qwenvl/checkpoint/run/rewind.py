@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, replace_bytes
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json
-from megatron_qwenvl.checkpoint.storage.manifest import checkpoints_of_run, step_of
+from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run, step_of
+from megatron_qwenvl.checkpoint.storage.writing import replace_bytes
 from megatron_qwenvl.runtime.retry import reads
 from megatron_qwenvl.runtime.slurm import own_job
 
@@ -71,7 +72,7 @@ def is_rewound(directory: Path, step: int) -> bool:
     )
 
 
-def set_aside_newer(directory: Path, step: int) -> Rewind:
+def move_newer_checkpoints(directory: Path, step: int) -> Rewind:
     """Move the checkpoints of a run's folder that are newer than a step, the newest first, and record it.
 
     Raises:

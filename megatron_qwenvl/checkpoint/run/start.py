@@ -9,15 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.checkpoint.storage.lineage import check_training_order
-from megatron_qwenvl.checkpoint.storage.manifest import (
-    Manifest,
-    checkpoints_of_run,
-    find_checkpoint,
-    model_differences,
-    read_manifest,
-)
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.lineage import check_run_start_order
+from megatron_qwenvl.checkpoint.storage.manifest import Manifest, model_differences, read_manifest
+from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run, find_checkpoint
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.retry import reads
 
@@ -104,7 +99,7 @@ def check_start(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None
         raise CheckpointError(
             f"{checkpoint}: made to start {manifest.start_of}, but this run is {config.stage}"
         )
-    check_training_order(checkpoint, manifest, config.stage)
+    check_run_start_order(checkpoint, manifest, config.stage)
 
 
 def check_resume(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest, read_manifest
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.config.schema import RunConfig
 
 from .folder import ShardedState, load_folder
-from .ranks import Ranks, find_problems
+from .ranks import Ranks, find_damage
 from .start import check_start
 
 OPTIMIZER_METADATA: dict[str, Any] = {
@@ -71,8 +72,8 @@ def load_weights(path: Path, config: RunConfig, chunk: ModelChunk, ranks: Ranks 
         check_start(checkpoint, manifest, config)
         return checkpoint, manifest
 
-    checkpoint, manifest = ranks.each(find, "cannot be started from")
-    if problems := find_problems(checkpoint, ranks):
+    checkpoint, manifest = ranks.run_on_every_rank(find, "cannot be started from")
+    if problems := find_damage(checkpoint, ranks):
         raise CheckpointError("damaged checkpoint: " + "; ".join(problems))
     fill_model(chunk, load_folder(model_state(chunk), checkpoint / MODEL_FOLDER, ranks))
     ranks.barrier()

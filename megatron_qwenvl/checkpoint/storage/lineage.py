@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_qwenvl.config.schema import Stage
 
-from .files import CheckpointError
+from .errors import CheckpointError
 from .manifest import Manifest, Origin
 
 _STARTS_FROM: dict[Stage, tuple[Origin, ...]] = {
@@ -16,7 +16,7 @@ _STARTS_FROM: dict[Stage, tuple[Origin, ...]] = {
 }
 
 
-def check_order(checkpoint: Path, manifest: Manifest, stage: Stage, way_out: str) -> None:
+def check_stage_order(checkpoint: Path, manifest: Manifest, stage: Stage, way_out: str) -> None:
     """Make sure that the weights went through what comes before `stage`, to its end.
 
     Args:
@@ -39,7 +39,7 @@ def check_order(checkpoint: Path, manifest: Manifest, stage: Stage, way_out: str
         )
 
 
-def check_training_order(checkpoint: Path, manifest: Manifest, stage: Stage) -> None:
+def check_run_start_order(checkpoint: Path, manifest: Manifest, stage: Stage) -> None:
     """The same for a run of `stage` that starts from a training checkpoint as it is.
 
     The run's own stage is no skipped one: its weights may go through it once more, finished or not.
@@ -51,4 +51,4 @@ def check_training_order(checkpoint: Path, manifest: Manifest, stage: Stage) -> 
         way_out = (
             f"make a start with: convert_checkpoint.py next-stage --to {stage}; --force there to do it anyway"
         )
-        check_order(checkpoint, manifest, stage, way_out)
+        check_stage_order(checkpoint, manifest, stage, way_out)

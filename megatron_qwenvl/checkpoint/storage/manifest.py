@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,21 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_qwenvl.config.schema import ModelConfig, Stage
 from megatron_qwenvl.runtime.retry import reads
 
-from .files import CheckpointError, FileRecord, replace_bytes
+from .errors import CheckpointError
 from .json_text import parse_json
+from .writing import FileRecord, replace_bytes
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MODEL_FOLDER = "model"
 OPTIMIZER_FOLDER = "optimizer"
-POINTER_NAME = "latest"
-
-_STEP_NAME = re.compile(r"step_(\d{8,})$")
 
 Origin = Literal["parts", "stage1", "stage2", "stage3", "published"]
 
 
-class Published(BaseModel):
+class HFMetadata(BaseModel):
     """What a published directory says beside its weights. It is kept through stages and conversions, read by the
     generator and written by an export. Code is not part of it."""
 
@@ -57,7 +54,7 @@ class Published(BaseModel):
 class Manifest(BaseModel):
     """Describes one checkpoint directory. Stored as JSON with a digest over itself."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     format: Literal[1] = 1
     """Version of this layout."""
@@ -78,9 +75,11 @@ class Manifest(BaseModel):
     """Side in pixels that the weights were trained at."""
     model: ModelConfig
     """Shape of the model."""
-    layout: dict[str, int] = {}
+    parallel_sizes: dict[str, int] = Field({}, validation_alias="layout", serialization_alias="layout")
     """Parallel sizes that wrote the checkpoint; information only, any layout can read it."""
-    published: Published | None = None
+    hf_metadata: HFMetadata | None = Field(
+        None, validation_alias="published", serialization_alias="published"
+    )
     """What is known of the published directory that the weights come from; none: nothing."""
     progress: dict[str, Any] = {}
     """The run's counters and schedule, as given by the trainer; JSON values."""
@@ -92,7 +91,7 @@ class Manifest(BaseModel):
         """Bytes of all recorded files."""
         return sum(record.bytes for record in self.files.values())
 
-    def part(self, folder: str) -> dict[str, FileRecord]:
+    def files_in(self, folder: str) -> dict[str, FileRecord]:
         """The recorded files below `folder`, by path relative to the checkpoint directory."""
         return {name: record for name, record in self.files.items() if name.startswith(folder + "/")}
 
@@ -103,7 +102,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest durably; it is the last file of a checkpoint to be written."""
-    content = manifest.model_dump(mode="json")
+    content = manifest.model_dump(mode="json", by_alias=True)
     text = json.dumps({**content, "digest": _digest(content)}, indent=1, sort_keys=True)
     replace_bytes(directory / MANIFEST_NAME, text.encode())
 
@@ -133,63 +132,6 @@ def read_manifest(directory: Path) -> Manifest:
     except ValidationError as error:
         problem = error.errors()[0]
         raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-
-
-def checkpoint_name(step: int) -> str:
-    """Name of a run's checkpoint."""
-    return f"step_{step:08d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a directory's name says; -1: not the name of a run's checkpoint."""
-    match = _STEP_NAME.match(checkpoint.name)
-    return int(match[1]) if match else -1
-
-
-def checkpoints_of_run(directory: Path) -> list[Path]:
-    """The checkpoints below a run's checkpoints folder, from new to old. A directory gets such a name when it is
-    complete."""
-    found = reads(directory, lambda: list(directory.glob("step_*")))
-    return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint directory that `path` means: itself, or the newest of a run's checkpoints folder or of the run's
-    directory.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if found := reads(path, lambda: _find(path)):
-        return found
-    raise CheckpointError(
-        f"{path}: not a checkpoint (no {MANIFEST_NAME}, no {POINTER_NAME}, no checkpoints/)"
-    )
-
-
-def _find(path: Path) -> Path | None:
-    for candidate in (path, path / "checkpoints"):
-        if (candidate / MANIFEST_NAME).is_file():
-            return candidate
-        if newest := _newest(candidate):
-            return newest
-    return None
-
-
-def _newest(directory: Path) -> Path | None:
-    """What the pointer names, or what is newer: a crash may leave a complete checkpoint that it does not name yet."""
-    pointer = directory / POINTER_NAME
-    named = (
-        directory / reads(pointer, lambda: pointer.read_text(errors="replace")).strip()
-        if pointer.is_file()
-        else None
-    )
-    for checkpoint in checkpoints_of_run(directory):
-        if named is not None and step_of(checkpoint) <= step_of(named):
-            break
-        if (checkpoint / MANIFEST_NAME).is_file():
-            return checkpoint
-    return named
 
 
 def model_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import CheckpointError, DurableWriter
+from .errors import CheckpointError
 from .json_text import parse_json, show_json, show_name
 from .tensors import TensorSpec
+from .writing import DurableWriter
 
 _DTYPES = {
     "F64": torch.float64,

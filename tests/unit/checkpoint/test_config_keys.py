@@ -11,9 +11,9 @@ import pytest
 from megatron_qwenvl.checkpoint.convert.imports import plan_qwenvl
 from megatron_qwenvl.checkpoint.formats.config_keys import NAMES
 from megatron_qwenvl.checkpoint.formats.model_checks import vit_problems
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 
-from .published_cases import TINY, config_json, publish, random_weights
+from .hf_cases import TINY, config_json, random_weights, write_hf
 from .test_model_checks import CLIP, OLD_QWEN, VIT, compared
 
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -52,7 +52,7 @@ def refused(folder: Path, section: str, more: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish(tmp_path_factory.mktemp("place") / "p", TINY, random_weights(TINY))
+    return write_hf(tmp_path_factory.mktemp("place") / "p", TINY, random_weights(TINY))
 
 
 NOWHERE = {"tied"}  # a ViT has no embedding of words

@@ -11,27 +11,30 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, verify
-from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export, published_table
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
+from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_parts, plan_qwenvl
-from megatron_qwenvl.checkpoint.convert.jobs import our_specs
-from megatron_qwenvl.checkpoint.formats.hf_config import published_config, published_limits
-from megatron_qwenvl.checkpoint.formats.hf_files import PublishedWeights
-from megatron_qwenvl.checkpoint.formats.names import chunk_grid, open_clip_rules, qwenvl_rules
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.convert.inspect import verify
+from megatron_qwenvl.checkpoint.convert.mapped_source import megatron_specs
+from megatron_qwenvl.checkpoint.formats.chunk_grid import chunk_grid
+from megatron_qwenvl.checkpoint.formats.hf_config import hf_config, hf_limits
+from megatron_qwenvl.checkpoint.formats.hf_files import HFWeights
+from megatron_qwenvl.checkpoint.formats.names import open_clip_rules, qwenvl_rules
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
+from megatron_qwenvl.model.positions import sincos_table
 from megatron_qwenvl.model.shapes import tensor_shapes
 
-from .published_cases import (
+from .hf_cases import (
     MIDDLE,
     TINY,
     as_hugging_face_clip,
     open_clip_weights,
-    publish,
-    publish_parts,
     random_weights,
+    write_hf,
+    write_parts,
 )
 
 
@@ -55,8 +58,8 @@ def test_published_to_ours_to_published_is_bitwise(
 ) -> None:
     weights = random_weights(model, dtype)
     weights["transformer.wte.weight"][0, :2] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 2])
-    published = publish(tmp_path / "published", model, weights, safetensors)
-    checkpoint = import_qwenvl(published, tmp_path / "ours")
+    hf = write_hf(tmp_path / "hf", model, weights, safetensors)
+    checkpoint = import_qwenvl(hf, tmp_path / "megatron")
     assert verify(checkpoint) == []
     execute_export(plan_export(checkpoint), tmp_path / "again")
     again = load_published(tmp_path / "again")
@@ -72,10 +75,10 @@ def test_published_to_ours_to_published_is_bitwise(
 
 
 def test_export_can_be_read_by_others_and_describes_the_model(tmp_path: Path) -> None:
-    published = publish(tmp_path / "published", MIDDLE, random_weights(MIDDLE, torch.bfloat16))
+    hf = write_hf(tmp_path / "hf", MIDDLE, random_weights(MIDDLE, torch.bfloat16))
     (tmp_path / "qwen.tiktoken").write_text("tokens")
     out = tmp_path / "again"
-    execute_export(plan_export(import_qwenvl(published, tmp_path / "ours"), tmp_path / "qwen.tiktoken"), out)
+    execute_export(plan_export(import_qwenvl(hf, tmp_path / "megatron"), tmp_path / "qwen.tiktoken"), out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     for name, file in index["weight_map"].items():
         with safe_open(out / file, framework="pt") as opened:
@@ -88,26 +91,26 @@ def test_export_can_be_read_by_others_and_describes_the_model(tmp_path: Path) ->
 
 
 def test_full_size_config_is_the_published_one() -> None:
-    config = published_config(ModelConfig(), 448, "bfloat16")
+    config = hf_config(ModelConfig(), 448, "bfloat16")
     assert config["visual"] == {
         "heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48, "mlp_ratio": 4.9231,
         "n_queries": 256, "output_dim": 4096, "patch_size": 14, "width": 1664,
     }  # fmt: skip
     assert (config["intermediate_size"], config["vocab_size"]) == (22016, 151936)
-    assert published_limits(ModelConfig()) == []
-    assert len(published_limits(TINY)) == 2
+    assert hf_limits(ModelConfig()) == []
+    assert len(hf_limits(TINY)) == 2
 
 
 def test_rules_cover_every_tensor_of_both_sides_at_full_size() -> None:
     rules = qwenvl_rules(ModelConfig())
-    ours = [name for rule in rules for name in rule.ours]
-    theirs = [name for rule in rules for name in rule.theirs]
-    assert sorted(ours) == sorted(tensor_shapes(ModelConfig()))
-    assert len(theirs) == len(set(theirs)) == 853 - 1  # without the constant table
+    megatron = [name for rule in rules for name in rule.megatron]
+    hf = [name for rule in rules for name in rule.hf]
+    assert sorted(megatron) == sorted(tensor_shapes(ModelConfig()))
+    assert len(hf) == len(set(hf)) == 853 - 1  # without the constant table
 
 
 def test_table_is_column_first() -> None:
-    table = published_table(3, 8, torch.float32)
+    table = sincos_table(3, 8)
     assert table.shape == (9, 8)
     row1_column2 = table[1 * 3 + 2]
     frequencies = torch.tensor([1.0, 0.01])
@@ -115,18 +118,18 @@ def test_table_is_column_first() -> None:
     torch.testing.assert_close(row1_column2, torch.cat(expected))
 
 
-def imported(tmp_path: Path, published: Path) -> dict[str, Tensor]:
-    source = open_weights(import_qwenvl(published, tmp_path / "ours"))
+def imported(tmp_path: Path, hf: Path) -> dict[str, Tensor]:
+    source = open_weights(import_qwenvl(hf, tmp_path / "megatron"))
     return {name: source.read(name) for name in source.specs}
 
 
 def test_decoder_rows_are_grouped_by_head(tmp_path: Path) -> None:
     """Ours: head 0's q, k, v rows, then head 1's. Published: all q, then all k, then all v."""
     weights = random_weights(TINY)
-    ours = imported(tmp_path, publish(tmp_path / "p", TINY, weights))
+    megatron = imported(tmp_path, write_hf(tmp_path / "p", TINY, weights))
     c_attn, mine = (
         weights["transformer.h.1.attn.c_attn.weight"],
-        ours["decoder.layers.1.self_attention.linear_qkv.weight"],
+        megatron["decoder.layers.1.self_attention.linear_qkv.weight"],
     )
     hidden, width = TINY.decoder.hidden, TINY.decoder.hidden // TINY.decoder.heads
     for head in range(TINY.decoder.heads):
@@ -137,27 +140,27 @@ def test_decoder_rows_are_grouped_by_head(tmp_path: Path) -> None:
 
 def test_published_vit_rows_are_grouped_by_head_already(tmp_path: Path) -> None:
     weights = random_weights(TINY)
-    ours = imported(tmp_path, publish(tmp_path / "p", TINY, weights))
+    megatron = imported(tmp_path, write_hf(tmp_path / "p", TINY, weights))
     for kind in ("weight", "bias"):
-        theirs = weights[f"transformer.visual.transformer.resblocks.1.attn.in_proj.{kind}"]
-        assert torch.equal(ours[f"vit.layers.1.self_attention.linear_qkv.{kind}"], theirs)
+        hf = weights[f"transformer.visual.transformer.resblocks.1.attn.in_proj.{kind}"]
+        assert torch.equal(megatron[f"vit.layers.1.self_attention.linear_qkv.{kind}"], hf)
 
 
 def test_gate_comes_first_and_is_w2(tmp_path: Path) -> None:
     weights = random_weights(TINY)
-    ours = imported(tmp_path, publish(tmp_path / "p", TINY, weights))
-    gate, up = ours["decoder.layers.0.mlp.linear_fc1.weight"].chunk(2)
+    megatron = imported(tmp_path, write_hf(tmp_path / "p", TINY, weights))
+    gate, up = megatron["decoder.layers.0.mlp.linear_fc1.weight"].chunk(2)
     assert torch.equal(gate, weights["transformer.h.0.mlp.w2.weight"])
     assert torch.equal(up, weights["transformer.h.0.mlp.w1.weight"])
 
 
 def test_adapter_projections_are_split_and_its_output_transposed(tmp_path: Path) -> None:
     weights = random_weights(TINY)
-    ours = imported(tmp_path, publish(tmp_path / "p", TINY, weights))
+    megatron = imported(tmp_path, write_hf(tmp_path / "p", TINY, weights))
     q, k, v = weights["transformer.visual.attn_pool.attn.in_proj_weight"].chunk(3)
     for part, expected in (("q", q), ("k", k), ("v", v)):
-        assert torch.equal(ours[f"adapter.linear_{part}.weight"], expected)
-    assert torch.equal(ours["adapter.proj.weight"], weights["transformer.visual.proj"].t())
+        assert torch.equal(megatron[f"adapter.linear_{part}.weight"], expected)
+    assert torch.equal(megatron["adapter.proj.weight"], weights["transformer.visual.proj"].t())
 
 
 def recipe_of(model: ModelConfig) -> RunConfig:
@@ -165,13 +168,13 @@ def recipe_of(model: ModelConfig) -> RunConfig:
 
 
 def test_open_clip_rows_class_token_and_positions(tmp_path: Path) -> None:
-    vit, llm = publish_parts(tmp_path, TINY, vocab=96)
-    execute_import(plan_parts(vit, llm, recipe_of(TINY), seed=1), tmp_path / "ours")
-    ours, theirs = open_weights(tmp_path / "ours"), open_clip_weights(TINY)
-    positions = ours.read("patch_embed.positional_embedding")
-    assert torch.equal(positions, theirs["visual.positional_embedding"][1:])
-    mine = ours.read("vit.layers.1.self_attention.linear_qkv.bias")
-    in_proj = theirs["visual.transformer.resblocks.1.attn.in_proj_bias"]
+    vit, llm = write_parts(tmp_path, TINY, vocab=96)
+    execute_import(plan_parts(vit, llm, recipe_of(TINY), seed=1), tmp_path / "megatron")
+    megatron, hf = open_weights(tmp_path / "megatron"), open_clip_weights(TINY)
+    positions = megatron.read("patch_embed.positional_embedding")
+    assert torch.equal(positions, hf["visual.positional_embedding"][1:])
+    mine = megatron.read("vit.layers.1.self_attention.linear_qkv.bias")
+    in_proj = hf["visual.transformer.resblocks.1.attn.in_proj_bias"]
     width = TINY.vision.width // TINY.vision.heads
     for head in range(TINY.vision.heads):
         for part in range(3):
@@ -181,7 +184,7 @@ def test_open_clip_rows_class_token_and_positions(tmp_path: Path) -> None:
 
 
 def test_hugging_face_clip_gives_the_same_as_open_clip(tmp_path: Path) -> None:
-    vit, llm = publish_parts(tmp_path, TINY, vocab=96)
+    vit, llm = write_parts(tmp_path, TINY, vocab=96)
     hugging_face = tmp_path / "hf"
     hugging_face.mkdir()
     torch.save(as_hugging_face_clip(open_clip_weights(TINY)), hugging_face / "pytorch_model.bin")
@@ -191,7 +194,7 @@ def test_hugging_face_clip_gives_the_same_as_open_clip(tmp_path: Path) -> None:
 
 
 def test_parts_pad_the_vocabulary_and_seed_the_adapter(tmp_path: Path) -> None:
-    vit, llm = publish_parts(tmp_path, TINY, vocab=90)
+    vit, llm = write_parts(tmp_path, TINY, vocab=90)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         execute_import(plan_parts(vit, llm, recipe_of(TINY), seed=seed), tmp_path / name)
     a, b, c = (open_weights(tmp_path / name) for name in "abc")
@@ -224,20 +227,20 @@ def test_import_refuses_what_does_not_fit(tmp_path: Path) -> None:
     }  # fmt: skip
     for case, (tensors, message) in cases.items():
         with pytest.raises(CheckpointError, match=message):
-            plan_qwenvl(publish(tmp_path / case, TINY, tensors))
+            plan_qwenvl(write_hf(tmp_path / case, TINY, tensors))
 
 
 def test_import_refuses_other_heads_than_the_recipe(tmp_path: Path) -> None:
     """Shapes are blind to the number of heads; a wrong one would scramble rows silently."""
-    vit, llm = publish_parts(tmp_path, TINY, vocab=96)
+    vit, llm = write_parts(tmp_path, TINY, vocab=96)
     (llm / "config.json").write_text(json.dumps({"num_attention_heads": 8}))
     with pytest.raises(CheckpointError, match="num_attention_heads: expected 4, found 8"):
         plan_parts(vit, llm, recipe_of(TINY), seed=1)
 
 
 def test_damaged_published_files_are_named(tmp_path: Path) -> None:
-    published = publish(tmp_path / "p", TINY, random_weights(TINY))
-    shard = published / "model-00002-of-00002.safetensors"
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY))
+    shard = hf / "model-00002-of-00002.safetensors"
     content = shard.read_bytes()
     for damaged, message in (
         (content[:-5], "expected .* bytes, found"),
@@ -245,10 +248,10 @@ def test_damaged_published_files_are_named(tmp_path: Path) -> None:
     ):
         shard.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=f"00002-of-00002.safetensors: {message}"):
-            plan_qwenvl(published)
+            plan_qwenvl(hf)
     shard.unlink()
     with pytest.raises(CheckpointError, match=r"00002-of-00002.safetensors: missing"):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 def test_a_torch_file_with_code_is_refused(tmp_path: Path) -> None:
@@ -259,15 +262,15 @@ def test_a_torch_file_with_code_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "pytorch_model.bin"
     torch.save({"x": Code()}, file)
     with pytest.raises(CheckpointError, match="pytorch_model.bin: refused"):
-        PublishedWeights(file)
+        HFWeights(file)
     assert not (tmp_path / "ran").exists()
 
 
 def test_compare_names_differences_and_honours_the_tolerance(tmp_path: Path) -> None:
     weights = random_weights(TINY)
-    first = publish(tmp_path / "a", TINY, weights)
+    first = write_hf(tmp_path / "a", TINY, weights)
     changed = {**weights, "transformer.ln_f.weight": weights["transformer.ln_f.weight"] + 1e-3}
-    second = import_qwenvl(publish(tmp_path / "b", TINY, changed), tmp_path / "ours")
+    second = import_qwenvl(write_hf(tmp_path / "b", TINY, changed), tmp_path / "megatron")
     (line,) = compare(open_weights(first), open_weights(second))
     assert line.startswith("decoder.final_layernorm.weight: 32 of 32 elements differ, by 0.001")
     assert compare(open_weights(first), open_weights(second), tolerance=0.01) == []
@@ -287,10 +290,10 @@ def test_chunks_fit_every_tensor_parallel_rank(size: int) -> None:
 def test_specs_are_planned_without_reading(tmp_path: Path) -> None:
     weights = open_clip_weights(TINY)
     save_file(weights, tmp_path / "open_clip_model.safetensors")
-    source = PublishedWeights(tmp_path)
-    from megatron_qwenvl.checkpoint.convert.jobs import Part
+    source = HFWeights(tmp_path)
+    from megatron_qwenvl.checkpoint.convert.mapped_source import MappedSource
 
-    specs = our_specs(Part(source, tuple(open_clip_rules(TINY))))
+    specs = megatron_specs(MappedSource(source, tuple(open_clip_rules(TINY))))
     expected = tensor_shapes(TINY)
     assert {name: spec.shape for name, spec in specs.items()} == {
         name: shape for name, shape in expected.items() if name.startswith(("patch_embed.", "vit."))

@@ -21,13 +21,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_qwenvl.checkpoint.convert.examine import verify
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.inspect import verify
 from megatron_qwenvl.checkpoint.storage.differences import BLOCK_ELEMENTS, measure
 from megatron_qwenvl.engine.checkpoint_index import read_index
 from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
-from .published_cases import TINY, publish, random_weights
+from .hf_cases import TINY, random_weights, write_hf
 
 LONG = 3 * BLOCK_ELEMENTS + 5
 
@@ -64,8 +64,8 @@ def test_types_are_compared_by_value() -> None:
 
 MEMORY = """
 import resource, sys, torch
-from megatron_qwenvl.checkpoint.examine import compare
-from megatron_qwenvl.checkpoint.stream import TensorSpec
+from megatron_qwenvl.checkpoint.convert.compare import compare
+from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 
 class Made:
     def __init__(self, value): self.value = value
@@ -122,13 +122,13 @@ def test_chunks_must_cover_a_tensor_once(
 
 def test_verify_tells_a_missing_object_s_file(tmp_path: Path) -> None:
     """An object that the index places in a file that is not there; everything else is reported as well."""
-    execute_import(plan_qwenvl(publish(tmp_path / "p", TINY, random_weights(TINY))), tmp_path / "ours")
-    folder = tmp_path / "ours/model"
+    execute_import(plan_qwenvl(write_hf(tmp_path / "p", TINY, random_weights(TINY))), tmp_path / "megatron")
+    folder = tmp_path / "megatron/model"
     index = read_index(folder)
     index.state_dict_metadata["object"] = BytesStorageMetadata()
     index.storage_data[MetadataIndex("object")] = _StorageInfo("gone.distcp", 0, 9)
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    problems = verify(tmp_path / "ours")
+    problems = verify(tmp_path / "megatron")
     assert any(
         problem.endswith("gone.distcp: cannot be read (No such file or directory)") for problem in problems
     )

@@ -11,10 +11,10 @@ import pytest
 
 from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 
-from .published_cases import TINY, publish, random_weights
+from .hf_cases import TINY, random_weights, write_hf
 
 TOKENIZER = (
     "qwen.tiktoken", "tokenizer_config.json", "tokenization_qwen.py", "special_tokens_map.json",
@@ -25,10 +25,8 @@ TOKENIZER = (
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """Imported weights."""
-    execute_import(
-        plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), tmp_path / "ours"
-    )
-    return tmp_path / "ours"
+    execute_import(plan_qwenvl(write_hf(tmp_path / "hf", TINY, random_weights(TINY))), tmp_path / "megatron")
+    return tmp_path / "megatron"
 
 
 def became(checkpoint: Path, **changes: object) -> None:
@@ -37,7 +35,7 @@ def became(checkpoint: Path, **changes: object) -> None:
 
 
 def test_a_directory_gives_tokenizer_and_code_and_replaces_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    given = publish(tmp_path / "given", TINY, random_weights(TINY))
+    given = write_hf(tmp_path / "given", TINY, random_weights(TINY))
     for name in (*TOKENIZER, "generation_config.json", "model.safetensors", "README.md", "training_args.bin"):
         (given / name).write_text("theirs")
     execute_export(plan_export(checkpoint), tmp_path / "plain")

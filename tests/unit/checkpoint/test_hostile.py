@@ -14,8 +14,9 @@ import torch
 from megatron.core.dist_checkpointing import ShardedObject
 
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, write_bytes
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.writing import write_bytes
 from megatron_qwenvl.engine.checkpoint_index import read_index
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_qwenvl.checkpoint.convert.examine import open_weights
+from megatron_qwenvl.checkpoint.convert.compare import open_weights
 from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.run.weights import load_weights
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, write_bytes
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.writing import write_bytes
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.engine.checkpoint_index import read_index
 from megatron_qwenvl.engine.start import start_engine
@@ -28,7 +29,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import small_config
 
 from .cases import failing
-from .published_cases import TINY, publish, random_weights
+from .hf_cases import TINY, random_weights, write_hf
 
 VICTIM = "decoder.final_layernorm.weight"
 
@@ -52,10 +53,8 @@ def ran(tmp_path: Path) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path, ran: Path) -> Path:
     """Good weights, but for one item that holds code; the manifest agrees with every file."""
-    execute_import(
-        plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), tmp_path / "ours"
-    )
-    folder = tmp_path / "ours/model"
+    execute_import(plan_qwenvl(write_hf(tmp_path / "hf", TINY, random_weights(TINY))), tmp_path / "megatron")
+    folder = tmp_path / "megatron/model"
     stream = io.BytesIO()
     torch.save(Payload(ran), stream)
     torch.load(io.BytesIO(stream.getvalue()), weights_only=False)
@@ -66,14 +65,14 @@ def checkpoint(tmp_path: Path, ran: Path) -> Path:
     name = index.storage_data[where].relative_path
     content = (folder / name).read_bytes()
     index.storage_data[where] = _StorageInfo(name, len(content), len(stream.getvalue()))
-    manifest = read_manifest(tmp_path / "ours")
+    manifest = read_manifest(tmp_path / "megatron")
     records = {
         f"model/{name}": write_bytes(folder / name, content + stream.getvalue()),
         "model/.metadata": write_bytes(folder / ".metadata", pickle.dumps(index)),
     }
     forged = manifest.model_dump() | {"files": {**manifest.files, **records}}
-    write_manifest(tmp_path / "ours", Manifest.model_validate(forged))
-    return tmp_path / "ours"
+    write_manifest(tmp_path / "megatron", Manifest.model_validate(forged))
+    return tmp_path / "megatron"
 
 
 def test_the_streaming_reader_refuses_it(checkpoint: Path, ran: Path) -> None:

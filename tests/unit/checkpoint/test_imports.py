@@ -12,23 +12,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, verify
-from megatron_qwenvl.checkpoint.convert.exports import published_table
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
 from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_parts, plan_qwenvl
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.convert.inspect import verify
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import ModelConfig
+from megatron_qwenvl.model.positions import sincos_table
 
-from .published_cases import (
+from .hf_cases import (
     MIDDLE,
     TINY,
     as_hugging_face_clip,
     config_json,
     language_weights,
     open_clip_weights,
-    publish,
-    publish_parts,
     random_weights,
+    write_hf,
+    write_parts,
     write_shards,
 )
 
@@ -54,7 +55,7 @@ OTHER_DECODERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("key", OTHER_DECODERS)
 def test_a_language_model_that_computes_something_else_is_refused(tmp_path: Path, key: str) -> None:
-    vit, llm = publish_parts(tmp_path, TINY, vocab=96)
+    vit, llm = write_parts(tmp_path, TINY, vocab=96)
     plan(vit, llm)
     (llm / "config.json").write_text(json.dumps(config_json(TINY, 448) | {key: OTHER_DECODERS[key]}))
     with pytest.raises(CheckpointError, match=rf"llm/config.json: {key}: expected .*, found"):
@@ -65,10 +66,10 @@ def test_a_language_model_that_computes_something_else_is_refused(tmp_path: Path
     "key", ["kv_channels", "no_bias"]
 )  # the others of a Qwen-VL give the model its shape, which the tensors must have
 def test_a_qwenvl_that_computes_something_else_is_refused(tmp_path: Path, key: str) -> None:
-    published = publish(tmp_path / "p", TINY, random_weights(TINY))
-    (published / "config.json").write_text(json.dumps(config_json(TINY, 448) | {key: OTHER_DECODERS[key]}))
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY))
+    (hf / "config.json").write_text(json.dumps(config_json(TINY, 448) | {key: OTHER_DECODERS[key]}))
     with pytest.raises(CheckpointError, match=rf"p/config.json: {key}: expected .*, found"):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 def deeper(part: str) -> ModelConfig:
@@ -78,7 +79,7 @@ def deeper(part: str) -> ModelConfig:
 
 def test_layers_beyond_the_model_are_refused(tmp_path: Path) -> None:
     """Taking the first layers of a deeper model would give a checkpoint that verifies and computes nonsense."""
-    vit, llm = publish_parts(tmp_path, TINY, vocab=96)
+    vit, llm = write_parts(tmp_path, TINY, vocab=96)
     save_file(language_weights(deeper("decoder"), 96), llm / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"llm: \d+ unknown tensors, the first: transformer.h.2"):
         plan(vit, llm)
@@ -96,7 +97,7 @@ def test_layers_beyond_the_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_directory_that_they_are_in(tmp_path: Path) -> None:
-    vit, llm = publish_parts(tmp_path, TINY, vocab=96)
+    vit, llm = write_parts(tmp_path, TINY, vocab=96)
     language = language_weights(TINY, 96)
     name = "transformer.h.1.attn.c_proj.weight"
     embedding = "transformer.wte.weight"
@@ -111,7 +112,7 @@ def test_errors_name_the_directory_that_they_are_in(tmp_path: Path) -> None:
 
 
 def test_a_language_model_in_torch_shards_with_buffers(tmp_path: Path) -> None:
-    vit, llm = publish_parts(tmp_path, TINY, vocab=90)
+    vit, llm = write_parts(tmp_path, TINY, vocab=90)
     execute_import(plan(vit, llm), tmp_path / "expected")
     (llm / "model.safetensors").unlink()
     buffers: dict[str, Tensor] = {
@@ -122,26 +123,26 @@ def test_a_language_model_in_torch_shards_with_buffers(tmp_path: Path) -> None:
         "transformer.h.1.attn.logn_tensor": torch.ones(1, 8, 1, 1),
     }
     write_shards(llm, language_weights(TINY, 90) | buffers, safetensors=False)
-    execute_import(plan(vit, llm), tmp_path / "ours")
-    assert verify(tmp_path / "ours") == []
-    assert compare(open_weights(tmp_path / "ours"), open_weights(tmp_path / "expected")) == []
+    execute_import(plan(vit, llm), tmp_path / "megatron")
+    assert verify(tmp_path / "megatron") == []
+    assert compare(open_weights(tmp_path / "megatron"), open_weights(tmp_path / "expected")) == []
 
 
 @pytest.mark.parametrize("safetensors", [True, False], ids=["safetensors", "bin"])
 def test_the_index_says_which_file_a_tensor_comes_from(tmp_path: Path, safetensors: bool) -> None:
-    published = publish(tmp_path / "p", TINY, random_weights(TINY), safetensors)
-    expected = publish(tmp_path / "expected", TINY, random_weights(TINY))
-    first, second = sorted(p for p in published.iterdir() if p.suffix in (".safetensors", ".bin"))
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY), safetensors)
+    expected = write_hf(tmp_path / "expected", TINY, random_weights(TINY))
+    first, second = sorted(p for p in hf.iterdir() if p.suffix in (".safetensors", ".bin"))
     load = load_file if safetensors else torch.load
     save = save_file if safetensors else torch.save
     a, b = load(first), load(second)
     name = next(iter(b))
     save({**a, name: b[name] + 1}, first)  # a stale copy in a file that the index does not name for it
     save({**b, next(iter(a)): a[next(iter(a))] + 1}, second)
-    assert compare(open_weights(published), open_weights(expected)) == []
+    assert compare(open_weights(hf), open_weights(expected)) == []
     save({k: v for k, v in b.items() if k != name}, second)
     with pytest.raises(CheckpointError, match=rf"{second.name}: tensor {name} is missing, but the index"):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 WRONG_VALUES: list[tuple[tuple[str, ...], Any]] = [
@@ -164,7 +165,7 @@ WRONG_VALUES: list[tuple[tuple[str, ...], Any]] = [
 def test_a_wrong_value_in_the_configuration_is_an_error_with_its_place(
     tmp_path: Path, keys: tuple[str, ...], value: Any
 ) -> None:
-    published = publish(tmp_path / "p", TINY, random_weights(TINY))
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY))
     config = config_json(TINY, 448)
     place: Any = config
     for key in keys[:-1]:
@@ -172,20 +173,20 @@ def test_a_wrong_value_in_the_configuration_is_an_error_with_its_place(
     place[keys[-1]] = value
     if keys == ("visual", "output_dim"):
         del place["adapter_heads"]
-    (published / "config.json").write_text(json.dumps(config))
+    (hf / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"p/config.json: "):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 def with_table(folder: Path, table: Tensor) -> Path:
     weights = random_weights(MIDDLE, table.dtype)
-    return publish(folder, MIDDLE, {**weights, TABLE: table})
+    return write_hf(folder, MIDDLE, {**weights, TABLE: table})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_table_that_is_not_the_computed_one_is_noted_or_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     """The table is not stored but computed, so a round trip is bitwise only if it is the computed one to the bit."""
-    exact = published_table(16, 256, dtype)
+    exact = sincos_table(16, 256).to(dtype)
     assert not [note for note in plan_qwenvl(with_table(tmp_path / "exact", exact)).notes if "note" in note]
     step = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
     near, far = exact.clone(), exact.clone()
@@ -200,6 +201,6 @@ def test_a_table_that_is_not_the_computed_one_is_noted_or_refused(tmp_path: Path
 
 def test_a_widened_table_is_noted(tmp_path: Path) -> None:
     """A bf16 model saved as float32 has a table of bf16's precision."""
-    widened = published_table(16, 256, torch.bfloat16).float()
+    widened = sincos_table(16, 256).to(torch.bfloat16).float()
     notes = plan_qwenvl(with_table(tmp_path / "p", widened)).notes
     assert any("differ in rounding" in note for note in notes)

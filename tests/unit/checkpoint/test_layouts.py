@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, verify
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.inspect import verify
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.run.weights import (
     OPTIMIZER_METADATA,
@@ -20,8 +21,9 @@ from megatron_qwenvl.checkpoint.run.weights import (
     load_weights,
     model_state,
 )
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, RunConfig, VisionConfig
 from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import build_stage
@@ -34,7 +36,7 @@ from tests.distributed.model_cases import build_runner, make_batch, share, small
 from tests.reference_model import ReferenceModel
 
 from .cases import failing
-from .published_cases import publish, random_weights
+from .hf_cases import random_weights, write_hf
 
 EIGHT_HEADS = ModelConfig(
     vision=VisionConfig(layers=4, width=32, heads=8, mlp_hidden=48, position_grid=4),
@@ -51,7 +53,7 @@ def config_of(model: ModelConfig, image_size: int = 56, **parallel: Any) -> RunC
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     weights = random_weights(EIGHT_HEADS)
-    execute_import(plan_qwenvl(publish(folder / "published", EIGHT_HEADS, weights)), folder / "ours")
+    execute_import(plan_qwenvl(write_hf(folder / "hf", EIGHT_HEADS, weights)), folder / "megatron")
     return folder
 
 
@@ -69,12 +71,12 @@ def test_weights_pass_through_every_layout_bitwise(
     tmp_path: Path, imported: Path, tensor: int, pipeline: int
 ) -> None:
     config = config_of(EIGHT_HEADS, tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1)
-    run_ranks(tensor * pipeline, load_and_save, imported / "ours", config, tmp_path)
+    run_ranks(tensor * pipeline, load_and_save, imported / "megatron", config, tmp_path)
     saved = open_weights(tmp_path)
-    assert compare(saved, open_weights(imported / "ours")) == []
-    assert compare(saved, open_weights(imported / "published")) == []
+    assert compare(saved, open_weights(imported / "megatron")) == []
+    assert compare(saved, open_weights(imported / "hf")) == []
     assert verify(tmp_path) == []
-    assert read_manifest(find_checkpoint(tmp_path)).layout["tensor"] == tensor
+    assert read_manifest(find_checkpoint(tmp_path)).parallel_sizes["tensor"] == tensor
 
 
 def logits(process: ProcessInfo, weights: Path, config: RunConfig) -> Tensor:
@@ -98,16 +100,14 @@ def test_logits_of_imported_weights_equal_the_published_formulas(tmp_path: Path,
         for name, value in reference.state_dict().items()
     }
     reference.load_state_dict(weights)
-    execute_import(plan_qwenvl(publish(tmp_path / "published", EIGHT_HEADS, weights)), tmp_path / "ours")
+    execute_import(plan_qwenvl(write_hf(tmp_path / "hf", EIGHT_HEADS, weights)), tmp_path / "megatron")
     config = config_of(EIGHT_HEADS, image_size)
-    (ours,) = run_ranks(1, logits, tmp_path / "ours", config)
+    (megatron,) = run_ranks(1, logits, tmp_path / "megatron", config)
     batch = make_batch(3, 2, config)
     with torch.no_grad():
-        theirs = reference(
-            batch.tokens[None], batch.pixels, [(0, int(start)) for start in batch.image_starts]
-        )
-    assert theirs.std() > 0.1
-    torch.testing.assert_close(ours, theirs[0], atol=2e-5, rtol=1e-4)
+        hf = reference(batch.tokens[None], batch.pixels, [(0, int(start)) for start in batch.image_starts])
+    assert hf.std() > 0.1
+    torch.testing.assert_close(megatron, hf[0], atol=2e-5, rtol=1e-4)
 
 
 def start_elsewhere(process: ProcessInfo, weights: Path, config: RunConfig) -> str:
@@ -118,12 +118,12 @@ def start_elsewhere(process: ProcessInfo, weights: Path, config: RunConfig) -> s
 
 def test_weights_of_another_model_are_refused_by_field(imported: Path) -> None:
     other = EIGHT_HEADS.model_copy(update={"vision": EIGHT_HEADS.vision.model_copy(update={"heads": 4})})
-    (message,) = run_ranks(1, start_elsewhere, imported / "ours", config_of(other))
+    (message,) = run_ranks(1, start_elsewhere, imported / "megatron", config_of(other))
     assert "vision.heads: expected 4, found 8" in message
 
 
 def test_weights_made_for_another_stage_are_refused(imported: Path) -> None:
-    manifest = read_manifest(imported / "ours")
+    manifest = read_manifest(imported / "megatron")
     config = config_of(EIGHT_HEADS)
     assert config.stage == "stage2"
     for start_of in (None, "stage2"):
@@ -134,12 +134,12 @@ def test_weights_made_for_another_stage_are_refused(imported: Path) -> None:
 
 def test_damaged_weights_are_refused_by_file(tmp_path: Path) -> None:
     weights = random_weights(EIGHT_HEADS)
-    execute_import(plan_qwenvl(publish(tmp_path / "published", EIGHT_HEADS, weights)), tmp_path / "ours")
-    file = tmp_path / "ours/model/__0_0.distcp"
+    execute_import(plan_qwenvl(write_hf(tmp_path / "hf", EIGHT_HEADS, weights)), tmp_path / "megatron")
+    file = tmp_path / "megatron/model/__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    (message,) = run_ranks(1, start_elsewhere, tmp_path / "ours", config_of(EIGHT_HEADS))
+    (message,) = run_ranks(1, start_elsewhere, tmp_path / "megatron", config_of(EIGHT_HEADS))
     assert "model/__0_0.distcp: damaged" in message
 
 

@@ -17,11 +17,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_qwenvl.checkpoint.run import folder as folder_module
 from megatron_qwenvl.checkpoint.run import manager, ranks
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
-from megatron_qwenvl.checkpoint.run.ranks import Ranks, find_problems
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, FileRecord
-from megatron_qwenvl.checkpoint.storage.manifest import find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.run.ranks import Ranks, find_damage
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
@@ -48,7 +51,7 @@ def test_manifest_names_every_file_and_the_layout(tmp_path: Path) -> None:
     assert manifest.files.keys() == found
     assert (manifest.kind, manifest.origin, manifest.step) == ("training", "stage1", 5)
     assert manifest.steps == CONFIG.train.steps
-    assert manifest.layout == {"tensor": 1, "pipeline": 1, "data": 2}
+    assert manifest.parallel_sizes == {"tensor": 1, "pipeline": 1, "data": 2}
     assert manifest.total_bytes == sum((checkpoint / name).stat().st_size for name in found)
 
 
@@ -170,11 +173,11 @@ def without_memory(process: ProcessInfo, folder: Path) -> list[str]:
         raise MemoryError("no room")
 
     outcomes = [failing(lambda: save(1))]
-    copy = folder._host_copy
+    copy = folder_module._host_copy
     if process.rank == 1:
-        folder._host_copy = refuse  # type: ignore[assignment]
+        folder_module._host_copy = refuse  # type: ignore[assignment]
     outcomes.append(failing(lambda: save(2)))
-    folder._host_copy = copy
+    folder_module._host_copy = copy
     dist.barrier()
     outcomes.append(" ".join(names(folder)))
     dist.barrier()
@@ -202,7 +205,7 @@ def save_and_check_slowly(process: ProcessInfo, folder: Path) -> str:
     join(process, timeout_seconds=2)
     saves = CheckpointManager(folder, CONFIG)
     if process.rank == 1:
-        folder.FolderSave.write = slowly(folder.FolderSave.write, 1.5)  # type: ignore[method-assign]
+        folder_module.FolderSave.write = slowly(folder_module.FolderSave.write, 1.5)  # type: ignore[method-assign]
         ranks.file_problem = slowly(ranks.file_problem, 1)
     saves.save(5, state(5), {**state(5.5), "lr": 0.1}, {"step": 5})
     newest = saves.latest()
@@ -223,7 +226,7 @@ def check_blindly(process: ProcessInfo, checkpoint: Path) -> list[str]:
 
     if process.rank == 1:
         ranks.read_manifest = refuse  # type: ignore[assignment]
-    return find_problems(checkpoint, Ranks(1))
+    return find_damage(checkpoint, Ranks(1))
 
 
 def test_what_a_rank_cannot_check_is_a_problem(tmp_path: Path) -> None:
@@ -236,7 +239,7 @@ def test_what_a_rank_cannot_check_is_a_problem(tmp_path: Path) -> None:
 def test_ranks_check_equal_shares_of_the_bytes() -> None:
     sizes = {"large": 1000, **{f"small {i}": 10 for i in range(100)}, "empty": 0}
     files = {name: FileRecord(bytes=size, sha256="") for name, size in sizes.items()}
-    dealt = ranks.shares(files, 4)
+    dealt = ranks.split_by_bytes(files, 4)
     assert sorted(name for share in dealt for name in share) == sorted(files)
     loads = [sum(record.bytes for record in share.values()) for share in dealt]
     assert loads == [1000, 340, 330, 330]
@@ -377,7 +380,7 @@ def alone_or_together(process: ProcessInfo, folder: Path, ranks: list[int]) -> l
     manager.TOGETHER_SECONDS = 1.0
     saves = CheckpointManager(folder, saving(asynchronous=True))
     saves.save(5, state(5), {**state(5.5), "lr": 0.1}, {"step": 5})
-    return [saves.wait_if_all_come() is not None for _ in ranks if process.rank in ranks]
+    return [saves.wait_if_all_arrive() is not None for _ in ranks if process.rank in ranks]
 
 
 def test_the_last_save_is_completed_if_all_ranks_end_alike(tmp_path: Path) -> None:
@@ -412,7 +415,7 @@ def fail_to_publish(process: ProcessInfo, folder: Path, what: str) -> list[str]:
 def test_a_save_that_cannot_be_put_in_place_changes_nothing(what: str, tmp_path: Path) -> None:
     run_ranks(1, save_steps, tmp_path, [4, 5])
     for errors in run_ranks(2, fail_to_publish, tmp_path, what):
-        assert all("cannot be published: rank 0: OSError: [Errno 28]" in error for error in errors)
+        assert all("cannot be moved into place: rank 0: OSError: [Errno 28]" in error for error in errors)
     assert names(tmp_path) == ["latest", "step_00000004", "step_00000005"]
     assert (tmp_path / "latest").read_text() == "step_00000005\n"
     assert run_ranks(1, load_newest, tmp_path)[0]["step"] == 5

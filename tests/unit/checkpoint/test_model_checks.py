@@ -12,17 +12,17 @@ from safetensors.torch import save_file
 from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
 from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_parts, plan_qwenvl
 from megatron_qwenvl.checkpoint.formats.model_checks import vit_problems
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.config.recipes import RECIPES
 
-from .published_cases import (
+from .hf_cases import (
     TINY,
     as_hugging_face_clip,
     config_json,
     open_clip_weights,
-    publish,
-    publish_parts,
     random_weights,
+    write_hf,
+    write_parts,
 )
 
 OLD_QWEN: dict[str, Any] = {
@@ -49,7 +49,7 @@ def plan(vit: Path, llm: Path) -> Import:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """OpenCLIP and Qwen-7B directories; a test writes the configuration that it looks at."""
-    return publish_parts(tmp_path_factory.mktemp("parts"), TINY, vocab=96)
+    return write_parts(tmp_path_factory.mktemp("parts"), TINY, vocab=96)
 
 
 OTHER_OLD: dict[str, Any] = {
@@ -186,45 +186,45 @@ OTHER_QWENVL: list[tuple[str, str, Any]] = [
 def test_a_qwenvl_that_computes_something_else_is_refused(
     tmp_path: Path, section: str, key: str, value: Any
 ) -> None:
-    published = publish(tmp_path / "p", TINY, random_weights(TINY))
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY))
     config: dict[str, Any] = config_json(TINY, 448)
     (config[section] if section else config)[key] = value
-    (published / "config.json").write_text(json.dumps(config))
+    (hf / "config.json").write_text(json.dumps(config))
     place = f"{section}.{key}" if section else key
     with pytest.raises(CheckpointError, match=rf"p/config.json: {place}: expected .*, found"):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 def test_a_qwenvl_by_old_names_is_the_same(tmp_path: Path) -> None:
-    published = publish(tmp_path / "p", TINY, random_weights(TINY))
-    expected = plan_qwenvl(published).manifest.model
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY))
+    expected = plan_qwenvl(hf).manifest.model
     old = {
         **OLD_QWEN,
         "visual": config_json(TINY, 448)["visual"],
         "vocab_size": 90,
     }  # rows are padded_vocab_size
-    (published / "config.json").write_text(json.dumps(old))
-    assert plan_qwenvl(published).manifest.model == expected
+    (hf / "config.json").write_text(json.dumps(old))
+    assert plan_qwenvl(hf).manifest.model == expected
 
 
 def test_missing_keys_are_named_together(tmp_path: Path) -> None:
-    published = publish(tmp_path / "p", TINY, random_weights(TINY))
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY))
     config: dict[str, Any] = config_json(TINY, 448)
     del config["num_attention_heads"], config["rotary_emb_base"], config["visual"]["heads"]
-    (published / "config.json").write_text(json.dumps(config))
+    (hf / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"missing num_attention_heads, rotary_emb_base, visual.heads$"):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 def test_an_export_writes_the_true_values(tmp_path: Path) -> None:
     """Another base, epsilon and trained length come back as they were."""
-    published = publish(tmp_path / "p", TINY, random_weights(TINY))
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY))
     true = {"rotary_emb_base": 50000, "layer_norm_epsilon": 1e-5, "seq_length": 512, "use_dynamic_ntk": False,
             "use_logn_attn": False, "max_position_embeddings": 1024, "use_flash_attn": False}  # fmt: skip
     foreign = {"auto_map": {"AutoConfig": "someone/else--code.Config"}, "_name_or_path": "/home/someone"}
-    (published / "config.json").write_text(json.dumps(config_json(TINY, 448) | true | foreign))
-    execute_import(plan_qwenvl(published), tmp_path / "ours")
-    execute_export(plan_export(tmp_path / "ours"), tmp_path / "again")
+    (hf / "config.json").write_text(json.dumps(config_json(TINY, 448) | true | foreign))
+    execute_import(plan_qwenvl(hf), tmp_path / "megatron")
+    execute_export(plan_export(tmp_path / "megatron"), tmp_path / "again")
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert config.items() >= true.items()
     assert "someone" not in json.dumps(config)

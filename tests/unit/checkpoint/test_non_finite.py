@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.convert.examine import verify
 from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.inspect import verify
 from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, plan_transition
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.storage import differences
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.checkpoint.storage.finite import NonFinite, find_non_finite, merged
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.non_finite import NonFinite, find_non_finite, merged
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 
 from .cases import join, saving, state
-from .published_cases import TINY, open_clip_weights, publish, publish_parts, random_weights
+from .hf_cases import TINY, open_clip_weights, random_weights, write_hf, write_parts
 
 TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -77,11 +77,11 @@ OURS = ("embedding.word_embeddings.weight: 2 not finite (NaN or infinity), the f
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """The checkpoint that importing damaged weights leaves."""
-    plan = plan_qwenvl(publish(tmp_path / "published", TINY, damaged_weights()))
+    plan = plan_qwenvl(write_hf(tmp_path / "hf", TINY, damaged_weights()))
     with pytest.raises(CheckpointError) as caught:
-        execute_import(plan, tmp_path / "ours")
+        execute_import(plan, tmp_path / "megatron")
     assert all(text in str(caught.value) for text in EXPECTED)
-    return tmp_path / "ours"
+    return tmp_path / "megatron"
 
 
 def test_verify_names_the_tensors(damaged: Path) -> None:
@@ -108,7 +108,7 @@ def test_what_goes_on_from_them_is_refused_and_leaves_nothing(
 def test_parts_are_looked_at_too(tmp_path: Path, part: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    vit, llm = publish_parts(tmp_path, TINY, vocab=90)
+    vit, llm = write_parts(tmp_path, TINY, vocab=90)
     if part == "vit":
         weights = open_clip_weights(TINY)
         weights["visual.class_embedding"][0] = math.nan  # is not imported
@@ -121,7 +121,7 @@ def test_parts_are_looked_at_too(tmp_path: Path, part: str) -> None:
     save_file(weights, file)
     recipe = RECIPES["tiny_stage1"]().model_copy(update={"model": TINY})
     with pytest.raises(CheckpointError) as caught:
-        execute_import(plan_parts(vit, llm, recipe, seed=1), tmp_path / "ours")
+        execute_import(plan_parts(vit, llm, recipe, seed=1), tmp_path / "megatron")
     assert f"{name}: 1 not finite (NaN or infinity), the first at [8, 1]" in str(caught.value)
 
 
@@ -129,7 +129,7 @@ def test_many_damaged_tensors_are_counted(tmp_path: Path) -> None:
     weights = {name: value.fill_(math.nan) if "resblocks" in name else value
                for name, value in random_weights(TINY).items()}  # fmt: skip
     with pytest.raises(CheckpointError, match=r"and \d+ more tensors"):
-        execute_import(plan_qwenvl(publish(tmp_path / "p", TINY, weights)), tmp_path / "ours")
+        execute_import(plan_qwenvl(write_hf(tmp_path / "p", TINY, weights)), tmp_path / "megatron")
 
 
 def save_damaged_optimizer(process: ProcessInfo, folder: Path) -> None:

@@ -10,13 +10,13 @@ import pytest
 
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.run.start import check_start
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, _digest, read_manifest, write_manifest
 from megatron_qwenvl.commands import convert_checkpoint
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, Stage
 
-from .published_cases import TINY, publish, random_weights
+from .hf_cases import TINY, random_weights, write_hf
 
 
 def manifest_of(origin: str, **more: object) -> Manifest:
@@ -69,7 +69,7 @@ def test_next_stage_refuses_an_unfinished_run_unless_forced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = tmp_path / "trained"
-    execute_import(plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), trained)
+    execute_import(plan_qwenvl(write_hf(tmp_path / "hf", TINY, random_weights(TINY))), trained)
     files = read_manifest(trained).files
     write_manifest(trained, manifest_of("stage1", step=60, files=files))
     arguments = [
@@ -96,7 +96,7 @@ def test_next_stage_refuses_an_unfinished_run_unless_forced(
 
 def test_a_manifest_of_before_loads(tmp_path: Path) -> None:
     """Written when manifests did not say how many steps were planned."""
-    content = manifest_of("stage1").model_dump(mode="json")
+    content = manifest_of("stage1").model_dump(mode="json", by_alias=True)
     del content["steps"]
     (tmp_path / "manifest.json").write_text(json.dumps({**content, "digest": _digest(content)}))
     assert read_manifest(tmp_path).steps is None

@@ -19,7 +19,7 @@ import pytest
 
 from megatron_qwenvl.checkpoint.run import owner as owner_module
 from megatron_qwenvl.checkpoint.run.owner import OwnershipLost, RunOwner
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.runtime.identity import ProcessIdentity
 from megatron_qwenvl.runtime.retry import is_transient, reads
 from tests.faulty_files import FaultyFiles

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, verify
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_parts, plan_qwenvl
+from megatron_qwenvl.checkpoint.convert.inspect import verify
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.run.weights import load_weights, model_state
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig
@@ -18,7 +19,7 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import small_config
 
-from .published_cases import MIDDLE, TINY, publish, publish_parts, random_weights
+from .hf_cases import MIDDLE, TINY, random_weights, write_hf, write_parts
 
 
 def config_of(model: ModelConfig, **changes: object) -> RunConfig:
@@ -40,21 +41,21 @@ def load_and_save(process: ProcessInfo, weights: Path, config: RunConfig, out: P
 def test_parts_load_into_a_sharded_stage_1(tmp_path: Path) -> None:
     """The language model has fewer rows than the model and comes in bf16, the ViT in float32; the run computes in
     float32 and holds every value."""
-    vit, llm = publish_parts(tmp_path / "parts", TINY, vocab=90)
+    vit, llm = write_parts(tmp_path / "parts", TINY, vocab=90)
     config = config_of(TINY, stage="stage1")
-    execute_import(plan_parts(vit, llm, config, seed=1), tmp_path / "ours")
-    run_ranks(4, load_and_save, tmp_path / "ours", config, tmp_path / "run")
+    execute_import(plan_parts(vit, llm, config, seed=1), tmp_path / "megatron")
+    run_ranks(4, load_and_save, tmp_path / "megatron", config, tmp_path / "run")
     assert verify(tmp_path / "run") == []
-    assert compare(open_weights(tmp_path / "run"), open_weights(tmp_path / "ours"), tolerance=1e-30) == []
+    assert compare(open_weights(tmp_path / "run"), open_weights(tmp_path / "megatron"), tolerance=1e-30) == []
 
 
 def test_bf16_weights_pass_through_a_layout_bitwise(tmp_path: Path) -> None:
     weights = random_weights(MIDDLE, torch.bfloat16)
-    published = publish(tmp_path / "published", MIDDLE, weights)
-    execute_import(plan_qwenvl(published), tmp_path / "ours")
+    hf = write_hf(tmp_path / "hf", MIDDLE, weights)
+    execute_import(plan_qwenvl(hf), tmp_path / "megatron")
     config = config_of(MIDDLE)
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
-    run_ranks(4, load_and_save, tmp_path / "ours", config, tmp_path / "run")
+    run_ranks(4, load_and_save, tmp_path / "megatron", config, tmp_path / "run")
     saved = open_weights(tmp_path / "run")
     assert {spec.dtype for spec in saved.specs.values()} == {torch.bfloat16}
-    assert compare(saved, open_weights(published)) == []
+    assert compare(saved, open_weights(hf)) == []

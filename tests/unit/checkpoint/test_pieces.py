@@ -17,7 +17,7 @@ from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.engine.checkpoint_index import INDEX_NAME, read_index
 from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
-from .published_cases import TINY, publish, random_weights
+from .hf_cases import TINY, random_weights, write_hf
 
 TABLE = torch.arange(24.0).reshape(6, 4)
 SPECS = {"table": TensorSpec((6, 4), torch.float32), "scale": TensorSpec((), torch.float32)}
@@ -52,9 +52,9 @@ def test_what_was_not_announced_is_refused(tmp_path: Path, tensors: list[tuple[s
 
 def test_rows_come_in_their_order(tmp_path: Path) -> None:
     """Whatever the order of the index; and a tensor that is cut along another axis comes whole."""
-    published = publish(tmp_path / "published", TINY, random_weights(TINY, torch.float32), True)
-    execute_import(plan_qwenvl(published), tmp_path / "ours")
-    path = tmp_path / "ours" / MODEL_FOLDER
+    hf = write_hf(tmp_path / "hf", TINY, random_weights(TINY, torch.float32), True)
+    execute_import(plan_qwenvl(hf), tmp_path / "megatron")
+    path = tmp_path / "megatron" / MODEL_FOLDER
     index = read_index(path)
     for entry in index.state_dict_metadata.values():
         entry.chunks.reverse()

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.storage import temporary
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, new_directory
-from megatron_qwenvl.checkpoint.storage.temporary import MAKER_NAME
+from megatron_qwenvl.checkpoint.storage import new_directory as new_directory_module
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.new_directory import MAKER_NAME, new_directory
 from megatron_qwenvl.commands import convert_checkpoint
 from megatron_qwenvl.runtime.identity import ProcessIdentity
 
-from .published_cases import TINY, publish, publish_parts, random_weights
+from .hf_cases import TINY, random_weights, write_hf, write_parts
 from .test_tool import became, run
 
 COMMANDS = ("next-stage", "import-qwenvl", "import-parts", "export-qwenvl")
@@ -28,10 +28,10 @@ COMMANDS = ("next-stage", "import-qwenvl", "import-parts", "export-qwenvl")
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Published weights, parts, a tokenizer, and a checkpoint that went through stage 1."""
-    publish(tmp_path / "published", TINY, random_weights(TINY))
-    execute_import(plan_qwenvl(tmp_path / "published"), tmp_path / "trained")
+    write_hf(tmp_path / "hf", TINY, random_weights(TINY))
+    execute_import(plan_qwenvl(tmp_path / "hf"), tmp_path / "trained")
     became(tmp_path / "trained", origin="stage1", step=50, recipe="tiny_stage1", image_size=28)
-    publish_parts(tmp_path / "parts", TINY, vocab=96)
+    write_parts(tmp_path / "parts", TINY, vocab=96)
     recipe = convert_checkpoint.RECIPES["tiny_stage1"]().model_copy(update={"model": TINY})
     monkeypatch.setitem(convert_checkpoint.RECIPES, "tiny_stage1", lambda: recipe)
     (tmp_path / "qwen.tiktoken").write_bytes(b"YQ== 0\n")
@@ -44,7 +44,7 @@ def arguments_of(command: str, place: Path) -> tuple[object, ...]:
     )
     return {
         "next-stage": ("--from", place / "trained", "--to", "stage2"),
-        "import-qwenvl": ("--from", place / "published"),
+        "import-qwenvl": ("--from", place / "hf"),
         "import-parts": ("--vit", vit, "--llm", llm, "--recipe", "tiny_stage1"),
         "export-qwenvl": ("--from", place / "trained", "--tokenizer", place / "qwen.tiktoken"),
     }[command]
@@ -67,7 +67,7 @@ def test_repeated_it_is_a_success_that_says_so(
         assert f"{place}/out: complete, made before by the same command" in capsys.readouterr().out
     assert content(place / "out") == before
     assert {path.name for path in place.iterdir()} == {
-        "published",
+        "hf",
         "parts",
         "trained",
         "qwen.tiktoken",
@@ -93,7 +93,7 @@ def test_a_source_that_has_moved_on_is_refused(
     assert run(monkeypatch, *arguments) == 0
     before = content(place / "out")
     if command == "import-qwenvl":
-        rewrite(next((place / "published").glob("*.safetensors")))
+        rewrite(next((place / "hf").glob("*.safetensors")))
     elif command == "import-parts":
         rewrite(
             max((place / "parts").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
@@ -130,12 +130,12 @@ def test_other_settings_and_an_incomplete_result_are_refused(
 
 
 def left_by(maker: ProcessIdentity | None, parent: Path, digits: str = "0" * 12) -> Path:
-    aside = parent / f"x.{digits}.tmp"
-    aside.mkdir()
-    (aside / "data").write_text("much")
+    tmp_dir = parent / f"x.{digits}.tmp"
+    tmp_dir.mkdir()
+    (tmp_dir / "data").write_text("much")
     if maker:
-        (aside / MAKER_NAME).write_text(json.dumps(asdict(maker)))
-    return aside
+        (tmp_dir / MAKER_NAME).write_text(json.dumps(asdict(maker)))
+    return tmp_dir
 
 
 ME = ProcessIdentity.of_this_process({})
@@ -161,11 +161,11 @@ def test_only_what_a_dead_one_left_is_removed(
     over: bool | None,
     stays: bool,
 ) -> None:
-    monkeypatch.setattr(temporary, "is_job_over", lambda job: over)
-    aside = left_by(maker, tmp_path)
+    monkeypatch.setattr(new_directory_module, "is_job_over", lambda job: over)
+    tmp_dir = left_by(maker, tmp_path)
     with new_directory(tmp_path / "x"):
         pass
-    assert aside.exists() == stays
+    assert tmp_dir.exists() == stays
     assert (tmp_path / "x").is_dir() and list((tmp_path / "x").iterdir()) == []
 
 
@@ -182,8 +182,9 @@ def test_of_an_unknown_maker_it_goes_when_it_is_old(tmp_path: Path, maker: Proce
 
 def test_a_killed_conversion_is_tidied_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = (
-        "import os, signal; from pathlib import Path; from megatron_qwenvl.checkpoint.files import new_directory\n"
-        f"with new_directory(Path({str(tmp_path / 'x')!r})) as aside: os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from pathlib import Path\n"
+        "from megatron_qwenvl.checkpoint.storage.new_directory import new_directory\n"
+        f"with new_directory(Path({str(tmp_path / 'x')!r})) as tmp_dir: os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script], timeout=120)
     assert done.returncode == -signal.SIGKILL

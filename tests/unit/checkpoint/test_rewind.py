@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.run.rewind import RECORD, is_rewound, of_step, set_aside_newer
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
-from megatron_qwenvl.checkpoint.storage.manifest import checkpoints_of_run
+from megatron_qwenvl.checkpoint.run.rewind import RECORD, is_rewound, move_newer_checkpoints, of_step
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run
 
 
 @pytest.fixture
@@ -28,13 +28,13 @@ def slurm(monkeypatch: pytest.MonkeyPatch, job: str | None, restarts: str | None
 
 
 def test_newer_checkpoints_are_moved_and_counted(folder: Path) -> None:
-    rewind = set_aside_newer(folder, 2)
+    rewind = move_newer_checkpoints(folder, 2)
     assert (rewind.from_step, rewind.to_step, rewind.moved) == (6, 2, 2)
     assert [path.name for path in checkpoints_of_run(folder)] == ["step_00000002"]
     assert sorted(path.name for path in Path(rewind.folder).iterdir()) == [
         RECORD, "step_00000004", "step_00000006"
     ]  # fmt: skip
-    again = set_aside_newer(folder, 2)
+    again = move_newer_checkpoints(folder, 2)
     assert (again.from_step, again.moved) == (2, 0) and again.folder != rewind.folder
 
 
@@ -51,7 +51,7 @@ def test_a_step_without_a_checkpoint_is_refused(
 def test_only_the_same_job_started_again_has_gone_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm(monkeypatch, "77", None)
     assert not is_rewound(folder, 4)
-    set_aside_newer(folder, 4)
+    move_newer_checkpoints(folder, 4)
     assert not is_rewound(folder, 4)  # the same job by hand, or a first start that was cut short
     slurm(monkeypatch, "77", "1")
     assert is_rewound(folder, 4) and not is_rewound(folder, 2)
@@ -64,7 +64,7 @@ def test_only_the_same_job_started_again_has_gone_back(folder: Path, monkeypatch
 def test_a_torn_record_is_none_and_an_unreadable_one_stops(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = Path(set_aside_newer(folder, 4).folder) / RECORD
+    record = Path(move_newer_checkpoints(folder, 4).folder) / RECORD
     slurm(monkeypatch, "77", "1")
     record.write_text('{"to_st')
     assert not is_rewound(folder, 4)

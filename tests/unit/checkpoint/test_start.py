@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_qwenvl.checkpoint.run.start import Start, find_start
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, write_bytes
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.writing import write_bytes
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.config.schema import ModelConfig, RunConfig, Stage
 

@@ -8,27 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.checkpoint.convert.examine import verify
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, new_directory
+from megatron_qwenvl.checkpoint.convert.inspect import verify
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.new_directory import new_directory
 from megatron_qwenvl.commands import convert_checkpoint
 
-from .published_cases import TINY, publish, random_weights
+from .hf_cases import TINY, random_weights, write_hf
 
 
 def test_a_neighbour_of_any_name_stays(tmp_path: Path) -> None:
     (tmp_path / "x.tmp").mkdir()
     (tmp_path / "x.tmp/precious").write_text("mine")
-    with new_directory(tmp_path / "x") as aside:
-        (aside / "file").write_text("new")
+    with new_directory(tmp_path / "x") as tmp_dir:
+        (tmp_dir / "file").write_text("new")
     assert (tmp_path / "x.tmp/precious").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"x", "x.tmp"}
 
 
 def test_the_source_may_be_called_like_a_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "start2.tmp"
-    execute_import(plan_qwenvl(publish(tmp_path / "published", TINY, random_weights(TINY))), source)
+    execute_import(plan_qwenvl(write_hf(tmp_path / "hf", TINY, random_weights(TINY))), source)
     write_manifest(source, Manifest.model_validate(read_manifest(source).model_dump() | {"origin": "stage1"}))
     arguments = [
         "x",
@@ -84,9 +85,9 @@ def test_the_commands_refuse_it(
     command: str,
     dry: bool,
 ) -> None:
-    published = publish(tmp_path / "published", TINY, random_weights(TINY))
-    execute_import(plan_qwenvl(published), tmp_path / "ours")
-    source = published if command == "import-qwenvl" else tmp_path / "ours"
+    hf = write_hf(tmp_path / "hf", TINY, random_weights(TINY))
+    execute_import(plan_qwenvl(hf), tmp_path / "megatron")
+    source = hf if command == "import-qwenvl" else tmp_path / "megatron"
     before = sorted(source.rglob("*"))
     extra = ["--to", "stage2"] if command == "next-stage" else []
     arguments = [command, "--from", str(source), *extra, "--out", str(source / "x"), *["--dry-run"] * dry]

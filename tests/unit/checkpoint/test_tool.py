@@ -13,11 +13,12 @@ import pytest
 
 from megatron_qwenvl.checkpoint.convert import jobs, next_stage
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
-from megatron_qwenvl.checkpoint.storage import files
+from megatron_qwenvl.checkpoint.storage import file_checks, reading
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord
 from megatron_qwenvl.commands import convert_checkpoint
 
-from .published_cases import TINY, publish, publish_parts, random_weights
+from .hf_cases import TINY, random_weights, write_hf, write_parts
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -29,8 +30,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
     """A checkpoint of weights that went through stage 1."""
-    published = publish(tmp_path / "published", TINY, random_weights(TINY))
-    execute_import(plan_qwenvl(published), tmp_path / "trained")
+    hf = write_hf(tmp_path / "hf", TINY, random_weights(TINY))
+    execute_import(plan_qwenvl(hf), tmp_path / "trained")
     became(tmp_path / "trained", origin="stage1", step=50, recipe="tiny_stage1", image_size=28)
     return tmp_path / "trained"
 
@@ -98,11 +99,11 @@ def test_an_image_size_that_does_not_divide_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
     model = TINY.model_copy(update={"vision": TINY.vision.model_copy(update={"patch_size": 15})})
-    other = publish(tmp_path / "other", model, random_weights(model))
-    execute_import(plan_qwenvl(other), tmp_path / "ours")
-    became(tmp_path / "ours", origin="stage1", recipe="tiny_stage1")
+    other = write_hf(tmp_path / "other", model, random_weights(model))
+    execute_import(plan_qwenvl(other), tmp_path / "megatron")
+    became(tmp_path / "megatron", origin="stage1", recipe="tiny_stage1")
     arguments = ("next-stage", "--to", "stage2", "--out", tmp_path / "x", "--from")
-    assert run(monkeypatch, *arguments, tmp_path / "ours") == 1
+    assert run(monkeypatch, *arguments, tmp_path / "megatron") == 1
     assert "images of 56 pixels do not divide into patches of 15 pixels" in capsys.readouterr().err
     became(trained, model=model.model_dump())
     assert run(monkeypatch, *arguments, trained) == 1
@@ -117,12 +118,12 @@ def test_dry_run_writes_nothing_and_nothing_is_overwritten(
     tmp_path: Path,
     command: str,
 ) -> None:
-    vit, llm = publish_parts(tmp_path / "parts", TINY, vocab=96)
+    vit, llm = write_parts(tmp_path / "parts", TINY, vocab=96)
     recipe = convert_checkpoint.RECIPES["tiny_stage1"]().model_copy(update={"model": TINY})
     monkeypatch.setitem(convert_checkpoint.RECIPES, "tiny_stage1", lambda: recipe)
     sources: dict[str, tuple[object, ...]] = {
         "next-stage": ("--from", trained, "--to", "stage2"),
-        "import-qwenvl": ("--from", tmp_path / "published"),
+        "import-qwenvl": ("--from", tmp_path / "hf"),
         "export-qwenvl": ("--from", trained),
         "import-parts": ("--vit", vit, "--llm", llm, "--recipe", "tiny_stage1"),
     }
@@ -159,7 +160,7 @@ def test_compare_exits_1_on_a_difference(
 ) -> None:
     weights = random_weights(TINY)
     weights["lm_head.weight"][5, 5] += 1
-    other = publish(tmp_path / "other", TINY, weights)
+    other = write_hf(tmp_path / "other", TINY, weights)
     assert run(monkeypatch, "compare", trained, other) == 1
     assert "output_layer.weight: 1 of 3,072 elements differ" in capsys.readouterr().out
 
@@ -225,7 +226,7 @@ def test_a_killed_worker_is_one_line_and_leaves_nothing(
 
 def test_progress_moves_within_a_file(monkeypatch: pytest.MonkeyPatch, trained: Path, tmp_path: Path) -> None:
     told: list[int] = []
-    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(jobs, "_REPORT_SECONDS", 0.001)
     monkeypatch.setattr(next_stage, "copy_file", slow_copy)
     plan = next_stage.plan_transition(trained, "stage2")
@@ -234,9 +235,9 @@ def test_progress_moves_within_a_file(monkeypatch: pytest.MonkeyPatch, trained: 
     assert sum(count > 0 for count in told) > 2 * len(plan.manifest.files)
 
 
-def slow_copy(source: Path, target: Path, record: files.FileRecord, on_bytes: files.OnBytes) -> None:
+def slow_copy(source: Path, target: Path, record: FileRecord, on_bytes: file_checks.OnBytes) -> None:
     def count(size: int) -> None:
         on_bytes(size)
         time.sleep(0.005)
 
-    files.copy_file(source, target, record, count)
+    file_checks.copy_file(source, target, record, count)

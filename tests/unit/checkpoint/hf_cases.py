@@ -63,7 +63,7 @@ def config_json(model: ModelConfig, image_size: int) -> dict[str, object]:
     }
 
 
-def publish(folder: Path, model: ModelConfig, weights: dict[str, Tensor], safetensors: bool = True) -> Path:
+def write_hf(folder: Path, model: ModelConfig, weights: dict[str, Tensor], safetensors: bool = True) -> Path:
     """Write a published Qwen-VL directory in two shards."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_json(model, 448)))
@@ -144,7 +144,7 @@ def as_hugging_face_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def publish_parts(folder: Path, model: ModelConfig, vocab: int) -> tuple[Path, Path]:
+def write_parts(folder: Path, model: ModelConfig, vocab: int) -> tuple[Path, Path]:
     """OpenCLIP and Qwen-7B directories; the language model has `vocab` rows."""
     vit, llm = folder / "vit", folder / "llm"
     vit.mkdir(parents=True)

@@ -6,7 +6,7 @@ import sys
 import time
 
 
-class Progress:
+class ProgressLine:
     """Prints one updating line (on a terminal) or a line every few seconds (elsewhere).
 
     Args:
@@ -47,7 +47,7 @@ class Progress:
 
 
 def _size(count: float) -> str:
-    """`count` bytes for people."""
+    """`count` bytes with a unit."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

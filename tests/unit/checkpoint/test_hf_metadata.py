@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint.convert.examine import compare, open_weights, table_notes
+from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights, table_notes
 from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, plan_transition
 from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME
-from megatron_qwenvl.checkpoint.formats.position_table import published_table
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
+from megatron_qwenvl.model.positions import sincos_table
 
-from .published_cases import TINY, publish, random_weights
+from .hf_cases import TINY, random_weights, write_hf
 
 CHAT: dict[str, Any] = {
     "chat_format": "chatml", "do_sample": True, "eos_token_id": 151643, "max_new_tokens": 1024, "max_window_size": 2048,
@@ -27,13 +27,13 @@ CHAT: dict[str, Any] = {
 
 
 def imported(tmp_path: Path, generation: dict[str, Any] | None) -> Path:
-    published = publish(tmp_path / "published", TINY, random_weights(TINY))
+    hf = write_hf(tmp_path / "hf", TINY, random_weights(TINY))
     if generation is not None:
-        (published / "generation_config.json").write_text(
+        (hf / "generation_config.json").write_text(
             json.dumps({**generation, "transformers_version": "4.31.0"})
         )
-    execute_import(plan_qwenvl(published), tmp_path / "ours")
-    return tmp_path / "ours"
+    execute_import(plan_qwenvl(hf), tmp_path / "megatron")
+    return tmp_path / "megatron"
 
 
 def exported(checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def test_a_checkpoint_that_says_nothing_still_exports(tmp_path: Path) -> None:
     """As those do that were written before anything was kept."""
     checkpoint = imported(tmp_path, CHAT)
     content = read_manifest(checkpoint).model_dump(mode="json")
-    del content["published"]
+    del content["hf_metadata"]
     write_manifest(checkpoint, Manifest.model_validate(content))
     assert exported(checkpoint, tmp_path / "again")["chat_format"] == "raw"
     assert any(
@@ -100,36 +100,36 @@ def test_a_checkpoint_that_says_nothing_still_exports(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_kept_is_refused(tmp_path: Path, file: str, content: Any, message: str) -> None:
-    published = publish(tmp_path / "published", TINY, random_weights(TINY))
+    hf = write_hf(tmp_path / "hf", TINY, random_weights(TINY))
     if isinstance(content, dict):
-        content = json.dumps(json.loads((published / file).read_text()) | content)
-    (published / file).write_text(content)
+        content = json.dumps(json.loads((hf / file).read_text()) | content)
+    (hf / file).write_text(content)
     with pytest.raises(CheckpointError, match=message):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 def with_drift(tmp_path: Path, drift: torch.Tensor | float, dtype: torch.dtype = torch.float32) -> Path:
     weights = random_weights(TINY, dtype)
-    weights[TABLE_NAME] = (published_table(2, 32, torch.float32) + drift).to(dtype)
-    return publish(tmp_path / "drifted", TINY, weights)
+    weights[TABLE_NAME] = (sincos_table(2, 32) + drift).to(dtype)
+    return write_hf(tmp_path / "drifted", TINY, weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_trained_table_is_taken_on_request_alone(tmp_path: Path, dtype: torch.dtype) -> None:
     drift = torch.zeros(4, 32)
     drift[1, 3], drift[2] = 0.25, -0.03125
-    published = with_drift(tmp_path, drift, dtype)
+    hf = with_drift(tmp_path, drift, dtype)
     far = r"by 0.25 at most and 0.009\d? on average"
     with pytest.raises(CheckpointError, match=rf"{far}.*--accept-drift"):
-        plan_qwenvl(published)
-    plan = plan_qwenvl(published, accept_drift=True)
+        plan_qwenvl(hf)
+    plan = plan_qwenvl(hf, accept_drift=True)
     assert any("the imported model has the constant table" in note for note in plan.notes)
-    execute_import(plan, tmp_path / "ours")
-    assert read_manifest(tmp_path / "ours").published.table_drift == pytest.approx(0.25, abs=1e-2)
-    assert compare(open_weights(published), open_weights(tmp_path / "ours")) == []
-    (note,) = table_notes(published)
+    execute_import(plan, tmp_path / "megatron")
+    assert read_manifest(tmp_path / "megatron").hf_metadata.table_drift == pytest.approx(0.25, abs=1e-2)
+    assert compare(open_weights(hf), open_weights(tmp_path / "megatron")) == []
+    (note,) = table_notes(hf)
     assert "has drifted from the constant sin-cos table" in note
-    export = plan_export(tmp_path / "ours")
+    export = plan_export(tmp_path / "megatron")
     assert any("is the constant table; the imported one differed by 0.25" in note for note in export.notes)
     execute_export(export, tmp_path / "again")
     plan_qwenvl(tmp_path / "again")  # has the constant table, so that nothing needs accepting
@@ -146,21 +146,21 @@ def test_another_table_is_no_drift(tmp_path: Path, drift: float, message: str) -
 
 
 def test_another_vocabulary_than_the_imported_one_is_said(tmp_path: Path) -> None:
-    published = publish(tmp_path / "published", TINY, random_weights(TINY))
-    (published / "qwen.tiktoken").write_text("words")
-    execute_import(plan_qwenvl(published), tmp_path / "ours")
-    assert any("without qwen.tiktoken" in note for note in plan_export(tmp_path / "ours").notes)
-    assert not any("qwen.tiktoken" in note for note in plan_export(tmp_path / "ours", published).notes)
-    (published / "qwen.tiktoken").write_text("other words")
+    hf = write_hf(tmp_path / "hf", TINY, random_weights(TINY))
+    (hf / "qwen.tiktoken").write_text("words")
+    execute_import(plan_qwenvl(hf), tmp_path / "megatron")
+    assert any("without qwen.tiktoken" in note for note in plan_export(tmp_path / "megatron").notes)
+    assert not any("qwen.tiktoken" in note for note in plan_export(tmp_path / "megatron", hf).notes)
+    (hf / "qwen.tiktoken").write_text("other words")
     assert any(
-        "not the vocabulary of the imported" in n for n in plan_export(tmp_path / "ours", published).notes
+        "not the vocabulary of the imported" in n for n in plan_export(tmp_path / "megatron", hf).notes
     )
 
 
 def test_a_manifest_cannot_make_an_export_name_code(tmp_path: Path) -> None:
     checkpoint = imported(tmp_path, CHAT)
     kept = {"config": {"auto_map": {"AutoConfig": "someone/else--code.Config"}, "use_cache": False}}
-    became(checkpoint, published={**read_manifest(checkpoint).published.model_dump(), **kept})
+    became(checkpoint, hf_metadata={**read_manifest(checkpoint).hf_metadata.model_dump(), **kept})
     execute_export(plan_export(checkpoint), tmp_path / "again")
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert config["use_cache"] is False and "someone" not in json.dumps(config)

@@ -1,4 +1,4 @@
-"""A checkpoint as the source of a conversion: found, and whole as far as that shows without reading it all."""
+"""Weights of a checkpoint as the source of a conversion, checked as far as is possible without reading them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError, FileRecord, size_problem
-from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest, find_checkpoint, read_manifest
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.file_checks import size_problem
+from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest, read_manifest
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
+from megatron_qwenvl.checkpoint.storage.writing import FileRecord
 from megatron_qwenvl.config.schema import ModelConfig
 from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 from megatron_qwenvl.model.shapes import tensor_shapes
 
 _NAMED = 8
-"""Problems that a refusal tells; `verify` tells all."""
+"""Problems that an error names; `verify` names all."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,17 @@ class WeightsSource:
     @property
     def files(self) -> dict[str, FileRecord]:
         """The recorded files that hold the weights, by path relative to `path`."""
-        return self.manifest.part(MODEL_FOLDER)
+        return self.manifest.files_in(MODEL_FOLDER)
 
 
 def open_source(path: Path) -> WeightsSource:
-    """Check sizes of files, and names and shapes of tensors; digests are left to whoever reads the files.
+    """Open a checkpoint after checking sizes of files, and names and shapes of tensors; digests are not compared.
 
     Args:
         path: checkpoint directory, a run's checkpoints folder or a run's directory.
 
     Raises:
-        CheckpointError: no checkpoint, or what is wrong with it.
+        CheckpointError: there is no checkpoint, or naming what is wrong with it.
     """
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
@@ -57,7 +60,7 @@ def open_source(path: Path) -> WeightsSource:
 
 
 def tensor_problems(found: Mapping[str, TensorSpec], model: ModelConfig) -> list[str]:
-    """In what tensors differ from those that the model has."""
+    """List the differences of tensors from those that the model has."""
     expected = tensor_shapes(model)
     problems = [f"tensor {name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"tensor {name} does not belong to the model" for name in found.keys() - expected]

@@ -21,13 +21,13 @@ from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, p
 from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME
 from megatron_qwenvl.checkpoint.run import owner
 from megatron_qwenvl.checkpoint.run.rewind import RECORD, is_rewound
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json, show_json, show_name
 from megatron_qwenvl.checkpoint.storage.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.new_directory import MAKER_NAME, make_tmp_dir, remove_leftovers
 from megatron_qwenvl.checkpoint.storage.safetensors_files import read_header
-from megatron_qwenvl.checkpoint.storage.temporary import MAKER_NAME, make_aside, remove_leftovers
 
-from .published_cases import TINY, config_json, publish, random_weights
+from .hf_cases import TINY, config_json, random_weights, write_hf
 
 DEEP = {
     "cut": "[" * 100_000,
@@ -50,10 +50,10 @@ def save_single(folder: Path, weights: dict[Any, Any]) -> Path:
 @pytest.mark.parametrize("content", DEEP.values(), ids=DEEP)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
 def test_deep_json_is_refused(tmp_path: Path, name: str, content: str) -> None:
-    published = publish(tmp_path / "p", TINY, random_weights(TINY))
-    (published / name).write_text(content)
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY))
+    (hf / name).write_text(content)
     with pytest.raises(CheckpointError, match=rf"{name}: not JSON: nested more than 64 levels"):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 @pytest.mark.parametrize("content", DEEP.values(), ids=DEEP)
@@ -70,9 +70,9 @@ def test_deep_json_of_our_own_files_is_damage(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert not is_rewound(tmp_path, 5)
-    left, aside = make_aside(tmp_path / "out"), make_aside(tmp_path / "out")
+    left, tmp_dir = make_tmp_dir(tmp_path / "out"), make_tmp_dir(tmp_path / "out")
     (left / MAKER_NAME).write_text(content)
-    remove_leftovers(tmp_path / "out", aside)
+    remove_leftovers(tmp_path / "out", tmp_dir)
     assert left.is_dir(), "its maker is not known, and it is new"
 
 
@@ -148,20 +148,20 @@ TORCH_FILES: dict[str, tuple[Callable[[], dict[Any, Any]], str]] = {
 @pytest.mark.parametrize("case", TORCH_FILES)
 def test_a_strange_torch_file_is_refused(tmp_path: Path, case: str) -> None:
     more, message = TORCH_FILES[case]
-    published = save_single(tmp_path / "p", {**random_weights(TINY), **more()})
+    hf = save_single(tmp_path / "p", {**random_weights(TINY), **more()})
     with pytest.raises(CheckpointError, match=f"pytorch_model.bin: {message}"):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 def test_an_index_that_names_two_files_for_a_tensor_is_refused(tmp_path: Path) -> None:
-    published = publish(tmp_path / "p", TINY, random_weights(TINY), safetensors=False)
-    index = published / "pytorch_model.bin.index.json"
+    hf = write_hf(tmp_path / "p", TINY, random_weights(TINY), safetensors=False)
+    index = hf / "pytorch_model.bin.index.json"
     files: dict[str, str] = json.loads(index.read_text())["weight_map"]
     (other,) = set(files.values()) - {files[NORM]}
-    torch.save({f"module.{NORM}": norm() + 1, **torch.load(published / other)}, published / other)
+    torch.save({f"module.{NORM}": norm() + 1, **torch.load(hf / other)}, hf / other)
     index.write_text(json.dumps({"weight_map": {**files, f"module.{NORM}": other}}))
     with pytest.raises(CheckpointError, match=f"the index names another file for {NORM} too"):
-        plan_qwenvl(published)
+        plan_qwenvl(hf)
 
 
 def test_an_integer_table_is_called_so(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_an_integer_table_is_called_so(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"pos_embed: expected floating-point numbers, found int64\[4, 32\]"
     ):
-        plan_qwenvl(publish(tmp_path / "p", TINY, weights))
+        plan_qwenvl(write_hf(tmp_path / "p", TINY, weights))
 
 
 CODE: dict[str, Any] = {
@@ -181,10 +181,10 @@ CODE: dict[str, Any] = {
 
 
 def imported(folder: Path, generation: dict[str, Any]) -> Import:
-    published = publish(folder / "p", TINY, random_weights(TINY))
-    (published / "generation_config.json").write_text(json.dumps(generation))
-    plan = plan_qwenvl(published)
-    execute_import(plan, folder / "ours")
+    hf = write_hf(folder / "p", TINY, random_weights(TINY))
+    (hf / "generation_config.json").write_text(json.dumps(generation))
+    plan = plan_qwenvl(hf)
+    execute_import(plan, folder / "megatron")
     return plan
 
 
@@ -193,11 +193,11 @@ def test_generation_settings_name_no_code(tmp_path: Path) -> None:
     plan = imported(tmp_path, good | CODE)
     (note,) = [note for note in plan.notes if "not kept for an export" in note]
     assert note.endswith("generation_config.json: not kept for an export: _from, auto_map, custom_generate")
-    manifest = read_manifest(tmp_path / "ours")
-    assert manifest.published is not None and manifest.published.generation == good
-    older = manifest.published.model_copy(update={"generation": good | CODE})  # kept by an earlier version
-    write_manifest(tmp_path / "ours", manifest.model_copy(update={"published": older}))
-    execute_export(plan_export(tmp_path / "ours"), tmp_path / "again")
+    manifest = read_manifest(tmp_path / "megatron")
+    assert manifest.hf_metadata is not None and manifest.hf_metadata.generation == good
+    older = manifest.hf_metadata.model_copy(update={"generation": good | CODE})  # kept by an earlier version
+    write_manifest(tmp_path / "megatron", manifest.model_copy(update={"hf_metadata": older}))
+    execute_export(plan_export(tmp_path / "megatron"), tmp_path / "again")
     assert json.loads((tmp_path / "again/generation_config.json").read_text()) == good
 
 
@@ -214,13 +214,13 @@ def test_half_a_character_is_refused_in_words(tmp_path: Path) -> None:
 
 def test_a_strict_terminal_is_told_strange_names(tmp_path: Path) -> None:
     """Neither a path of any bytes nor a key that is no text ends the tool with an encoding error."""
-    published = publish(tmp_path / "p\udcff", TINY, random_weights(TINY))
+    hf = write_hf(tmp_path / "p\udcff", TINY, random_weights(TINY))
     config: dict[str, Any] = config_json(TINY, 448)
     config["visual"]["\ud800\n"] = 1
-    (published / "config.json").write_text(json.dumps(config))
+    (hf / "config.json").write_text(json.dumps(config))
     tool = Path(__file__).parents[3] / "tools/convert_checkpoint.py"
     done = subprocess.run(
-        [sys.executable, tool, "import-qwenvl", "--from", published, "--out", tmp_path / "out", "--dry-run"],
+        [sys.executable, tool, "import-qwenvl", "--from", hf, "--out", tmp_path / "out", "--dry-run"],
         env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "LC_ALL": "C.UTF-8"},
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
-"""A conversion that is repeated, as a requeued job does: over its own complete result there is nothing to do.
+"""Record of a conversion in its result, by which a requeued job finds that there is nothing left to do.
 
-A result holds a record of its conversion: the command, its settings and the digests of the content that it read.
-Paths are not part of it; what lies there is. Published loaders pass over the file.
+It holds the command, its settings, and the digests of all that was read. Paths are not part of it, only the content
+below them. Loaders of the Hugging Face format ignore the file.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_qwenvl.checkpoint.storage.files import (
-    CheckpointError,
-    OnBytes,
-    read_blocks,
-    untold,
-    write_bytes,
-)
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes, no_progress
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest
-from megatron_qwenvl.checkpoint.storage.temporary import MAKER_NAME
+from megatron_qwenvl.checkpoint.storage.new_directory import MAKER_NAME
+from megatron_qwenvl.checkpoint.storage.reading import read_blocks
+from megatron_qwenvl.checkpoint.storage.writing import write_bytes
 
 from .jobs import count_bytes, run_jobs
 
@@ -30,7 +27,7 @@ RECORD_NAME = "conversion.json"
 
 
 class Conversion(BaseModel):
-    """What a conversion was asked to do."""
+    """Request for a conversion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,7 +36,7 @@ class Conversion(BaseModel):
     settings: dict[str, Any]
     """Its arguments that are no paths; JSON values."""
     sources: dict[str, str]
-    """Digest of everything that it reads, by the role or name of the file."""
+    """Digests of everything that it reads, by the role or name of the file."""
 
 
 class _Record(Conversion):
@@ -48,15 +45,17 @@ class _Record(Conversion):
 
 
 def digest_weights(manifest: Manifest) -> str:
-    """Digest of a checkpoint's weights and of what its manifest says of them, by the manifest alone."""
-    # Without defaults: a field that a later version adds changes nothing.
-    said = manifest.model_dump(mode="json", exclude={"files", "layout", "progress"}, exclude_defaults=True)
-    files = {name: record.sha256 for name, record in manifest.part(MODEL_FOLDER).items()}
-    return hashlib.sha256(json.dumps([said, files], sort_keys=True).encode()).hexdigest()
+    """Digest of a checkpoint's weights and of their description, from the manifest alone."""
+    # Without defaults, so that a field which a later version adds changes nothing.
+    description = manifest.model_dump(
+        mode="json", by_alias=True, exclude={"files", "parallel_sizes", "progress"}, exclude_defaults=True
+    )
+    files = {name: record.sha256 for name, record in manifest.files_in(MODEL_FOLDER).items()}
+    return hashlib.sha256(json.dumps([description, files], sort_keys=True).encode()).hexdigest()
 
 
-def digest_files(files: Mapping[str, Path], on_bytes: OnBytes = untold) -> dict[str, str]:
-    """Digests of files by the names that they are given here; reads all of them, in a few processes."""
+def digest_files(files: Mapping[str, Path], on_bytes: OnBytes = no_progress) -> dict[str, str]:
+    """Compute the digests of files, by the given names; reads all of them, in a few processes."""
     return dict(zip(files, run_jobs(_digest, list(files.values()), on_bytes), strict=True))
 
 
@@ -69,7 +68,7 @@ def _digest(path: Path) -> str:
 
 
 def write_record(directory: Path, conversion: Conversion | None) -> None:
-    """Leave the record in a result that is otherwise complete; None: the conversion is not to be repeated."""
+    """Write the record into a result that is otherwise complete; None: there is to be no record."""
     if conversion is None:
         return
     record = _Record(**conversion.model_dump(), files=_sizes(directory))
@@ -79,17 +78,17 @@ def write_record(directory: Path, conversion: Conversion | None) -> None:
 def is_done(
     out: Path, command: str, settings: dict[str, Any], digest_sources: Callable[[], dict[str, str]]
 ) -> bool:
-    """Whether `out` is the complete result of just this conversion; False if nothing is there.
+    """Whether `out` is the complete result of exactly this conversion; False if nothing is there.
 
     Args:
         out: where the result belongs.
         command: as in `Conversion`.
         settings: as in `Conversion`.
-        digest_sources: gives `Conversion.sources`; may read a lot, and is called only if that decides.
+        digest_sources: computes `Conversion.sources`; may read a lot, and is called only if that decides.
 
     Raises:
-        CheckpointError: something else is there: of another conversion, of sources that have changed since, not
-            complete, or of unknown origin.
+        CheckpointError: something else is there: the result of another conversion, or of sources that have changed
+            since, an incomplete one, or files of unknown origin.
     """
     if not out.exists():
         return False
@@ -104,8 +103,8 @@ def is_done(
         raise CheckpointError(f"{exists}, and its {RECORD_NAME} is damaged; {remedy}") from None
     was, now = {"command": record.command, **record.settings}, {"command": command, **settings}
     if changed := _differing(was, now):
-        told = [f"{name} was {was.get(name)}, now {now.get(name)}" for name in changed]
-        raise CheckpointError(f"{exists}, made otherwise: {'; '.join(told)}; {remedy}")
+        changes = [f"{name} was {was.get(name)}, now {now.get(name)}" for name in changed]
+        raise CheckpointError(f"{exists}, made otherwise: {'; '.join(changes)}; {remedy}")
     if changed := _differing(record.sources, digest_sources()):
         raise CheckpointError(
             f"{exists}, but its source has moved on: {', '.join(changed)} changed since; {remedy}"

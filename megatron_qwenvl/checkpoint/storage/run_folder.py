@@ -1,0 +1,72 @@
+"""The checkpoints folder of a run: names of its checkpoints, and which ones are there. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_qwenvl.runtime.retry import reads
+
+from .errors import CheckpointError
+from .manifest import MANIFEST_NAME
+
+POINTER_NAME = "latest"
+
+_STEP_NAME = re.compile(r"step_(\d{8,})$")
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of a run's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a directory's name says; -1: not the name of a run's checkpoint."""
+    match = _STEP_NAME.match(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoints_of_run(directory: Path) -> list[Path]:
+    """The checkpoints below a run's checkpoints folder, from new to old. A directory gets such a name when it is
+    complete."""
+    found = reads(directory, lambda: list(directory.glob("step_*")))
+    return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint directory that `path` means: itself, or the newest of a run's checkpoints folder or of the run's
+    directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if found := reads(path, lambda: _find(path)):
+        return found
+    raise CheckpointError(
+        f"{path}: not a checkpoint (no {MANIFEST_NAME}, no {POINTER_NAME}, no checkpoints/)"
+    )
+
+
+def _find(path: Path) -> Path | None:
+    for candidate in (path, path / "checkpoints"):
+        if (candidate / MANIFEST_NAME).is_file():
+            return candidate
+        if newest := _newest(candidate):
+            return newest
+    return None
+
+
+def _newest(directory: Path) -> Path | None:
+    """What the pointer names, or what is newer: a crash may leave a complete checkpoint that it does not name yet."""
+    pointer = directory / POINTER_NAME
+    named = (
+        directory / reads(pointer, lambda: pointer.read_text(errors="replace")).strip()
+        if pointer.is_file()
+        else None
+    )
+    for checkpoint in checkpoints_of_run(directory):
+        if named is not None and step_of(checkpoint) <= step_of(named):
+            break
+        if (checkpoint / MANIFEST_NAME).is_file():
+            return checkpoint
+    return named
