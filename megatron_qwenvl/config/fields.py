@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import types
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -50,6 +51,23 @@ def text_paths() -> dict[str, bool]:
     return found
 
 
+SOURCE_LISTS = ("data.sources", "data.validation_sources")
+"""Fields that are lists of sources, of which one field of one source can be changed by the source's name."""
+SOURCE_FIELDS = tuple(name for name in SourceConfig.model_fields if name != "name")
+"""Fields of a source that can be changed so."""
+SOURCE_TEXTS = tuple(name for name in SOURCE_FIELDS if SourceConfig.model_fields[name].annotation is str)
+"""Those of them that hold any text."""
+
+
+def split_source_path(path: str) -> tuple[str, str, str] | None:
+    """Split `data.sources.NAME.FIELD` into the list, the source's name and the field; None for any other path."""
+    for sources in SOURCE_LISTS:
+        name, _, field = path.removeprefix(f"{sources}.").rpartition(".")
+        if path.startswith(f"{sources}.") and name:
+            return sources, name, field
+    return None
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name most like `name`, or an empty string where none is alike.
 
@@ -93,3 +111,9 @@ def describe_default(field: FieldInfo) -> str:
 def plain(config: BaseModel) -> dict[str, Any]:
     """The configuration as nested dictionaries and lists of plain values."""
     return config.model_dump(mode="json")
+
+
+def quote_value(value: Any) -> str:
+    """Quote a value as the user wrote it, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -96,7 +96,7 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """One data set: a directory of indexed WebDataset shards."""
+    """One data set: a directory of indexed WebDataset shards. `--data.sources.NAME.weight 2` changes one by name."""
 
     name: str
     """Short unique name, used in logs and metrics."""

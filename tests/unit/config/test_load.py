@@ -93,6 +93,69 @@ def test_a_file_without_a_base_starts_from_the_schema(write) -> None:
     assert config.data.sources[0].path == "b"
 
 
+def test_a_base_may_be_another_file_beside_the_first(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/common.yaml").write_text("base: stage2\ntrain: {steps: 5000}\nseed: 1\n")
+    (tmp_path / "site/long.yaml").write_text("base: common.yaml\nseed: 2\n")
+    (tmp_path / "mine.yml").write_text("base: site/long.yaml\nname: mine\n")
+    config = load_config(str(tmp_path / "mine.yml"), ["--optimizer.lr", "1e-4"])
+    assert (config.name, config.seed, config.train.steps, config.optimizer.lr) == ("mine", 2, 5000, 1e-4)
+    assert config.data == RECIPES["stage2"]().data
+
+
+def test_problems_of_a_base_file_name_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("base: stage1\ntrain: {stpes: 5}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\noptimiser: 3\n")
+    message = problems(str(tmp_path / "run.yaml"))
+    assert f"train.stpes: unknown key ({tmp_path}/base.yaml)" in message
+    assert f"optimiser: unknown key ({tmp_path}/run.yaml)" in message
+    (tmp_path / "run.yaml").write_text("base: gone.yaml\n")
+    assert f"{tmp_path}/gone.yaml: cannot be read" in problems(str(tmp_path / "run.yaml"))
+
+
+def test_files_that_are_based_on_each_other_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    assert f"{a}: base: files are based on each other: {a} -> {b} -> {a}" in problems(str(a))
+
+
+def test_one_source_is_changed_by_its_name(write) -> None:
+    before = {source.name: source for source in load_config("tiny_stage2").data.sources}
+    names = list(before)
+    changed = ["--data.sources." + names[1] + ".weight", "0.25", f"--data.sources.{names[0]}.path=a#b"]
+    after = {source.name: source for source in load_config("tiny_stage2", changed).data.sources}
+    assert list(after) == names
+    assert after[names[1]] == before[names[1]].model_copy(update={"weight": 0.25})
+    assert after[names[0]] == before[names[0]].model_copy(update={"path": "a#b"})
+    assert [after[name] for name in names[2:]] == [before[name] for name in names[2:]]
+    file = write(f"base: tiny_stage2\ndata: {{sources: {{{names[1]}: {{weight: 0.25}}}}}}\n")
+    assert load_config(file).data.sources[1] == after[names[1]]
+
+
+def test_the_last_change_of_a_source_wins() -> None:
+    given = ["--data.sources", "[{name: v1.5, path: b}]", "--data.sources.v1.5.weight", "2"]
+    assert load_config("stage1", given).data.sources[0].weight == 2
+    assert "data.sources.v1.5.weight: unknown source" in problems("stage1", *given[2:], *given[:2])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [
+        ("sources.captoin.weight", "2", "unknown source (--data.sources.captoin.weight): expected one of"),
+        ("sources.caption.wieght", "2", "unknown key (--data.sources.caption.wieght); did you mean weight?"),
+        ("sources.caption.weight", "-1", "greater than 0, found -1"),
+        ("sources.caption.weight", "much", 'expected a valid number, found "much"'),
+        ("sources.caption", "2", "data.sources.caption: unknown key"),
+        ("sources.caption.name", "x", "data.sources.caption.name: unknown key"),
+        ("sources", "{}", "data.sources: expected a list, such as"),
+    ],
+)
+def test_a_wrong_change_of_a_source_is_explained(field: str, value: str, found: str) -> None:
+    message = problems("stage1", "--data.sources", "[{name: caption, path: b}]", f"--data.{field}", value)
+    assert "1 problem\n" in message and found in message
+
+
 def test_everything_wrong_is_in_one_message(write) -> None:
     text = problems(
         write("base: stage1\ntrain: {stpes: 5}\noptimizer: {min_lr: 1}\n"),
