@@ -114,3 +114,18 @@ def test_a_quoted_message_exists(message: str) -> None:
 def test_an_invented_message_is_noticed() -> None:
     assert len(QUOTED) > 50
     assert unknown_parts("damaged checkpoint: ... is bored of training") == ["is bored of training"]
+
+
+def test_the_house_is_drawn_and_listed_as_it_is() -> None:
+    package = ROOT / "megatron_qwenvl"
+    rooms = {path.parent.relative_to(package) for path in package.glob("*/**/__init__.py")}
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    drawn = set(
+        re.findall(r'class="name"[^>]*>([^<]+)<', (ROOT / "docs/house.svg").read_text(encoding="utf-8"))
+    )
+    assert drawn == {room.name for room in rooms} | modules
+    table = re.findall(r"^\| `([\w.]+)` \| (.+) \|$", (ROOT / "docs/architecture.md").read_text(), re.M)
+    listed = {name for name, _ in table} | {
+        room for _, text in table for room in re.findall(r"`(\w+)` \(", text)
+    }
+    assert listed == drawn
