@@ -22,12 +22,13 @@ from megatron_qwenvl.checkpoint.run.owner import (
     take_together,
 )
 from megatron_qwenvl.checkpoint.run.rewind import Rewind
-from megatron_qwenvl.checkpoint.run.weights import OPTIMIZER_METADATA, model_state
-from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
+from megatron_qwenvl.checkpoint.run.weights import model_state
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import Step, StepLoader
 from megatron_qwenvl.data.sampling.history_file import RECORD_NAME, encode_history
+from megatron_qwenvl.engine.optimizer import optimizer_state, set_update_count
 from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
@@ -40,7 +41,7 @@ from .metrics import MetricsLog, StepCost, mfu_reference, start_record, step_met
 from .optimizer import Schedule, build_optimizer
 from .progress import Progress
 from .run_directory import check_run_directory, record_start
-from .setup import announce, first_weights, make_loaders, move_newer_checkpoints, resume
+from .setup import announce, first_weights, make_loaders, resume, set_aside_newer
 from .step import StepReport, StepRunner
 from .unreadable import UnreadableShards, too_many, worst_shards
 
@@ -107,7 +108,7 @@ class Trainer:
             older = None if from_step is None else checkpoints.rewind_to(from_step)
             newest = older or checkpoints.latest()
             if newest is None:
-                checkpoints.hf_metadata = first_weights(config, runtime, stage, checkpoints.ranks)
+                checkpoints.published = first_weights(config, runtime, stage, checkpoints.ranks)
             runner = StepRunner.build(config, runtime, partition, stage)
             optimizer = build_optimizer(runner.model, config)
             progress = (
@@ -124,7 +125,7 @@ class Trainer:
                 lambda: reads(folder, lambda: record_start(config, runtime.process)),
                 f"{folder}: the start cannot be recorded",
             )
-            rewind = move_newer_checkpoints(checkpoints, progress.step) if older else None
+            rewind = set_aside_newer(checkpoints, progress.step) if older else None
             metrics = MetricsLog(config, runtime.is_main, progress.step, hold.check)
         return cls(
             config=config,
@@ -315,12 +316,10 @@ class Trainer:
             return
         self._report_save(self.checkpoints.wait)  # the save before may still be going on in the background
         began = time.monotonic()
-        # Fused optimizers do not count steps in groups without parameters, and rank 0's count is what is saved.
-        for group in self.optimizer.param_groups:
-            group["step"] = self.progress.updates
+        set_update_count(self.optimizer, self.progress.updates)
         with self._patience():
             model = model_state(self.runner.model.module)
-            optimizer = self.optimizer.sharded_state_dict(model, metadata=dict(OPTIMIZER_METADATA))
+            optimizer = optimizer_state(self.optimizer, model)
         step, progress = self.progress.step, asdict(self.progress)
         data = (
             {RECORD_NAME: encode_history(self.loader.sampler.history, step)} if self.runtime.is_main else {}
@@ -340,7 +339,7 @@ class Trainer:
     def _keep_last_save(self) -> None:
         """Complete the save that is still going on when the run ends by an error, if all ranks have that error."""
         try:
-            self._report_save(self.checkpoints.wait_if_all_arrive)
+            self._report_save(self.checkpoints.wait_if_all_come)
         except CheckpointError as error:
             logger.error("checkpoint not saved: %s", error)
 

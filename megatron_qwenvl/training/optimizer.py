@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
-    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     ParamGroupOverride,
     ParamKey,
     get_megatron_optimizer,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.engine.optimizer import initialize_moments, set_rates
 from megatron_qwenvl.model.build import parameter_keys
 from megatron_qwenvl.model.layers import layer_of, vit_depth_from_adapter
 from megatron_qwenvl.model.stage import QwenVLStage
@@ -79,32 +74,8 @@ def build_optimizer(model: DistributedDataParallel, config: RunConfig) -> Megatr
         log_num_zeros_in_grad=False,
     )
     optimizer = get_megatron_optimizer(engine_config, [model], config_overrides=group_overrides(config))
-    assert isinstance(optimizer, ChainedOptimizer)
-    for part in optimizer.chained_optimizers:
-        if part.optimizer is not None:
-            # Else a checkpoint before the first update holds no moments, and no run could load it.
-            part.init_state_fn(part.optimizer, part.config)
+    initialize_moments(optimizer)
     return optimizer
-
-
-def restore_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Take moments, master weights and the step count from a checkpoint; rates, decays and every other setting stay as
-    they are configured now.
-
-    megatron-core would take the settings from the checkpoint's parameter groups, and find its groups by their
-    multipliers. All that is state in a group is the step count, which is the same for all.
-
-    Args:
-        optimizer: as built from the configuration.
-        loaded: its sharded state dict after loading; changed.
-    """
-    state = loaded.get("optimizer", loaded)  # plain fp32: the groups are at the top
-    saved = state["param_groups"]
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    if "params" in saved[0]:  # not sharded: a group says which parameters are its own, in today's order
-        groups = [{**group, "params": own["params"]} for group, own in zip(groups, saved, strict=True)]
-    state["param_groups"] = [{**group, "step": saved[0]["step"]} for group in groups]
-    optimizer.load_state_dict(loaded)
 
 
 class Schedule:
@@ -133,36 +104,4 @@ class Schedule:
         Returns:
             The learning rate that the groups without multiplier have got.
         """
-        self._scheduler.num_steps = step + 1
-        self._scheduler.step(0)
-        rate = get_canonical_lr_for_logging(self._optimizer.param_groups)
-        assert rate is not None  # megatron-core gives every rank all groups, without parameters if need be
-        return rate
-
-
-@dataclass(frozen=True)
-class Update:
-    """What became of one optimizer step."""
-
-    grad_norm: float
-    """Global L2 norm before clipping."""
-    applied: bool
-    """False: the gradient or the loss was not finite and nothing was changed."""
-
-
-def apply_gradients(optimizer: MegatronOptimizer, clip_grad: float, loss_is_finite: bool) -> Update:
-    """Clip at the global norm and update, unless the loss or the norm is not finite.
-
-    Loss and norm are reduced over all ranks before, so every rank decides alike.
-    """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not loss_is_finite or not math.isfinite(norm):
-        return Update(norm, applied=False)
-    if clip_grad > 0.0:
-        assert isinstance(optimizer, ChainedOptimizer)
-        for part in optimizer.chained_optimizers:
-            if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
-    optimizer.step_with_ready_grads()
-    return Update(norm, applied=True)
+        return set_rates(self._optimizer, self._scheduler, step + 1)

@@ -13,20 +13,20 @@ from megatron_qwenvl.batch import DataNeeds
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.run.ranks import Ranks
 from megatron_qwenvl.checkpoint.run.rewind import Rewind
-from megatron_qwenvl.checkpoint.run.weights import OPTIMIZER_METADATA, fill_model, load_weights, model_state
-from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
+from megatron_qwenvl.checkpoint.run.weights import fill_model, load_weights, model_state
+from megatron_qwenvl.checkpoint.storage.manifest import Published
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwenvl.data.sampling.resume import DataStart, modified_lines, start_data
 from megatron_qwenvl.data.sampling.sampler import StepSampler, open_training_sources, training_sampler
+from megatron_qwenvl.engine.optimizer import optimizer_state, restore_optimizer
 from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import initialize_weights
 from megatron_qwenvl.model.shapes import describe_parameters
 from megatron_qwenvl.model.stage import QwenVLStage
 
-from .optimizer import restore_optimizer
 from .progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def announce(config: RunConfig, partition: str) -> None:
         logger.info(line)
 
 
-def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks: Ranks) -> HFMetadata | None:
+def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks: Ranks) -> Published | None:
     """Fill the model for a run that has no checkpoint of its own: with `checkpoint.init_from`, or afresh. Collective.
 
     Returns:
@@ -51,13 +51,13 @@ def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks
     """
     if config.checkpoint.init_from is None:
         initialize_weights(stage, config.model, config.seed)
-        hf_metadata, source = None, f"fresh, seed {config.seed}"
+        published, source = None, f"fresh, seed {config.seed}"
     else:
-        hf_metadata = load_weights(Path(config.checkpoint.init_from), config, stage, ranks).hf_metadata
+        published = load_weights(Path(config.checkpoint.init_from), config, stage, ranks).published
         source = config.checkpoint.init_from
     if runtime.is_main:
         logger.info("weights: %s", source)
-    return hf_metadata
+    return published
 
 
 def resume(
@@ -74,7 +74,7 @@ def resume(
     """
     model = model_state(stage)
     with torch.no_grad():
-        state = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(OPTIMIZER_METADATA))
+        state = optimizer_state(optimizer, model, loading=True)
         loaded = manager.load(checkpoint, model, state)
         fill_model(stage, loaded.model)
         restore_optimizer(optimizer, loaded.optimizer)
@@ -84,14 +84,14 @@ def resume(
     return progress
 
 
-def move_newer_checkpoints(checkpoints: CheckpointManager, step: int) -> Rewind:
+def set_aside_newer(checkpoints: CheckpointManager, step: int) -> Rewind:
     """Move the checkpoints after the one that the run was told to go on from, and say where they are. Collective.
 
     Raises:
         CheckpointError: they cannot be moved.
     """
-    rewind = checkpoints.move_newer_checkpoints(step)
-    if checkpoints.ranks.is_rank0:
+    rewind = checkpoints.set_aside_newer(step)
+    if checkpoints.ranks.is_main:
         if rewind.moved:
             logger.warning(
                 "went back from step %d to %d: %d newer checkpoints are kept in %s",
@@ -129,11 +129,11 @@ def make_sampler(
         except DataError as error:
             return None, str(error)
 
-    mine = compare() if ranks.is_rank0 else None
+    mine = compare() if ranks.is_main else None
     found, error = ranks.broadcast(mine)
     if found is None:
         raise DataError(error)
-    if ranks.is_rank0:
+    if ranks.is_main:
         for line in found.lines:
             logger.warning(line)
     if found.refused:

@@ -20,13 +20,14 @@ from megatron_qwenvl.batch import Batch
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.records.tasks import TASKS
 from megatron_qwenvl.engine.communicator import FrozenPrefixCommunicator
+from megatron_qwenvl.engine.optimizer import apply_gradients
 from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import trains_before
 from megatron_qwenvl.model.flops import Workload
 from megatron_qwenvl.model.partition import Partition
 from megatron_qwenvl.model.stage import QwenVLStage
 
-from .optimizer import apply_gradients, tag_parameters
+from .optimizer import tag_parameters
 
 
 @dataclass

@@ -23,7 +23,7 @@ from .training_cases import records, run_arguments, write_data
 
 START = (
     "config.cli:load_config",
-    "engine.start:configure_logging",
+    "runtime.logs:configure_logging",
     "engine.start:choose_device",
     "engine.start:choose_backend",
     "engine.start:_prepare_device",
@@ -197,6 +197,6 @@ def test_a_finished_run_stays_finished(data: Path, tmp_path: Path) -> None:
     """A signal after the last step, and one to a run that has nothing to do, change nothing."""
     log = tmp_path / "log"
     arguments = run_of(data, tmp_path / "run")
-    for place in ("engine.start:stop", "training.loop:make_partition"):
+    for place in ("engine.start:stop_engine", "training.loop:make_partition"):
         assert wait(start(arguments, log, lambda place=place: signal_at(place))) == 0, log.read_text()  # type: ignore[misc]
     assert [record["step"] for record in records(tmp_path / "run")] == [0, 1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutant import DATA_PARALLEL, OFF, PACKAGE, STAGE1, STAGE2, STAGE3, TENSOR_PARALLEL, Mutant
 
 ADAMW = f"{PACKAGE}/engine/adamw.py"
+ENGINE_OPTIMIZER = f"{PACKAGE}/engine/optimizer.py"
 ENGINE_CONFIG = f"{PACKAGE}/model/engine_config.py"
 FRESH = f"{PACKAGE}/model/build.py"
 LAYERS = f"{PACKAGE}/model/layers.py"
@@ -127,7 +128,7 @@ OPTIMIZATION = [
     ),
     Mutant(
         "schedule: one step late", OPTIMIZER,
-        "self._scheduler.num_steps = step + 1", "self._scheduler.num_steps = step", STAGE3,
+        "self._scheduler, step + 1)", "self._scheduler, step)", STAGE3,
     ),
     Mutant(
         "schedule: cosine over steps and warm-up", OPTIMIZER,
@@ -139,12 +140,12 @@ OPTIMIZATION = [
         "schedule: cosine to zero", OPTIMIZER,
         "min_lr=settings.min_lr,\n        weight_decay", "min_lr=0.0,\n        weight_decay", STAGE3,
     ),
-    Mutant("clipping: none", OPTIMIZER, "if clip_grad > 0.0:", "if clip_grad < 0.0:", STAGE1),
-    Mutant("clipping: at a limit of zero", OPTIMIZER, "if clip_grad > 0.0:", "if clip_grad >= 0.0:", OFF),
-    Mutant("clipping: at twice the norm", OPTIMIZER, "max_norm=clip_grad", "max_norm=2 * clip_grad", STAGE1),
-    Mutant("clipping: at 1.0 always", OPTIMIZER, "max_norm=clip_grad", "max_norm=1.0", STAGE1),
+    Mutant("clipping: none", ENGINE_OPTIMIZER, "if clip_grad > 0.0:", "if clip_grad < 0.0:", STAGE1),
+    Mutant("clipping: at a limit of zero", ENGINE_OPTIMIZER, "if clip_grad > 0.0:", "if clip_grad >= 0.0:", OFF),
+    Mutant("clipping: at twice the norm", ENGINE_OPTIMIZER, "max_norm=clip_grad", "max_norm=2 * clip_grad", STAGE1),
+    Mutant("clipping: at 1.0 always", ENGINE_OPTIMIZER, "max_norm=clip_grad", "max_norm=1.0", STAGE1),
     Mutant(
-        "clipping: norm of this rank's gradients alone", OPTIMIZER,
+        "clipping: norm of this rank's gradients alone", ENGINE_OPTIMIZER,
         "norm = float(optimizer.get_grad_norm())",
         "norm = float(sum(float(p.grad.norm()) ** 2 for p in optimizer.get_parameters() if p.grad is not None) ** 0.5)",
         DATA_PARALLEL,

@@ -14,13 +14,6 @@ from .folder import ShardedState, load_folder
 from .ranks import Ranks, find_damage
 from .start import check_start
 
-OPTIMIZER_METADATA: dict[str, Any] = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
-"""For `sharded_state_dict` of the optimizer: state laid out like the parameters, readable at any layout."""
-
 
 class ModelChunk(Protocol):
     """The part of the model that one rank holds."""

@@ -15,7 +15,6 @@ from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwen
 from megatron_qwenvl.checkpoint.convert.inspect import verify
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
 from megatron_qwenvl.checkpoint.run.weights import (
-    OPTIMIZER_METADATA,
     check_start,
     fill_model,
     load_weights,
@@ -25,6 +24,7 @@ from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
 from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelConfig, RunConfig, VisionConfig
+from megatron_qwenvl.engine.optimizer import optimizer_state
 from megatron_qwenvl.engine.start import start_engine
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.partition import make_partition
@@ -165,7 +165,7 @@ def train(process: ProcessInfo, config: RunConfig, folder: Path, resume: bool) -
     if resume:
         with torch.no_grad():
             model = model_state(runner.model.module)
-            wanted = optimizer.sharded_state_dict(model, is_loading=True, metadata=dict(OPTIMIZER_METADATA))
+            wanted = optimizer_state(optimizer, model, loading=True)
             newest = manager.latest()
             assert newest is not None
             loaded = manager.load(newest, model, wanted)
@@ -178,7 +178,7 @@ def train(process: ProcessInfo, config: RunConfig, folder: Path, resume: bool) -
             for group in optimizer.param_groups:
                 group["step"] = step
             model = model_state(runner.model.module)
-            state = optimizer.sharded_state_dict(model, metadata=dict(OPTIMIZER_METADATA))
+            state = optimizer_state(optimizer, model)
             manager.save(step, model, state, {"step": step})
         schedule.set_step(step)
         batches = [make_batch(10 * step + i, 1 + i % 3, config) for i in range(4)]
