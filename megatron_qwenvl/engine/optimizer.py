@@ -2,9 +2,9 @@
 
 Relies on:
 
-- `ChainedOptimizer.step` consists of `prepare_grads`, `get_grad_norm`, clipping the parameters of each chained optimizer
-  by `clip_grad_by_total_norm_fp32`, and `step_with_ready_grads`. It is taken apart because an update must be left out
-  where the loss is not finite, and because the whole step does not say what the norm was when it leaves one out;
+- `ChainedOptimizer.step` consists of `prepare_grads`, `get_grad_norm`, clipping the parameters of each chained
+  optimizer by `clip_grad_by_total_norm_fp32`, and `step_with_ready_grads`. It is taken apart because an update must be
+  left out where the loss or the norm is not finite, and megatron-core leaves none out in fp32 and bf16;
 - `init_state_fn` of a chained optimizer makes its moments;
 - the step count is the entry `step` of every parameter group, and the groups of a loaded state are in the list
   `param_groups`, found again by their settings (0.16: the multipliers, 0.19: every setting that a group can override);
