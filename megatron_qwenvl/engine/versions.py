@@ -25,9 +25,17 @@ def tested_version(python: tuple[int, int] = sys.version_info[:2]) -> str:
     return TESTED_BELOW_3_12 if python < (3, 12) else TESTED_FROM_3_12
 
 
+def installed_version() -> str:
+    """Version of the installed megatron-core, from its metadata.
+
+    From 0.17 on `megatron.core.__version__` also names the Git commit of whatever repository the process was started in.
+    """
+    return version("megatron-core")
+
+
 def engine_is_at_least(major: int, minor: int) -> bool:
     """Whether the installed megatron-core is of this release or a later one; who asks is listed in `docs/engine.md`."""
-    installed = version("megatron-core").split(".")
+    installed = installed_version().split(".")
     return (int(installed[0]), int(installed[1])) >= (major, minor)
 
 
@@ -44,7 +52,7 @@ def check_version(on_gpu: bool, speaks: bool = True) -> None:
     Raises:
         EngineVersionError: on CPU, naming both versions.
     """
-    installed, tested = version("megatron-core"), tested_version()
+    installed, tested = installed_version(), tested_version()
     if installed == tested:
         return
     python = ".".join(map(str, sys.version_info[:2]))

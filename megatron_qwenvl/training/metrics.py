@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 import torch
 
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.engine.start import Runtime
+from megatron_qwenvl.engine.versions import installed_version
 from megatron_qwenvl.model.flops import total_flops
 from megatron_qwenvl.runtime.json_lines import RecordFile
 from megatron_qwenvl.runtime.peak_flops import dense_bf16_flops
@@ -57,7 +57,7 @@ def start_record(config: RunConfig, runtime: Runtime, step: int) -> dict[str, An
         "data_parallel": runtime.data_size,
         "kernels": runtime.kernels.name,
         "torch": torch.__version__,
-        "megatron_core": megatron.core.__version__,
+        "megatron_core": installed_version(),
         "transformer_engine": _version("transformer-engine") if runtime.kernels.name == "te" else None,
         "python": platform.python_version(),
     }
