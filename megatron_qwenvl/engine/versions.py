@@ -28,7 +28,7 @@ def tested_version(python: tuple[int, int] = sys.version_info[:2]) -> str:
 def installed_version() -> str:
     """Version of the installed megatron-core, from its metadata.
 
-    From 0.17 on `megatron.core.__version__` also names the Git commit of whatever repository the process was started in.
+    `megatron.core.__version__` of 0.19 also names the Git commit of whatever repository the process is started in.
     """
     return version("megatron-core")
 
