@@ -1,35 +1,139 @@
-"""What happens before the first step: the run is announced, the model filled, the data opened."""
+"""What happens before the first step, in two parts.
+
+`prepare_run` does all that can refuse to start and changes nothing in the run's directory; `take_over_run` makes this
+start the directory's one owner and writes there what a start writes.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_qwenvl.batch import DataNeeds
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.run.owner import (
+    Hold,
+    RunOwner,
+    refused_if_owned,
+    released_on_error,
+    take_together,
+)
 from megatron_qwenvl.checkpoint.run.ranks import Ranks
 from megatron_qwenvl.checkpoint.run.rewind import Rewind
 from megatron_qwenvl.checkpoint.run.weights import fill_model, load_weights, model_state
 from megatron_qwenvl.checkpoint.storage.manifest import Published
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
-from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.data.sampling.resume import DataStart, modified_lines, start_data
-from megatron_qwenvl.data.sampling.sampler import StepSampler, open_training_sources, training_sampler
+from megatron_qwenvl.data.loading.loader import StepLoader
 from megatron_qwenvl.engine.optimizer import optimizer_state, restore_optimizer
 from megatron_qwenvl.engine.start import Runtime
-from megatron_qwenvl.model.build import initialize_weights
+from megatron_qwenvl.model.build import build_stage, initialize_weights
+from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.model.shapes import describe_parameters
 from megatron_qwenvl.model.stage import QwenVLStage
+from megatron_qwenvl.runtime.retry import reads
 
+from .loaders import make_loaders
+from .metrics import MetricsLog
+from .optimizer import build_optimizer
 from .progress import Progress
+from .run_directory import check_run_directory, record_start
+from .step import StepRunner
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PreparedRun:
+    """A run that can start."""
+
+    checkpoints: CheckpointManager
+    owner: RunOwner
+    runner: StepRunner
+    optimizer: MegatronOptimizer
+    progress: Progress
+    """Where it goes on from."""
+    loader: StepLoader
+    validation: StepLoader | None
+    resumed: bool
+    """It goes on from a checkpoint of its own."""
+    rewinds: bool
+    """It goes on from an older one than its newest."""
+
+
+def prepare_run(config: RunConfig, runtime: Runtime, from_step: int | None) -> PreparedRun:
+    """Build and fill all that a run needs: partition, model, optimizer, data, and the state of its newest checkpoint.
+    Collective; arguments as `Trainer.build`.
+
+    Raises:
+        CheckpointError: no usable checkpoint where one is needed, or the run's directory cannot be used.
+        DataError: data that does not fit the configuration.
+    """
+    partition = make_partition(config, runtime.data_size)
+    if runtime.is_main:
+        announce(config, partition.describe())
+    checkpoints, owner = look_at_run_directory(config)
+    with refused_if_owned(owner, checkpoints.ranks):
+        stage = build_stage(config, runtime, partition)
+        older = None if from_step is None else checkpoints.rewind_to(from_step)
+        newest = older or checkpoints.latest()
+        if newest is None:
+            checkpoints.published = first_weights(config, runtime, stage, checkpoints.ranks)
+        runner = StepRunner.build(config, runtime, partition, stage)
+        optimizer = build_optimizer(runner.model, config)
+        progress = Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)
+        loaders = make_loaders(config, runtime, stage, newest, progress.step, checkpoints.ranks)
+    return PreparedRun(
+        checkpoints=checkpoints,
+        owner=owner,
+        runner=runner,
+        optimizer=optimizer,
+        progress=progress,
+        loader=loaders[0],
+        validation=loaders[1],
+        resumed=newest is not None,
+        rewinds=older is not None,
+    )
+
+
+def look_at_run_directory(config: RunConfig) -> tuple[CheckpointManager, RunOwner]:
+    """The run's checkpoints and its owner, once no other start owns it. Collective.
+
+    Raises:
+        CheckpointError: the directory cannot be written to, or another start owns it.
+    """
+    folder = Path(config.run_dir)
+    checkpoints = CheckpointManager(folder / "checkpoints", config)
+    checkpoints.ranks.run_on_rank0(lambda: reads(folder, lambda: check_run_directory(folder)), "refused")
+    owner = RunOwner(folder, 60 * config.runtime.takeover_minutes)
+    checkpoints.ranks.run_on_rank0(lambda: reads(folder, owner.wait_until_free), "refused")
+    return checkpoints, owner
+
+
+def take_over_run(config: RunConfig, runtime: Runtime, run: PreparedRun) -> tuple[Hold, MetricsLog]:
+    """Become the owner of the run's directory and write there what a start writes. Collective.
+
+    Returns:
+        The hold on the directory, and the metrics, in which a rewind is recorded.
+
+    Raises:
+        CheckpointError: on every rank, if another start was faster or the directory cannot be written to.
+    """
+    folder, ranks = Path(config.run_dir), run.checkpoints.ranks
+    hold = take_together(run.owner, ranks)
+    with released_on_error(run.owner):
+        run.checkpoints.prepare(lambda: reads(folder, hold.check))
+        ranks.run_on_rank0(
+            lambda: reads(folder, lambda: record_start(config, runtime.process)),
+            f"{folder}: the start cannot be recorded",
+        )
+        rewind = set_aside_newer(run.checkpoints, run.progress.step) if run.rewinds else None
+        metrics = MetricsLog(config, runtime.is_main, run.progress.step, hold.check)
+        if rewind:
+            metrics.event("rewind", step=rewind.to_step, **asdict(rewind))
+    return hold, metrics
 
 
 def announce(config: RunConfig, partition: str) -> None:
@@ -103,85 +207,3 @@ def set_aside_newer(checkpoints: CheckpointManager, step: int) -> Rewind:
         else:
             logger.info("step %d is that of the newest checkpoint: nothing to go back over", step)
     return rewind
-
-
-def make_sampler(
-    config: RunConfig, tokenizer: Tokenizer, checkpoint: Path | None, first_step: int, ranks: Ranks
-) -> StepSampler:
-    """The sampler of the training steps, which goes on from what a checkpoint records of its data. Collective: rank 0
-    compares and tells, and all ranks follow the same history.
-
-    Args:
-        config: the run.
-        tokenizer: its tokenizer.
-        checkpoint: what it goes on from; none: it begins.
-        first_step: steps done.
-        ranks: all ranks.
-
-    Raises:
-        DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
-    """
-    sources = open_training_sources(config, tokenizer.fingerprint)
-
-    def compare() -> tuple[DataStart | None, str]:
-        try:
-            return start_data(config, sources, checkpoint, first_step), ""
-        except DataError as error:
-            return None, str(error)
-
-    mine = compare() if ranks.is_main else None
-    found, error = ranks.broadcast(mine)
-    if found is None:
-        raise DataError(error)
-    if ranks.is_main:
-        for line in found.lines:
-            logger.warning(line)
-    if found.refused:
-        raise DataError(found.refused)
-    return training_sampler(config, sources, found.history)
-
-
-def make_loaders(
-    config: RunConfig,
-    runtime: Runtime,
-    stage: QwenVLStage,
-    checkpoint: Path | None,
-    first_step: int,
-    ranks: Ranks,
-) -> tuple[StepLoader, StepLoader | None]:
-    """This rank's training steps from `first_step` on (counted from 0), and its validation set if there is one.
-    Collective; arguments as `make_sampler`.
-
-    Raises:
-        DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
-    """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    sampler = make_sampler(config, tokenizer, checkpoint, first_step, ranks)
-    needs = DataNeeds(
-        pixels=stage.patch_embed is not None,
-        tokens=stage.embedding is not None or stage.output_layer is not None,
-    )
-
-    def build(**kwargs: Any) -> StepLoader:
-        return build_loader(
-            config,
-            tokenizer=tokenizer,
-            dp_rank=runtime.data_rank,
-            dp_size=runtime.data_size,
-            needs=needs,
-            pin_memory=runtime.on_gpu,
-            **kwargs,
-        )
-
-    validated = bool(config.data.validation_sources) and config.train.validation_interval > 0
-    training, validation = (
-        build(first_step=first_step, sampler=sampler),
-        build(split="validation") if validated else None,
-    )
-    if runtime.is_main:
-        for loader in filter(None, (training, validation)):
-            for line in loader.sampler.source_notes():
-                logger.info(line)
-        for line in modified_lines(validation.sampler.sources if validation else ()):
-            logger.warning(line)
-    return training, validation

@@ -137,7 +137,7 @@ def end_by_error(process: ProcessInfo, config: RunConfig, kind: type[Exception],
     try:
         trainer.run()
     except kind:
-        return f"{process.rank}: saved {trainer._saved_step}"
+        return f"{process.rank}: saved {trainer.saver.saved_step}"
     return "no error"
 
 

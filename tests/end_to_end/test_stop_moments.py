@@ -29,16 +29,16 @@ START = (
     "engine.start:_prepare_device",
     "engine.start:_join_processes",
     "engine.start:parallel_state.initialize_model_parallel",
-    "training.loop:make_partition",
-    "training.loop:announce",
-    "training.loop:build_stage",
-    "training.loop:CheckpointManager",
-    "training.loop:CheckpointManager.latest",
-    "training.loop:first_weights",
-    "training.loop:StepRunner.build",
-    "training.loop:build_optimizer",
-    "training.loop:make_loaders",
-    "training.loop:MetricsLog",
+    "training.setup:make_partition",
+    "training.setup:announce",
+    "training.setup:build_stage",
+    "training.setup:CheckpointManager",
+    "training.setup:CheckpointManager.latest",
+    "training.setup:first_weights",
+    "training.setup:StepRunner.build",
+    "training.setup:build_optimizer",
+    "training.setup:make_loaders",
+    "training.setup:MetricsLog",
     "training.loop:start_record",
     "training.loop:Watchdog.start",
 )
@@ -48,8 +48,8 @@ STEP = (
     "training.loop:StepRunner.accumulate",
     "training.step:apply_gradients",
     "training.loop:step_metrics",
-    "training.loop:CheckpointManager.poll",
-    "training.loop:CheckpointManager.save",
+    "training.saving:CheckpointManager.poll",
+    "training.saving:CheckpointManager.save",
     "checkpoint.run.folder:FolderSave.write",
     "checkpoint.run.manager:write_manifest",
     "checkpoint.run.manager:CheckpointManager._point_to",
@@ -108,8 +108,8 @@ def test_a_signal_at_any_phase(data: Path, tmp_path: Path, place: str) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "training.loop:make_partition",
-        "training.loop:CheckpointManager.latest",
+        "training.setup:make_partition",
+        "training.setup:CheckpointManager.latest",
         "training.loop:Watchdog.start",
         "training.step:apply_gradients",
         "checkpoint.run.folder:FolderSave.write",
@@ -197,6 +197,6 @@ def test_a_finished_run_stays_finished(data: Path, tmp_path: Path) -> None:
     """A signal after the last step, and one to a run that has nothing to do, change nothing."""
     log = tmp_path / "log"
     arguments = run_of(data, tmp_path / "run")
-    for place in ("engine.start:stop_engine", "training.loop:make_partition"):
+    for place in ("engine.start:stop_engine", "training.setup:make_partition"):
         assert wait(start(arguments, log, lambda place=place: signal_at(place))) == 0, log.read_text()  # type: ignore[misc]
     assert [record["step"] for record in records(tmp_path / "run")] == [0, 1, 2]

@@ -1,0 +1,148 @@
+"""Checkpoints of a run while it trains: save, complete, and tell what became of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_qwenvl.checkpoint.run.manager import CheckpointManager, SaveReport
+from megatron_qwenvl.checkpoint.run.weights import ModelChunk, model_state
+from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.config.schema import CheckpointConfig
+from megatron_qwenvl.data.sampling.history import DataHistory
+from megatron_qwenvl.data.sampling.history_file import RECORD_NAME, encode_history
+from megatron_qwenvl.engine.optimizer import optimizer_state, set_update_count
+from megatron_qwenvl.runtime.watchdog import Watchdog
+
+from .metrics import MetricsLog
+from .progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class RunSaver:
+    """Saves the checkpoints of a run. All methods are collective.
+
+    A save that fails ends the run or not, as `checkpoint.on_failure` says. The manager lets every rank know of every
+    failure, so all of them go on or end together.
+
+    Args:
+        settings: the section `checkpoint` of the configuration.
+        checkpoints: the run's checkpoints.
+        metrics: where saves are recorded.
+        watchdog: is told that a save may take longer than a step.
+        saved_step: step of the checkpoint that the run goes on from; -1: none.
+    """
+
+    def __init__(
+        self,
+        settings: CheckpointConfig,
+        checkpoints: CheckpointManager,
+        metrics: MetricsLog,
+        watchdog: Watchdog,
+        saved_step: int,
+    ) -> None:
+        self._settings = settings
+        self._checkpoints = checkpoints
+        self._metrics = metrics
+        self._watchdog = watchdog
+        self.saved_step = saved_step
+        """Step of the newest complete checkpoint; -1: none."""
+
+    def is_saved(self, step: int) -> bool:
+        """Whether there is nothing to lose: the newest checkpoint is of this step, or there has been no step yet."""
+        return step in (0, self.saved_step)
+
+    def save(
+        self, progress: Progress, model: ModelChunk, optimizer: MegatronOptimizer, history: DataHistory
+    ) -> None:
+        """Save a checkpoint, or begin it if files are written in the background.
+
+        Args:
+            progress: the counters.
+            model: this rank's part of the model.
+            optimizer: its optimizer.
+            history: what the run's data was.
+
+        Raises:
+            CheckpointError: it failed, or the one before did, and failures end the run.
+        """
+        if not self._settings.save:
+            return
+        step = progress.step
+        self.wait(step)  # the save before may still be going on in the background
+        began = time.monotonic()
+        set_update_count(optimizer, progress.updates)
+        with self._patience(step):
+            weights = model_state(model)
+            state = optimizer_state(optimizer, weights)
+        beside = {RECORD_NAME: encode_history(history, step)} if self._checkpoints.ranks.is_main else {}
+        self._report(
+            step, lambda: self._checkpoints.save(step, weights, state, asdict(progress), began, beside)
+        )
+
+    def poll(self, step: int) -> None:
+        """Complete the background save if every rank has written its files; returns at once otherwise."""
+        self._report(step, self._checkpoints.poll)
+
+    def wait(self, step: int) -> None:
+        """Complete the background save, if there is one."""
+        self._report(step, self._checkpoints.wait)
+
+    def keep_last(self, step: int) -> None:
+        """Complete the background save when the run ends by an error, if all ranks have that error."""
+        try:
+            self._report(step, self._checkpoints.wait_if_all_come)
+        except CheckpointError as error:
+            logger.error("checkpoint not saved: %s", error)
+
+    def check_last(self, step: int) -> None:
+        """Make sure that the last step was saved; a run whose result is lost does not end well.
+
+        Raises:
+            CheckpointError: it was not.
+        """
+        if self._settings.save and not self.is_saved(step):
+            raise CheckpointError(f"step {step}: the last checkpoint of the run could not be saved")
+
+    @contextmanager
+    def _patience(self, step: int) -> Iterator[None]:
+        """A save, or its completion, may take longer than a step before the run counts as hanging."""
+        self._watchdog.alive(f"the save at step {step}", 60 * self._settings.timeout_minutes)
+        try:
+            yield
+        finally:
+            self._watchdog.alive(f"what follows step {step}")
+
+    def _report(self, step: int, action: Callable[[], SaveReport | None]) -> None:
+        """Do something with checkpoints and tell what was saved."""
+        try:
+            with self._patience(step):
+                saved = action()
+        except CheckpointError as error:
+            if self._settings.on_failure == "stop":
+                raise
+            if self._checkpoints.ranks.is_main:
+                logger.error("checkpoint not saved, going on: %s", error)
+            self._metrics.event("save_failed", step=step, reason=str(error))
+            return
+        if saved is not None:
+            self.saved_step = saved.step
+            self._tell(saved)
+
+    def _tell(self, saved: SaveReport) -> None:
+        seconds, stall = saved.total_seconds, saved.stall_seconds
+        self._metrics.event("save", step=saved.step, seconds=seconds, stall=stall, bytes=saved.bytes)
+        if self._checkpoints.ranks.is_main:
+            logger.info(
+                "step %d saved: %.1f MB in %.1f s, training stood still for %.1f s",
+                saved.step,
+                saved.bytes / 1e6,
+                seconds,
+                stall,
+            )
