@@ -16,7 +16,7 @@ class DataLog:
     """Tells of this rank's data, step by step.
 
     Args:
-        runtime: this rank's place. Rank 0 tells what all ranks know, the first rank of a tensor-parallel group what that
+        runtime: this rank's place. Rank 0 tells what all ranks know, the first of a tensor-parallel group what the
             group knows.
     """
 
