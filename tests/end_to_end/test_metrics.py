@@ -79,6 +79,7 @@ class SlowLoader:
 
     def __init__(self, steps: Any, delay: float) -> None:
         self._steps = steps
+        self.sampler = steps.sampler
         self._delay = delay
 
     def __iter__(self) -> Iterator[Step]:
