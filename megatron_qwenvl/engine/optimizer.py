@@ -45,7 +45,7 @@ class Update:
 def apply_gradients(optimizer: MegatronOptimizer, clip_grad: float, loss_is_finite: bool) -> Update:
     """Clip at the global norm and update, unless the loss or the norm is not finite.
 
-    Loss and norm are reduced over all ranks before, so every rank decides alike.
+    Loss and norm are reduced over all ranks before, so every rank decides the same.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())

@@ -44,11 +44,11 @@ def make_sampler(
         except DataError as error:
             return None, str(error)
 
-    mine = compare() if ranks.is_main else None
+    mine = compare() if ranks.is_rank0 else None
     found, error = ranks.broadcast(mine)
     if found is None:
         raise DataError(error)
-    if ranks.is_main:
+    if ranks.is_rank0:
         for line in found.lines:
             logger.warning(line)
     if found.refused:

@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager, SaveReport
 from megatron_qwenvl.checkpoint.run.weights import ModelChunk, model_state
-from megatron_qwenvl.checkpoint.storage.files import CheckpointError
+from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.config.schema import CheckpointConfig
 from megatron_qwenvl.data.sampling.history import DataHistory
 from megatron_qwenvl.data.sampling.history_file import RECORD_NAME, encode_history
@@ -81,7 +81,7 @@ class RunSaver:
         with self._patience(step):
             weights = model_state(model)
             state = optimizer_state(optimizer, weights)
-        beside = {RECORD_NAME: encode_history(history, step)} if self._checkpoints.ranks.is_main else {}
+        beside = {RECORD_NAME: encode_history(history, step)} if self._checkpoints.ranks.is_rank0 else {}
         self._report(
             step, lambda: self._checkpoints.save(step, weights, state, asdict(progress), began, beside)
         )
@@ -97,7 +97,7 @@ class RunSaver:
     def keep_last(self, step: int) -> None:
         """Complete the background save when the run ends by an error, if all ranks have that error."""
         try:
-            self._report(step, self._checkpoints.wait_if_all_come)
+            self._report(step, self._checkpoints.wait_if_all_arrive)
         except CheckpointError as error:
             logger.error("checkpoint not saved: %s", error)
 
@@ -127,7 +127,7 @@ class RunSaver:
         except CheckpointError as error:
             if self._settings.on_failure == "stop":
                 raise
-            if self._checkpoints.ranks.is_main:
+            if self._checkpoints.ranks.is_rank0:
                 logger.error("checkpoint not saved, going on: %s", error)
             self._metrics.event("save_failed", step=step, reason=str(error))
             return
@@ -138,7 +138,7 @@ class RunSaver:
     def _tell(self, saved: SaveReport) -> None:
         seconds, stall = saved.total_seconds, saved.stall_seconds
         self._metrics.event("save", step=saved.step, seconds=seconds, stall=stall, bytes=saved.bytes)
-        if self._checkpoints.ranks.is_main:
+        if self._checkpoints.ranks.is_rank0:
             logger.info(
                 "step %d saved: %.1f MB in %.1f s, training stood still for %.1f s",
                 saved.step,

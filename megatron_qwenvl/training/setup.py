@@ -24,7 +24,7 @@ from megatron_qwenvl.checkpoint.run.owner import (
 from megatron_qwenvl.checkpoint.run.ranks import Ranks
 from megatron_qwenvl.checkpoint.run.rewind import Rewind
 from megatron_qwenvl.checkpoint.run.weights import fill_model, load_weights, model_state
-from megatron_qwenvl.checkpoint.storage.manifest import Published
+from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.loading.loader import StepLoader
 from megatron_qwenvl.engine.optimizer import optimizer_state, restore_optimizer
@@ -80,7 +80,7 @@ def prepare_run(config: RunConfig, runtime: Runtime, from_step: int | None) -> P
         older = None if from_step is None else checkpoints.rewind_to(from_step)
         newest = older or checkpoints.latest()
         if newest is None:
-            checkpoints.published = first_weights(config, runtime, stage, checkpoints.ranks)
+            checkpoints.hf_metadata = first_weights(config, runtime, stage, checkpoints.ranks)
         runner = StepRunner.build(config, runtime, partition, stage)
         optimizer = build_optimizer(runner.model, config)
         progress = Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)
@@ -129,7 +129,7 @@ def take_over_run(config: RunConfig, runtime: Runtime, run: PreparedRun) -> tupl
             lambda: reads(folder, lambda: record_start(config, runtime.process)),
             f"{folder}: the start cannot be recorded",
         )
-        rewind = set_aside_newer(run.checkpoints, run.progress.step) if run.rewinds else None
+        rewind = move_newer_checkpoints(run.checkpoints, run.progress.step) if run.rewinds else None
         metrics = MetricsLog(config, runtime.is_main, run.progress.step, hold.check)
         if rewind:
             metrics.event("rewind", step=rewind.to_step, **asdict(rewind))
@@ -144,7 +144,7 @@ def announce(config: RunConfig, partition: str) -> None:
         logger.info(line)
 
 
-def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks: Ranks) -> Published | None:
+def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks: Ranks) -> HFMetadata | None:
     """Fill the model for a run that has no checkpoint of its own: with `checkpoint.init_from`, or afresh. Collective.
 
     Returns:
@@ -155,13 +155,13 @@ def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks
     """
     if config.checkpoint.init_from is None:
         initialize_weights(stage, config.model, config.seed)
-        published, source = None, f"fresh, seed {config.seed}"
+        hf_metadata, source = None, f"fresh, seed {config.seed}"
     else:
-        published = load_weights(Path(config.checkpoint.init_from), config, stage, ranks).published
+        hf_metadata = load_weights(Path(config.checkpoint.init_from), config, stage, ranks).hf_metadata
         source = config.checkpoint.init_from
     if runtime.is_main:
         logger.info("weights: %s", source)
-    return published
+    return hf_metadata
 
 
 def resume(
@@ -188,14 +188,14 @@ def resume(
     return progress
 
 
-def set_aside_newer(checkpoints: CheckpointManager, step: int) -> Rewind:
+def move_newer_checkpoints(checkpoints: CheckpointManager, step: int) -> Rewind:
     """Move the checkpoints after the one that the run was told to go on from, and say where they are. Collective.
 
     Raises:
         CheckpointError: they cannot be moved.
     """
-    rewind = checkpoints.set_aside_newer(step)
-    if checkpoints.ranks.is_main:
+    rewind = checkpoints.move_newer_checkpoints(step)
+    if checkpoints.ranks.is_rank0:
         if rewind.moved:
             logger.warning(
                 "went back from step %d to %d: %d newer checkpoints are kept in %s",

@@ -25,7 +25,9 @@ def recording(
         messages.append(message)
         return TENSOR, TENSOR if message["recv_next"] else None, None
 
-    monkeypatch.setattr(P2PCommunicator, "__init__", lambda self, pp_group, config: vars(self).update(config=config))
+    monkeypatch.setattr(
+        P2PCommunicator, "__init__", lambda self, pp_group, config: vars(self).update(config=config)
+    )
     monkeypatch.setattr(P2PCommunicator, "_communicate", communicate)
     config = SimpleNamespace(timers=None)
     return FrozenPrefixCommunicator(None, config, trained_before, trained_through), messages  # type: ignore[arg-type]

@@ -56,7 +56,9 @@ def test_optimizer_step_consists_of_prepare_norm_clip_and_update() -> None:
 def weights_after_a_step(process: ProcessInfo, config: RunConfig, whole: bool) -> tuple[float, list[Any]]:
     """Norm and weights after megatron-core's own step, or after the one that is taken apart."""
     runner, optimizer = with_gradients(process, config)
-    norm = optimizer.step()[1] if whole else apply_gradients(optimizer, config.train.clip_grad, True).grad_norm
+    norm = (
+        optimizer.step()[1] if whole else apply_gradients(optimizer, config.train.clip_grad, True).grad_norm
+    )
     return float(norm), [parameter.detach().clone() for parameter in runner.model.parameters()]
 
 
@@ -93,7 +95,7 @@ def restored_under_other_settings(process: ProcessInfo, config: RunConfig) -> No
     apply_gradients(optimizer, 0.0, True)
     set_update_count(optimizer, 7)
     model = runner.model.module.sharded_state_dict()
-    saved = {key: value for key, value in optimizer_state(optimizer, model).items()}
+    saved = optimizer_state(optimizer, model)
     groups = saved.get("optimizer", saved)["param_groups"]
     assert {group["step"] for group in groups} == {7}, "the count lies in every group of the state"
     changed = {"lr": 0.5, "max_lr": 0.5, "min_lr": 0.1, "weight_decay": 0.25}
