@@ -249,7 +249,7 @@ give_up() { # REASON
 # Slurm, an administrator or the user has ended or requeued the job, and that is what happens.
 report_stopped() { # REASON
   local newest=""
-  [[ -z "$run_dir" ]] || newest="$(cat "$run_dir/checkpoints/latest" 2>/dev/null || echo nothing)"
+  [[ -z "$run_dir" ]] || newest="$(cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none)"
   set_status "stopped by Slurm $(date '+%F %T')${newest:+, newest checkpoint: $newest}"
   echo "=== stopped by Slurm: $1"
   exit "$INTERRUPTED"

@@ -95,6 +95,8 @@ TRANSITIONS: Dict[Tuple[State, Event], State] = {
 """State after an event. A state that no event leaves is an end of the job."""
 
 
+NO_CHECKPOINT = "nothing"
+"""Stands in failures.tsv for the name of a checkpoint, before there is one."""
 PHASES = ("configuration", "preflight", "training", "task")
 """Pieces of a job; `task` is the work of a job that does not train."""
 
@@ -175,6 +177,7 @@ def was_interrupted(phase: Phase) -> bool:
 
 def explain(event: Event, phase: Phase) -> str:
     """Describe the end of a phase in one line."""
+    nothing_saved = phase.checkpoint == NO_CHECKPOINT
     if event is Event.UNREACHABLE:
         return f"Slurm could not be reached during {phase.name}"
     if event in (Event.REJECTED, Event.BAD_NODES):
@@ -182,10 +185,10 @@ def explain(event: Event, phase: Phase) -> str:
     if event is Event.CRASHED:
         return first_cause(phase.lines, phase.exit_code)
     if (phase.name, phase.exit_code) == ("training", INTERRUPTED):
-        return f"interrupted, saved as {phase.checkpoint}"
+        return "interrupted, " + ("nothing saved yet" if nothing_saved else f"saved as {phase.checkpoint}")
     by = f" by {phase.signal}" if phase.signal else ""
-    newest = "" if phase.checkpoint is None else f", newest checkpoint: {phase.checkpoint}"
-    return f"interrupted{by} during {phase.name}{newest}"
+    newest = "no checkpoint yet" if nothing_saved else f"newest checkpoint: {phase.checkpoint}"
+    return f"interrupted{by} during {phase.name}" + ("" if phase.checkpoint is None else f", {newest}")
 
 
 def limit_reached(history: Sequence[Failure], newest: Failure, limits: Limits, excluding: bool) -> str:
@@ -208,7 +211,13 @@ def limit_reached(history: Sequence[Failure], newest: Failure, limits: Limits, e
         here = [*here, failure.cause] if failure.checkpoint == newest.checkpoint else []
     # Another rank, port or node may report the same failure.
     if sum(_without_digits(cause) == _without_digits(newest.cause) for cause in here) >= 2:
-        return f"the same failure twice from the same checkpoint ({newest.checkpoint})"
+        before_first = newest.checkpoint == NO_CHECKPOINT
+        place = (
+            "before the first checkpoint"
+            if before_first
+            else f"from the same checkpoint ({newest.checkpoint})"
+        )
+        return f"the same failure twice {place}"
     if len(here) >= limits.without_progress:
         return f"{len(here)} failures without a new checkpoint"
     return ""
@@ -259,7 +268,6 @@ def decide_on_task(reason: str, history: Sequence[Failure], limits: Limits) -> D
 
 STARTED_AGAIN = "to be started again: "
 KILLED = "killed: "
-NO_CHECKPOINT = "nothing"
 STATUSES = {
     "running since ": State.RUNNING,
     "finished": State.FINISHED,

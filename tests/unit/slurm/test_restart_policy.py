@@ -53,6 +53,8 @@ def test_an_interruption_is_requeued_whatever_happened_before(name: str, code: i
     ("end", "reason"),
     [
         (phase("training", 75), "interrupted, saved as step_8"),
+        (phase("training", 75, checkpoint="nothing"), "interrupted, nothing saved yet"),
+        (phase("preflight", 75, checkpoint="nothing"), "interrupted during preflight, no checkpoint yet"),
         (phase("training", 143), "interrupted during training, newest checkpoint: step_8"),
         (phase("task", 143, signal="SIGUSR1", checkpoint=None), "interrupted by SIGUSR1 during task"),
         (phase("task", 1, "srun: error: Unable to create step for job 7: timed out", checkpoint=None),
@@ -96,6 +98,7 @@ def test_what_slurm_has_ended_is_neither_requeued_nor_a_failure(end: Phase) -> N
         ([], failed("a"), ""),
         ([failed("rank 1 on port 2")], failed("rank 3 on port 4"), "twice from the same checkpoint (step_8)"),
         ([failed("a"), failed("b")], failed("a"), "same failure twice"),
+        ([failed("a", "nothing")], failed("a", "nothing"), "same failure twice before the first checkpoint"),
         ([failed("a", job="6")], failed("a"), "same failure twice"),
         ([failed("a"), failed("b")], failed("c"), "3 failures without a new checkpoint"),
         ([failed("a", "step_4"), failed("b", "step_4")], failed("a"), ""),
