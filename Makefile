@@ -75,7 +75,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources launch/*.sh slurm/*.sh slurm/*.sbatch slurm/site.env.example .ci/run
+	$(BIN)/shellcheck --external-sources launch/*.sh slurm/*.sh slurm/*.sbatch slurm/site.env.example requirements/*.sh .ci/run
 
 gpu-check:
 	$(PYTHON) -m pytest -m gpu -s tests/gpu
