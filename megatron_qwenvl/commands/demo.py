@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
+from megatron_qwenvl.runtime.listing import entries_below
 from megatron_qwenvl.runtime.torchrun import local_command
 
 from .entry import run_program
@@ -90,7 +91,7 @@ def make_data(arguments: argparse.Namespace) -> None:
     heading("data: images with shapes and digits, all tasks, English and Chinese")
     data = str(arguments.data.resolve())
     start_program("make_demo_data", "--out", data, "--seed", str(arguments.seed))
-    folders = sorted({str(shard.parent) for shard in Path(data).glob("**/*.tar")})
+    folders = sorted({str(shard.parent) for shard in entries_below(Path(data)) if shard.suffix == ".tar"})
     start_program("index_shards", *folders)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
+from megatron_qwenvl.runtime.listing import matching_entries
 
 TAIL_BYTES = 200_000
 """Bytes of the metrics that are read, from the end."""
@@ -49,7 +50,8 @@ def _steps_of_yaml(path: Path) -> int | None:
 def saved_step(run: Path) -> int | None:
     """Find the step of the newest complete checkpoint."""
     folder = run / "checkpoints"
-    steps = [path.parent.name.removeprefix("step_") for path in folder.glob("step_*/manifest.json")]
+    complete = [path for path in matching_entries(folder, "step_*") if (path / "manifest.json").exists()]
+    steps = [path.name.removeprefix("step_") for path in complete]
     return max((int(step) for step in steps if step.isdigit()), default=None)
 
 

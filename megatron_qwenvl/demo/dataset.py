@@ -15,6 +15,8 @@ from random import Random
 
 import webdataset
 
+from megatron_qwenvl.runtime.listing import matching_entries
+
 from .records import POSSIBLE_ANSWERS, TASK_MAKERS, Drawn, vqa
 from .scenes import Scene, draw
 
@@ -88,7 +90,7 @@ def balanced_vqa(task: str, rng: Random) -> Iterator[Drawn]:
 
 def _write_part(directory: Path, samples: Iterable[Drawn], samples_per_shard: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for old in directory.glob("*.tar"):
+    for old in matching_entries(directory, "*.tar"):
         old.unlink()
     pattern = str(directory / "%05d.tar")
     # Fixed times and owners: equal data gives equal files.

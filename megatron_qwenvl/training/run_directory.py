@@ -17,6 +17,7 @@ from megatron_qwenvl.config.fields import plain
 from megatron_qwenvl.config.load import dump_yaml
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.environment import describe_environment
+from megatron_qwenvl.runtime.listing import matching_entries
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.runtime.retry import reads
 
@@ -99,7 +100,7 @@ def _configuration_before(folder: Path) -> dict[Any, Any] | None:
     try:
         found = yaml.safe_load(reads(path, lambda: path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        if reads(folder, lambda: list(folder.glob("checkpoints/step_*"))):
+        if reads(folder, lambda: matching_entries(folder / "checkpoints", "step_*")):
             logger.warning("%s is missing: changes since the last start are not known", path)
         return None
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -25,6 +25,7 @@ from megatron_qwenvl.checkpoint.storage.non_finite import NonFinite, describe_no
 from megatron_qwenvl.checkpoint.storage.safetensors_files import write_safetensors
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.checkpoint.storage.writing import FileRecord, write_bytes
+from megatron_qwenvl.runtime.listing import matching_entries
 
 from .jobs import counted, run_jobs
 from .mapped_source import MappedSource, hf_specs, split_into_files, to_hf
@@ -141,7 +142,9 @@ def _tokenizer_files(path: Path | None) -> tuple[Path, ...]:
         if path.name in _CONFIGURATIONS or path.suffix == ".safetensors":
             raise CheckpointError(f"{path}: not a tokenizer; the export writes its own {path.name}")
         return (path,)
-    files = {file for pattern in _TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()}
+    files = {
+        file for pattern in _TOKENIZER_FILES for file in matching_entries(path, pattern) if file.is_file()
+    }
     if not files:
         raise CheckpointError(f"{path}: no tokenizer file ({', '.join(_TOKENIZER_FILES)})")
     return tuple(sorted(files))

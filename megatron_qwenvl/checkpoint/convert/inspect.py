@@ -20,6 +20,7 @@ from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.checkpoint.storage.writing import FileRecord
 from megatron_qwenvl.engine.checkpoint_index import check_data_only
 from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
+from megatron_qwenvl.runtime.listing import entries_below
 
 from .jobs import count_bytes, run_jobs
 from .record import RECORD_NAME
@@ -70,7 +71,7 @@ def verify(path: Path, on_bytes: OnBytes = no_progress) -> list[str]:
     checked = run_jobs(_check_file, jobs, on_bytes)
     problems = [problem for problem, _ in checked if problem]
     problems += [f"{checkpoint}: {bad}" for bad in merged(tensor for _, found in checked for tensor in found)]
-    present = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    present = {str(p.relative_to(checkpoint)) for p in entries_below(checkpoint) if p.is_file()}
     unexpected_files = sorted(present - manifest.files.keys() - {MANIFEST_NAME, RECORD_NAME})
     problems += [f"{checkpoint / name}: does not belong to the checkpoint" for name in unexpected_files]
     folders = [MODEL_FOLDER] if manifest.kind == "weights" else [MODEL_FOLDER, OPTIMIZER_FOLDER]

@@ -20,6 +20,7 @@ from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest
 from megatron_qwenvl.checkpoint.storage.new_directory import MAKER_NAME
 from megatron_qwenvl.checkpoint.storage.reading import read_blocks
 from megatron_qwenvl.checkpoint.storage.writing import write_bytes
+from megatron_qwenvl.runtime.listing import entries_below
 
 from .jobs import count_bytes, run_jobs
 
@@ -122,7 +123,7 @@ def is_done(
 def _sizes(directory: Path) -> dict[str, int]:
     return {
         path.relative_to(directory).as_posix(): path.stat().st_size
-        for path in sorted(directory.rglob("*"))
+        for path in sorted(entries_below(directory))
         if path.is_file() and path.name not in (RECORD_NAME, MAKER_NAME)
     }
 

@@ -14,6 +14,7 @@ from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json, show_name
 from megatron_qwenvl.checkpoint.storage.safetensors_files import StoredTensor, read_header
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
+from megatron_qwenvl.runtime.listing import matching_entries
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = (
@@ -99,7 +100,7 @@ def content_files(path: Path) -> list[Path]:
     Raises:
         CheckpointError: there are no weights, or a file of the index is missing.
     """
-    configurations = path.glob("*.json") if path.is_dir() else ()
+    configurations = matching_entries(path, "*.json")
     return sorted({*_weight_files(path), *configurations})
 
 

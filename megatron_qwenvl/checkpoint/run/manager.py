@@ -41,6 +41,7 @@ from megatron_qwenvl.checkpoint.storage.run_folder import (
 )
 from megatron_qwenvl.checkpoint.storage.writing import FileRecord, replace_bytes, sync_directory, write_bytes
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.runtime.listing import matching_entries
 from megatron_qwenvl.runtime.retry import reads
 
 from .folder import FolderSave, ShardedState, load_folder, was_sharded
@@ -424,7 +425,7 @@ class CheckpointManager:
         """Does only what is still to be done, however often it is begun."""
         self._guard()
         self._directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self._directory.glob("step_*.tmp"):
+        for leftover in matching_entries(self._directory, "step_*.tmp"):
             shutil.rmtree(leftover)
         for replaced in _replaced(self._directory):
             if replaced.with_suffix("").exists():
@@ -453,7 +454,7 @@ class CheckpointManager:
 
 def _replaced(directory: Path) -> list[Path]:
     """Checkpoints that were set aside for a new one of the same step."""
-    return list(directory.glob("step_*.old"))
+    return matching_entries(directory, "step_*.old")
 
 
 def _warn(consequence: str, action: Callable[[], object]) -> None:

@@ -17,6 +17,7 @@ from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json
 from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run, step_of
 from megatron_qwenvl.checkpoint.storage.writing import replace_bytes
+from megatron_qwenvl.runtime.listing import matching_entries
 from megatron_qwenvl.runtime.retry import reads
 from megatron_qwenvl.runtime.slurm import own_job
 
@@ -64,8 +65,8 @@ def is_rewound(directory: Path, step: int) -> bool:
     job = own_job()
     if job is None or not job.restarts:
         return False
-    found = reads(directory, lambda: list(directory.glob(f"rewound_*/{RECORD}")))
-    records = (_read(path) for path in found)
+    found = reads(directory, lambda: matching_entries(directory, "rewound_*"))
+    records = (_read(folder / RECORD) for folder in found)
     return any(
         record is not None and record.get("job") == job.id and record.get("to_step") == step
         for record in records

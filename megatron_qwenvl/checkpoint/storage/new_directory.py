@@ -16,6 +16,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from megatron_qwenvl.runtime.identity import ProcessIdentity
+from megatron_qwenvl.runtime.listing import entries_below, matching_entries
 from megatron_qwenvl.runtime.slurm import is_job_over
 
 from .errors import CheckpointError
@@ -103,7 +104,7 @@ def remove_leftovers(path: Path, tmp_dir: Path) -> None:
         aside: where this process fills it; was just made, so its time is the file system's own now.
     """
     now = tmp_dir.stat().st_mtime
-    for other in path.parent.glob("*.tmp"):
+    for other in matching_entries(path.parent, "*.tmp"):
         name = other.name.removeprefix(path.name)
         if other != tmp_dir and name != other.name and _SUFFIX.fullmatch(name) and _is_left_over(other, now):
             logger.warning("removing %s, which a killed conversion left behind", other)
@@ -129,6 +130,6 @@ def _maker_of(directory: Path) -> ProcessIdentity | None:
 def _last_change(directory: Path) -> float:
     """Newest modification time below a directory; that of a file that vanishes meanwhile is now, as somebody works."""
     try:
-        return max(path.stat().st_mtime for path in (directory, *directory.rglob("*")))
+        return max(path.stat().st_mtime for path in (directory, *entries_below(directory)))
     except OSError:
         return float("inf")

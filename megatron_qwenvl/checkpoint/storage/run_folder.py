@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from megatron_qwenvl.runtime.listing import matching_entries
 from megatron_qwenvl.runtime.retry import reads
 
 from .errors import CheckpointError
@@ -29,7 +30,7 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints_of_run(directory: Path) -> list[Path]:
     """The checkpoints below a run's checkpoints folder, from new to old. A directory gets such a name when it is
     complete."""
-    found = reads(directory, lambda: list(directory.glob("step_*")))
+    found = reads(directory, lambda: matching_entries(directory, "step_*"))
     return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_qwenvl.data.errors import DataError, index_command
 from megatron_qwenvl.data.rendering.renderer import RENDERING_VERSION
 from megatron_qwenvl.data.rendering.token_builder import DEFAULT_OPTIONS, RenderOptions
+from megatron_qwenvl.runtime.listing import matching_entries
 from megatron_qwenvl.runtime.retry import reads
 
 from .index import FORMAT_VERSION, ShardIndex, check_versions, file_digest, load_index, write_atomically
@@ -185,7 +186,9 @@ def list_shards(directory: Path) -> list[Path]:
         DataError: no such directory, or no tar in it.
     """
     try:
-        is_directory, shards = reads(directory, lambda: (directory.is_dir(), sorted(directory.glob("*.tar"))))
+        is_directory, shards = reads(
+            directory, lambda: (directory.is_dir(), sorted(matching_entries(directory, "*.tar")))
+        )
         shards = [shard for shard in shards if not shard.name.startswith(_APPLE_DOUBLE)]
     except OSError as error:
         raise DataError(f"{directory}: cannot be listed: {error.strerror}") from error
