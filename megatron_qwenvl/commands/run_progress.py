@@ -105,7 +105,7 @@ def seconds_left(records: list[dict[str, Any]], steps: int) -> float | None:
     if len(records) < 2 or records[-1]["step"] <= records[0]["step"]:
         return None
     rate = (records[-1]["time"] - records[0]["time"]) / (records[-1]["step"] - records[0]["step"])
-    return rate * (steps - 1 - records[-1]["step"])
+    return float(rate * (steps - 1 - records[-1]["step"]))
 
 
 def format_time(seconds: float) -> str:

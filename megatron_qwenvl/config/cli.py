@@ -136,7 +136,7 @@ def describe_fields() -> str:
 def _describe_run_fields() -> Iterator[str]:
     for path, field in walk_fields(RunConfig):
         if is_section(field):
-            yield f"\n{path}: {field.annotation.__doc__}"  # type: ignore[union-attr]
+            yield f"\n{path}: {field.annotation.__doc__}"
         else:
             yield from _describe(
                 f"--{path}", describe_type(field.annotation), describe_default(field), field.description

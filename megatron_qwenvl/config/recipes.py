@@ -8,6 +8,7 @@ and `tiny_qwen2_stage1..3` are the same stages with Qwen2.5's decoder.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from .schema import (
     AdapterConfig,
@@ -117,7 +118,9 @@ TINY = ModelConfig(
 """The same architecture with 1.3M parameters: 28 pixels are 2x2 patches, an image is 4 decoder tokens."""
 
 
-def _tiny(base: RunConfig, data: dict, train: dict, optimizer: dict) -> RunConfig:
+def _tiny(
+    base: RunConfig, data: dict[str, Any], train: dict[str, Any], optimizer: dict[str, Any]
+) -> RunConfig:
     """A recipe of the same stage with the tiny model, a laptop's data and fp32."""
     validation = tuple(source.model_copy(update={"path": f"val/{source.path}"}) for source in data["sources"])
     laptop = {

@@ -41,7 +41,7 @@ def with_own_storage(tensor: Tensor) -> Tensor:
     if storage.nbytes() == tensor.nbytes:
         return tensor
     own = storage[start : start + tensor.nbytes]
-    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())  # type: ignore[call-overload]
+    return torch.empty(0, dtype=tensor.dtype).set_(own, 0, tensor.shape, tensor.stride())
 
 
 def write_item(

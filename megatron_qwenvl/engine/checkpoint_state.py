@@ -51,9 +51,10 @@ Item = tuple[MetadataIndex, Tensor | io.BytesIO]
 def without_extra_state(state: ShardedState) -> ShardedState:
     """Drop Transformer Engine's `_extra_state` objects, which are empty without FP8, so that checkpoints of
     both layer specs are the same."""
-    return extract_matching_values(
+    kept: ShardedState = extract_matching_values(
         state, lambda value: not (isinstance(value, ShardedBase) and value.key.endswith("_extra_state"))
     )[0]
+    return kept
 
 
 def is_gathered(state: ShardedState) -> bool:
@@ -98,7 +99,8 @@ class StatePlan:
             self._sharded, keep_only_main_replica=True
         )
         self._planner.set_up_planner(mcore_to_pyt_state_dict(main_replicas), is_coordinator=is_rank0)
-        return self._planner.create_local_plan()
+        plan: SavePlan = self._planner.create_local_plan()
+        return plan
 
     def index(self, plans: list[SavePlan]) -> Metadata:
         """The index of the items of all ranks, without their places; on rank 0.
@@ -106,7 +108,8 @@ class StatePlan:
         Args:
             plans: what `lay_out` gave on every rank, in their order.
         """
-        return self._planner.create_global_plan(plans)[1]
+        index: Metadata = self._planner.create_global_plan(plans)[1]
+        return index
 
     def items(self, own: SavePlan, copied: bool) -> list[Item]:
         """This rank's items with their data, which the plan then does not need any more.
@@ -145,12 +148,13 @@ def load_state(state: ShardedState, folder: Path) -> ShardedState:
     """
     try:
         with torch.no_grad(), patient_engine_reads():
-            return dist_checkpointing.load(
+            loaded: ShardedState = dist_checkpointing.load(
                 without_extra_state(state),
                 str(folder),
                 validate_access_integrity=False,
                 strict=StrictHandling.RAISE_ALL,
             )
+            return loaded
     except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
         reason = shorten(str(error), 500, placeholder=" ...")  # it lists every tensor
         raise CheckpointError(f"{folder}: does not hold what the run needs: {reason}") from error
@@ -175,6 +179,7 @@ def load_common(folder: Path) -> ShardedState:
     """
     try:
         with patient_engine_reads():
-            return dist_checkpointing.load_common_state_dict(str(folder))
+            common: ShardedState = dist_checkpointing.load_common_state_dict(str(folder))
+            return common
     except dist_checkpointing.core.CheckpointingException as error:
         raise CheckpointError(f"{folder}: no distributed checkpoint: {error}") from None

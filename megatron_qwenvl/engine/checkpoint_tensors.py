@@ -99,7 +99,8 @@ class DistributedFolder:
         )
 
     def _place(self, name: str, chunk: ChunkStorageMetadata) -> StoredPlace | None:
-        return self._places.get(MetadataIndex(name, chunk.offsets))
+        place: StoredPlace | None = self._places.get(MetadataIndex(name, chunk.offsets))
+        return place
 
     def read(self, name: str) -> Tensor:
         """Read a full tensor from its chunks.

@@ -32,7 +32,9 @@ class _CpuTorch(types.ModuleType):
 
 def _on_cpu(constructor: Any) -> Any:
     def construct(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        return constructor(*args, device=_CPU if str(device).startswith("cuda") else device, **kwargs)
+        on = _CPU if str(device).startswith("cuda") else device
+        tensor: torch.Tensor = constructor(*args, device=on, **kwargs)
+        return tensor
 
     return construct
 
@@ -76,8 +78,8 @@ def _adapt_random_state() -> None:
     def set_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    torch.cuda.get_rng_state = get_state  # type: ignore[assignment]
-    torch.cuda.set_rng_state = set_state  # type: ignore[assignment]
+    torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state

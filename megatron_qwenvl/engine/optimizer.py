@@ -79,7 +79,10 @@ def optimizer_state(
         model: sharded state dict of the model, whose tensors the moments are laid out like.
         loading: it is to be loaded into.
     """
-    return optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(OPTIMIZER_METADATA))
+    state: dict[str, Any] = optimizer.sharded_state_dict(
+        model, is_loading=loading, metadata=dict(OPTIMIZER_METADATA)
+    )
+    return state
 
 
 def set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
@@ -119,6 +122,6 @@ def set_rates(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, 
     """
     scheduler.num_steps = steps
     scheduler.step(0)
-    rate = get_canonical_lr_for_logging(optimizer.param_groups)
+    rate: float | None = get_canonical_lr_for_logging(optimizer.param_groups)
     assert rate is not None  # megatron-core gives every rank all groups, without parameters if need be
     return rate

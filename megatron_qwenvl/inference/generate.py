@@ -128,13 +128,15 @@ class Generator:
         if not prompt.image_starts:
             return None
         batch = self._pack([(prompt.tokens, prompt.image_starts)])
-        return self._stage.encode_images(replace(batch, pixels=prompt.pixels.to(self._device)))
+        features: Tensor = self._stage.encode_images(replace(batch, pixels=prompt.pixels.to(self._device)))
+        return features
 
     def _next_tokens(self, batch: Batch, features: Tensor | None, stretch: Stretch) -> list[int]:
         last = batch.cu_seqlens[1:].long() - 1
         self._stage.set_input_tensor(None)
         logits = self._stage(batch, last, features, stretch)
-        return logits[:, : self._tokenizer.vocab_size].argmax(dim=-1).tolist()
+        likeliest: list[int] = logits[:, : self._tokenizer.vocab_size].argmax(dim=-1).tolist()
+        return likeliest
 
     def _pack(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
         """Sequences with their image positions, one isolated segment each."""

@@ -70,8 +70,10 @@ class Adapter(MegatronModule):
         mixed = F.scaled_dot_product_attention(q, k, v)  # [images, heads, queries, head_dim]
         mixed = mixed.permute(2, 0, 1, 3).flatten(2).contiguous()
         out = self.ln_post(self.linear_proj(mixed)[0])
-        return self.proj(out)[0].contiguous()
+        projected: Tensor = self.proj(out)[0]
+        return projected.contiguous()
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """`[s, images, heads * head_dim]` to `[images, heads, s, head_dim]`."""
-        return x.unflatten(2, (self.heads, -1)).permute(1, 2, 0, 3)
+        split: Tensor = x.unflatten(2, (self.heads, -1))
+        return split.permute(1, 2, 0, 3)

@@ -109,7 +109,7 @@ def _std(key: str, model: ModelConfig) -> float:
     if key == "patch_embed.positional_embedding":
         return 0.5
     if key == "patch_embed.conv1.weight":
-        return (3 * model.vision.patch_size**2) ** -0.5
+        return float((3 * model.vision.patch_size**2) ** -0.5)
     layers = model.vision.layers if layer_of(key).kind == "vit" else model.decoder.layers
     into_residual = key.endswith((".linear_proj.weight", ".linear_fc2.weight")) and "layers." in key
     return model.init_std / (2 * layers) ** 0.5 if into_residual else model.init_std

@@ -64,7 +64,8 @@ def ntk_alpha(length: int, seq_length: int) -> int:
     """The dynamic NTK's alpha: 1 up to `seq_length` tokens, 3 up to twice as many, then 7, 15, ..."""
     if length <= seq_length:
         return 1
-    return 2 ** math.ceil(math.log(length / seq_length, 2) + 1) - 1
+    alpha: int = 2 ** math.ceil(math.log(length / seq_length, 2) + 1) - 1
+    return alpha
 
 
 @dataclass

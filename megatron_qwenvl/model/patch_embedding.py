@@ -52,4 +52,5 @@ class PatchEmbedding(MegatronModule):
         grid = x.shape[-1]
         x = x.flatten(2).permute(2, 0, 1) + resize_grid(self.positional_embedding, grid)[:, None, :]
         x = self.ln_pre(x)
-        return scatter_to_sequence_parallel_region(x) if self.sequence_parallel else x.contiguous()
+        own: Tensor = scatter_to_sequence_parallel_region(x) if self.sequence_parallel else x.contiguous()
+        return own

@@ -48,9 +48,11 @@ class ApexNorm:
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:  # type: ignore[misc]
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 
-        norm = FusedLayerNorm(config=config, hidden_size=hidden_size, eps=eps).to(config.params_dtype)
+        norm: nn.Module = FusedLayerNorm(config=config, hidden_size=hidden_size, eps=eps).to(
+            config.params_dtype
+        )
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
 
 

@@ -59,7 +59,7 @@ class WordEmbedding(MegatronModule):
         Returns:
             `[T, 1, hidden]`, the same on every tensor-parallel rank.
         """
-        x = self.word_embeddings(tokens[None])[0]  # [T, hidden]
+        x: Tensor = self.word_embeddings(tokens[None])[0]  # [T, hidden]
         if features is not None:
             slots = image_starts[:, None] + torch.arange(features.shape[0], device=tokens.device)
             x = x.index_copy(0, slots.flatten(), features.transpose(0, 1).flatten(0, 1).to(x.dtype))
@@ -183,7 +183,8 @@ class QwenVLStage(MegatronModule):
         if self.output_layer is not None:
             assert positions is not None, "the last pipeline stage is told which positions are wanted"
             return self._predict(self.output_layer, batch, x, positions)
-        return make_viewless_tensor(x.contiguous(), requires_grad=x.requires_grad, keep_graph=True)
+        out: Tensor = make_viewless_tensor(x.contiguous(), requires_grad=x.requires_grad, keep_graph=True)
+        return out
 
     def _vision(self, batch: Batch, x: Tensor | None) -> Tensor | None:
         if self.patch_embed is None and self.vit is None and self.adapter is None:
@@ -221,16 +222,18 @@ class QwenVLStage(MegatronModule):
         out = embedding(batch.tokens, features, batch.image_starts)
         if features is None and x is not None:
             out = out + 0.0 * x.sum()
-        return scatter_to_sequence_parallel_region(out) if self.config.sequence_parallel else out
+        own: Tensor = scatter_to_sequence_parallel_region(out) if self.config.sequence_parallel else out
+        return own
 
     def _decode(self, decoder: TransformerBlock, batch: Batch, x: Tensor, stretch: Stretch | None) -> Tensor:
         packed, rotary = self._attention_inputs(batch, stretch)
-        return decoder(
+        out: Tensor = decoder(
             _ready_for_recompute(x, decoder),
             attention_mask=None,
             rotary_pos_emb=rotary,
             packed_seq_params=packed,
         )
+        return out
 
     def _attention_inputs(self, batch: Batch, stretch: Stretch | None = None) -> tuple[Segments, Tensor]:
         """Segments and rotary angles in the form of the kernels in use.
@@ -262,14 +265,15 @@ class QwenVLStage(MegatronModule):
     def _predict(self, head: ColumnParallelLinear, batch: Batch, x: Tensor, positions: Tensor) -> Tensor:
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
-        logits = head(x.index_select(0, positions))[0]  # [m, 1, vocab / tp]
+        logits: Tensor = head(x.index_select(0, positions))[0]  # [m, 1, vocab / tp]
         if batch.labels is None:
             return logits[:, 0]
         labels = batch.labels.index_select(0, positions)[:, None]
-        return vocab_parallel_cross_entropy(logits.float(), labels)[:, 0]
+        losses: Tensor = vocab_parallel_cross_entropy(logits.float(), labels)
+        return losses[:, 0]
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Sharded tensors under layout-independent keys: one per layer, numbered over the whole tower."""
         metadata = {**(metadata or {}), "non_homogeneous_layers": True}  # any partition reads any other's

@@ -169,7 +169,7 @@ class _Preflight:
         if answer is None:
             return None
         self.token = answer["token"]
-        return answer["seconds"]
+        return float(answer["seconds"])
 
     def _judge_arrival(self, values: dict[int, Any]) -> Any:
         seats = {rank: Seat(*value["seat"]) for rank, value in values.items()}
@@ -203,7 +203,10 @@ class _Preflight:
         if rank == 0:
             self._check_own(max(1.0, end - time.monotonic()))
         value = {"machine": asdict(machine), "written": asdict(written)}
-        return self._step("machine", value, seconds + _GRACE_SECONDS, self._judge_machines)
+        writers: list[int] | None = self._step(
+            "machine", value, seconds + _GRACE_SECONDS, self._judge_machines
+        )
+        return writers
 
     def _check_own(self, seconds: float) -> None:
         try:

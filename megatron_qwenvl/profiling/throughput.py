@@ -95,7 +95,7 @@ def measure(start: Record, steps: Sequence[Record], warmup: int, measured: int) 
         raise IncompleteRun(f"expected records of {warmup + measured} steps in a row, found {len(steps)}")
 
     def total(name: str) -> float:
-        return sum(record[name] for record in chosen)
+        return float(sum(record[name] for record in chosen))
 
     seconds, devices, peak = total("seconds"), start["processes"], start["peak_flops_per_device"]
     flops_per_device = total("flops") / seconds / devices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from megatron_qwenvl.model.shapes import Shape
+from megatron_qwenvl.architecture.tower import Shape
 
 _COLUMN_PARALLEL = re.compile(
     r"(linear_qkv|linear_fc1|adapter\.linear_[qkv])\.(weight|bias)$|word_embeddings\.weight$|^output_layer\.weight$"

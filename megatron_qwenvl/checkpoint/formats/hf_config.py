@@ -346,7 +346,7 @@ def hf_limits(model: ModelConfig) -> list[str]:
 def _mlp_ratio(width: int, hidden: int) -> float:
     """The shortest ratio with int(width * ratio) == hidden, as the published code computes the hidden size."""
     for digits in range(1, 16):
-        ratio = math.ceil(hidden / width * 10**digits) / 10**digits
+        ratio: float = math.ceil(hidden / width * 10**digits) / 10**digits
         if int(width * ratio) == hidden:
             return ratio
     raise CheckpointError(f"no mlp_ratio gives {hidden} from width {width}")

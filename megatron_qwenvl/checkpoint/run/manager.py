@@ -41,10 +41,11 @@ from megatron_qwenvl.checkpoint.storage.run_folder import (
 )
 from megatron_qwenvl.checkpoint.storage.writing import FileRecord, replace_bytes, sync_directory, write_bytes
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.engine.checkpoint_state import ShardedState
 from megatron_qwenvl.runtime.listing import matching_entries
 from megatron_qwenvl.runtime.retry import reads
 
-from .folder import FolderSave, ShardedState, load_folder, was_sharded
+from .folder import FolderSave, load_folder, was_sharded
 from .ranks import Ranks, attempt, find_damage
 from .rewind import Rewind, is_rewound, move_newer_checkpoints, of_step
 from .start import check_resume

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ class Ranks:
         """The value of rank 0, on every rank."""
         shared: list[Any] = [value]
         dist.broadcast_object_list(shared, src=0, group=self._group, device=torch.device("cpu"))
-        return shared[0]
+        return cast(T, shared[0])
 
     def all_true(self, here: bool) -> bool:
         """True on every rank if it is true on all."""
@@ -81,7 +81,7 @@ class Ranks:
         end = time.monotonic() + seconds
         while not coming.is_completed() and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
-        return coming.is_completed() and coming.is_success()
+        return bool(coming.is_completed() and coming.is_success())
 
     def raise_on_any_error(self, error: Exception | None, what: str) -> None:
         """Raise on every rank if any rank has an error.

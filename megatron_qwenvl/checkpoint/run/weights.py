@@ -9,8 +9,9 @@ from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest, read_manifest
 from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.engine.checkpoint_state import ShardedState
 
-from .folder import ShardedState, load_folder
+from .folder import load_folder
 from .ranks import Ranks, find_damage
 from .start import check_start
 

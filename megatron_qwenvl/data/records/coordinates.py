@@ -71,7 +71,8 @@ def write_corners(corners: Sequence[Corner]) -> str:
 def _area(points: Sequence[Point] | Sequence[Corner]) -> float:
     """Twice the area; positive when clockwise, as y points down."""
     following = [*points[1:], points[0]]
-    return sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in zip(points, following, strict=True))
+    area: float = sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in zip(points, following, strict=True))
+    return area
 
 
 def _crosses_itself(points: Sequence[Point] | Sequence[Corner]) -> bool:

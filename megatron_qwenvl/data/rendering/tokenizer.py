@@ -66,7 +66,7 @@ class TiktokenVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of text, without any special id."""
-        return self._encoding.encode_ordinary(text)
+        return list(self._encoding.encode_ordinary(text))
 
     def token_bytes(self, token: int) -> bytes | None:
         """UTF-8 of a token; None: there is no such token."""

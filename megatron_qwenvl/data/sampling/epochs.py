@@ -126,7 +126,7 @@ class Epoch:
 
     def shards_of(self, window: int) -> list[int]:
         """The shards of a window, in their order."""
-        return self.shards[window * self.window : (window + 1) * self.window].tolist()
+        return list(map(int, self.shards[window * self.window : (window + 1) * self.window]))
 
     def order_of(self, window: int) -> NDArray[np.int64]:
         """The row, counted over the rows of the window's shards one after the other, at each place of a window."""

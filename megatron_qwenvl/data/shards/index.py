@@ -91,7 +91,7 @@ class ShardIndex:
 
     def key(self, row: int) -> str:
         """Key of a sample."""
-        return self.arrays["keys"][row].decode()
+        return str(self.arrays["keys"][row].decode())
 
     def text_member(self, row: int) -> tuple[str, Member]:
         """File name and place of a sample's record or plain caption."""

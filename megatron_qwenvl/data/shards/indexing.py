@@ -15,7 +15,8 @@ import numpy as np
 
 from megatron_qwenvl.data.errors import DataError, SampleError, only_this_sample
 from megatron_qwenvl.data.images import load_pixels, read_header
-from megatron_qwenvl.data.records.tasks import TASKS, Chat, decode_record
+from megatron_qwenvl.data.records.dialogues import Chat
+from megatron_qwenvl.data.records.tasks import TASKS, decode_record
 from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import DEFAULT_OPTIONS, ImageInfo, RenderOptions
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
