@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint.run import folder, manager
+from megatron_qwenvl.checkpoint.run import manager, sharded_folder
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
@@ -109,7 +109,7 @@ def train_with_slow_saves(process: ProcessInfo, config: RunConfig) -> int:
 
     trainer.optimizer.sharded_state_dict = for_hours(trainer.optimizer.sharded_state_dict)
     if process.rank == 1:
-        folder.FolderSave.write = for_hours(folder.FolderSave.write)  # type: ignore[method-assign]
+        sharded_folder.FolderSave.write = for_hours(sharded_folder.FolderSave.write)  # type: ignore[method-assign]
     return trainer.run().step
 
 
@@ -125,7 +125,7 @@ def end_by_error(process: ProcessInfo, config: RunConfig, kind: type[Exception],
     """Let `ranks` fail with an error of `kind` in the step after the save of step 3, which is still going on."""
     manager.TOGETHER_SECONDS = 2.0
     trainer = Trainer.build(config, start_engine(config, process))
-    folder.FolderSave.write = slowly(folder.FolderSave.write, 1)  # type: ignore[method-assign]
+    sharded_folder.FolderSave.write = slowly(sharded_folder.FolderSave.write, 1)  # type: ignore[method-assign]
     train = trainer.runner.train
 
     def fail(*args: Any) -> Any:

@@ -50,9 +50,9 @@ STEP = (
     "training.loop:step_metrics",
     "training.saving:CheckpointManager.poll",
     "training.saving:CheckpointManager.save",
-    "checkpoint.run.folder:FolderSave.write",
-    "checkpoint.run.manager:write_manifest",
-    "checkpoint.run.manager:CheckpointManager._point_to",
+    "checkpoint.run.sharded_folder:FolderSave.write",
+    "checkpoint.run.checkpoints_folder:write_manifest",
+    "checkpoint.run.checkpoints_folder:CheckpointsFolder._point_to",
 )
 """The phases of a step and its save."""
 
@@ -112,7 +112,7 @@ def test_a_signal_at_any_phase(data: Path, tmp_path: Path, place: str) -> None:
         "training.setup:CheckpointManager.latest",
         "training.loop:Watchdog.start",
         "training.step:apply_gradients",
-        "checkpoint.run.folder:FolderSave.write",
+        "checkpoint.run.sharded_folder:FolderSave.write",
     ],
 )
 def test_a_signal_to_one_of_two_ranks(data: Path, tmp_path: Path, place: str) -> None:

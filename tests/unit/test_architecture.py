@@ -192,3 +192,22 @@ def test_what_is_allowed_is_not_named(tmp_path: Path, file: str, source: str) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
     assert violations(tmp_path) == []
+
+
+CONVERSIONS = ("imports", "exports", "next_stage", "inspect", "compare")
+
+
+def test_no_conversion_imports_another() -> None:
+    """They share what is below them in `checkpoint/convert`; each has one reason to change."""
+    room = Path(__file__).parents[2] / PACKAGE / "checkpoint/convert"
+    package = f"{PACKAGE}.checkpoint.convert"
+    files = [path for path in room.glob("*.py") if path.stem != "__init__"]
+    assert {path.stem for path in files} >= set(CONVERSIONS)
+    found = {
+        (path.stem, name)
+        for path in files
+        for _, module in imported_modules(ast.parse(path.read_text()), package)
+        for name in CONVERSIONS
+        if f"{module}.".startswith(f"{package}.{name}.")
+    }
+    assert not found, f"imports of conversions: {sorted(found)}"

@@ -1,21 +1,16 @@
-"""What all ranks do together: exchange values, agree on failures, look for damage."""
+"""All ranks of a run, as checkpoints need them: exchange of values and errors."""
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
-from megatron_qwenvl.checkpoint.storage.file_checks import file_problem
-from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
-from megatron_qwenvl.checkpoint.storage.writing import FileRecord
 
 T = TypeVar("T")
 
@@ -23,10 +18,10 @@ _POLL_SECONDS = 0.05
 
 
 class Ranks:
-    """All ranks of a run, for what concerns checkpoints. Everything here is collective.
+    """All ranks of a run, as checkpoints need them. Every method is collective.
 
-    They have a gloo group of their own: a rank may wait for another one's disk much longer than a collective of
-    training may take, and what is exchanged is in host memory.
+    The ranks have a gloo group of their own: one may wait for another's disk much longer than a collective of training
+    may take, and the exchanged values are in host memory.
 
     Args:
         timeout_minutes: how long a rank waits for the others.
@@ -41,7 +36,7 @@ class Ranks:
 
     @property
     def is_rank0(self) -> bool:
-        """Rank 0: the one that does what is done once."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -49,25 +44,25 @@ class Ranks:
         dist.barrier(self._group)
 
     def all_gather(self, value: T) -> list[T]:
-        """The values of all ranks, on every rank."""
+        """Gather the values of all ranks on every rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks on rank 0; elsewhere an empty list."""
+        """Gather the values of all ranks on rank 0; returns an empty list elsewhere."""
         values: list[Any] | None = [None] * self.size if self.is_rank0 else None
         dist.gather_object(value, values, dst=0, group=self._group)
         return values or []
 
     def broadcast(self, value: T | None) -> T:
-        """The value of rank 0, on every rank."""
+        """Send the value of rank 0 to every rank."""
         shared: list[Any] = [value]
         dist.broadcast_object_list(shared, src=0, group=self._group, device=torch.device("cpu"))
         return cast(T, shared[0])
 
     def all_true(self, here: bool) -> bool:
-        """True on every rank if it is true on all."""
+        """Whether the value is true on all ranks."""
         everywhere = torch.tensor(int(here))
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self._group)
         return bool(everywhere)
@@ -75,7 +70,7 @@ class Ranks:
     def all_arrive(self, seconds: float) -> bool:
         """Whether every rank calls this within the time.
 
-        After a False a thread of the group still waits for the others: the process is to end at once.
+        After a False, a thread of the group still waits for the others: the process must end at once.
         """
         coming = dist.barrier(self._group, async_op=True)
         end = time.monotonic() + seconds
@@ -122,37 +117,9 @@ def _describe(error: Exception) -> str:
 
 
 def attempt(action: Callable[[], object]) -> Exception | None:
-    """Run `action` and return the exception it raised."""
+    """Run `action` and return the exception that it raised, or None."""
     try:
         action()
     except Exception as error:
         return error
     return None
-
-
-def find_damage(checkpoint: Path, ranks: Ranks) -> list[str]:
-    """What is wrong with a checkpoint, file by file, the same list on all ranks. Collective; every rank
-    digests its share of the bytes."""
-    found = ranks.all_gather(_damage_of_share(checkpoint, ranks.rank, ranks.size))
-    return list(dict.fromkeys(problem for problems in found for problem in problems))
-
-
-def _damage_of_share(checkpoint: Path, rank: int, ranks: int) -> list[str]:
-    """A rank that cannot read the checkpoint has checked nothing, which is a problem as well."""
-    try:
-        mine = split_by_bytes(read_manifest(checkpoint).files, ranks)[rank]
-        checked = (file_problem(checkpoint / name, record) for name, record in mine.items())
-        return [problem for problem in checked if problem is not None]
-    except (CheckpointError, OSError) as error:
-        return [str(error)]
-
-
-def split_by_bytes(files: dict[str, FileRecord], ranks: int) -> list[dict[str, FileRecord]]:
-    """Deal files to ranks so that all have about the same bytes: the largest first, to whom has least."""
-    dealt: list[dict[str, FileRecord]] = [{} for _ in range(ranks)]
-    least = [(0, rank) for rank in range(ranks)]
-    for name, record in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
-        size, rank = heapq.heappop(least)
-        dealt[rank][name] = record
-        heapq.heappush(least, (size + record.bytes, rank))
-    return dealt

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json
-from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run, step_of
+from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run, step_of, step_of_resumable
 from megatron_qwenvl.checkpoint.storage.writing import replace_bytes
 from megatron_qwenvl.runtime.listing import matching_entries
 from megatron_qwenvl.runtime.retry import reads
@@ -47,7 +47,7 @@ def of_step(checkpoints: Sequence[Path], step: int) -> Path:
     Raises:
         CheckpointError: there is none; names those that there are.
     """
-    steps = {step_of(path.with_suffix("")): path for path in checkpoints}
+    steps = {step_of_resumable(path): path for path in checkpoints}
     if step not in steps:
         there = ", ".join(map(str, sorted(steps))) or "no checkpoint"
         raise CheckpointError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.lineage import check_run_start_order
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, model_differences, read_manifest
-from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run, find_checkpoint
+from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint, resumable_checkpoints
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.retry import reads
 
@@ -45,7 +45,7 @@ def find_start(config: RunConfig, from_step: int | None = None) -> Start:
             or what would be used does not fit the run; there is no checkpoint of `from_step`.
     """
     folder = Path(config.run_dir) / "checkpoints"
-    own = checkpoints_of_run(folder)
+    own = resumable_checkpoints(folder)
     if from_step is not None and not is_rewound(folder, from_step):
         own = [of_step(own, from_step)]
     damaged: list[str] = []

@@ -11,8 +11,9 @@ from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.engine.checkpoint_state import ShardedState
 
-from .folder import load_folder
-from .ranks import Ranks, find_damage
+from .damage import find_damage
+from .ranks import Ranks
+from .sharded_folder import load_folder
 from .start import check_start
 
 

@@ -34,6 +34,23 @@ def checkpoints_of_run(directory: Path) -> list[Path]:
     return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
 
 
+def replaced_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints that were renamed to make room for a new one of the same step, `step_X.old`."""
+    return reads(directory, lambda: matching_entries(directory, "step_*.old"))
+
+
+def resumable_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints that a run can resume from, from new to old: those of the folder, and those that a crash left
+    between the two renames by which a new checkpoint replaces one of the same step."""
+    orphans = [path for path in replaced_checkpoints(directory) if not path.with_suffix("").exists()]
+    return sorted([*checkpoints_of_run(directory), *orphans], key=step_of_resumable, reverse=True)
+
+
+def step_of_resumable(checkpoint: Path) -> int:
+    """The step of one of `resumable_checkpoints`."""
+    return step_of(checkpoint.with_suffix(""))
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint directory that `path` means: itself, or the newest of a run's checkpoints folder or of the run's
     directory.

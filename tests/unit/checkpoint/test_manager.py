@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_qwenvl.checkpoint.run import folder as folder_module
-from megatron_qwenvl.checkpoint.run import manager, ranks
+from megatron_qwenvl.checkpoint.run import checkpoints_folder, damage, manager, sharded_folder
+from megatron_qwenvl.checkpoint.run.damage import find_damage, split_by_bytes
 from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
-from megatron_qwenvl.checkpoint.run.ranks import Ranks, find_damage
+from megatron_qwenvl.checkpoint.run.ranks import Ranks
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
 from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.checkpoint.storage.writing import FileRecord
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.engine import checkpoint_state
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 
@@ -173,11 +174,11 @@ def without_memory(process: ProcessInfo, folder: Path) -> list[str]:
         raise MemoryError("no room")
 
     outcomes = [failing(lambda: save(1))]
-    copy = folder_module._host_copy
+    copy = checkpoint_state.host_copy
     if process.rank == 1:
-        folder_module._host_copy = refuse  # type: ignore[assignment]
+        checkpoint_state.host_copy = refuse  # type: ignore[assignment]
     outcomes.append(failing(lambda: save(2)))
-    folder_module._host_copy = copy
+    checkpoint_state.host_copy = copy
     dist.barrier()
     outcomes.append(" ".join(names(folder)))
     dist.barrier()
@@ -205,8 +206,8 @@ def save_and_check_slowly(process: ProcessInfo, folder: Path) -> str:
     join(process, timeout_seconds=2)
     saves = CheckpointManager(folder, CONFIG)
     if process.rank == 1:
-        folder_module.FolderSave.write = slowly(folder_module.FolderSave.write, 1.5)  # type: ignore[method-assign]
-        ranks.file_problem = slowly(ranks.file_problem, 1)
+        sharded_folder.FolderSave.write = slowly(sharded_folder.FolderSave.write, 1.5)  # type: ignore[method-assign]
+        damage.file_problem = slowly(damage.file_problem, 1)
     saves.save(5, state(5), {**state(5.5), "lr": 0.1}, {"step": 5})
     newest = saves.latest()
     assert newest is not None
@@ -225,7 +226,7 @@ def check_blindly(process: ProcessInfo, checkpoint: Path) -> list[str]:
         raise CheckpointError(f"{path}: cannot be read (Stale file handle)")
 
     if process.rank == 1:
-        ranks.read_manifest = refuse  # type: ignore[assignment]
+        damage.read_manifest = refuse  # type: ignore[assignment]
     return find_damage(checkpoint, Ranks(1))
 
 
@@ -239,7 +240,7 @@ def test_what_a_rank_cannot_check_is_a_problem(tmp_path: Path) -> None:
 def test_ranks_check_equal_shares_of_the_bytes() -> None:
     sizes = {"large": 1000, **{f"small {i}": 10 for i in range(100)}, "empty": 0}
     files = {name: FileRecord(bytes=size, sha256="") for name, size in sizes.items()}
-    dealt = ranks.split_by_bytes(files, 4)
+    dealt = split_by_bytes(files, 4)
     assert sorted(name for share in dealt for name in share) == sorted(files)
     loads = [sum(record.bytes for record in share.values()) for share in dealt]
     assert loads == [1000, 340, 330, 330]
@@ -401,7 +402,7 @@ def fail_to_publish(process: ProcessInfo, folder: Path, what: str) -> list[str]:
         return rename(path, *arguments)
 
     if what == "write_manifest":
-        manager.write_manifest = refuse  # type: ignore[assignment]
+        checkpoints_folder.write_manifest = refuse  # type: ignore[assignment]
     else:
         Path.rename = refuse  # type: ignore[method-assign, assignment]
 

@@ -11,7 +11,13 @@ import pytest
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.run.start import check_start
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
-from megatron_qwenvl.checkpoint.storage.manifest import Manifest, _digest, read_manifest, write_manifest
+from megatron_qwenvl.checkpoint.storage.manifest import (
+    HFMetadata,
+    Manifest,
+    _digest,
+    read_manifest,
+    write_manifest,
+)
 from megatron_qwenvl.commands import convert_checkpoint
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, Stage
@@ -100,3 +106,16 @@ def test_a_manifest_of_before_loads(tmp_path: Path) -> None:
     del content["steps"]
     (tmp_path / "manifest.json").write_text(json.dumps({**content, "digest": _digest(content)}))
     assert read_manifest(tmp_path).steps is None
+
+
+def test_stored_keys_are_those_of_earlier_versions(tmp_path: Path) -> None:
+    """Names in code have changed since, the keys of the file have not."""
+    hf_metadata = HFMetadata(seq_length=4096)
+    manifest = manifest_of("stage1").model_copy(
+        update={"hf_metadata": hf_metadata, "parallel_sizes": {"tensor": 2}}
+    )
+    write_manifest(tmp_path, manifest)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert content["published"]["seq_length"] == 4096 and content["layout"] == {"tensor": 2}
+    assert not {"hf_metadata", "parallel_sizes"} & content.keys()
+    assert read_manifest(tmp_path) == manifest

@@ -48,6 +48,18 @@ def test_the_newest_of_its_own_comes_before_given_weights(tmp_path: Path) -> Non
     assert (start.checkpoint, start.damaged) == (newest, ())
 
 
+def test_a_checkpoint_between_the_two_renames_of_a_save_counts(tmp_path: Path) -> None:
+    """A crash after the older checkpoint of a step was renamed, before the new one of that step got the name."""
+    config = run(tmp_path)
+    own(config, 10)
+    newest = own(config, 20)
+    replaced = newest.rename(newest.with_suffix(".old"))
+    assert find_start(config).checkpoint == replaced
+    assert find_start(config, from_step=20).checkpoint == replaced
+    own(config, 20)  # the renames are complete
+    assert find_start(config).checkpoint == newest
+
+
 @pytest.mark.parametrize("damage", ["manifest", "size", "missing"])
 def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, damage: str) -> None:
     config = run(tmp_path)

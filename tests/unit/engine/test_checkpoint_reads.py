@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_qwenvl.checkpoint.run.folder import FolderSave, load_folder
 from megatron_qwenvl.checkpoint.run.ranks import Ranks
+from megatron_qwenvl.checkpoint.run.sharded_folder import FolderSave, load_folder
 from megatron_qwenvl.engine.checkpoint_reads import patient_engine_reads
 from megatron_qwenvl.engine.checkpoint_state import load_common, load_state
 from megatron_qwenvl.runtime import retry
