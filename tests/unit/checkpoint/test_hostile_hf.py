@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
 from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME
-from megatron_qwenvl.checkpoint.run import owner
+from megatron_qwenvl.checkpoint.run.owner_entries import read_entry
 from megatron_qwenvl.checkpoint.run.rewind import RECORD, is_rewound
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json, show_json, show_name
@@ -64,7 +64,7 @@ def test_deep_json_of_our_own_files_is_damage(
     with pytest.raises(CheckpointError, match="damaged"):
         read_manifest(tmp_path)
     (tmp_path / "1.json").write_text(content)
-    assert owner._read(tmp_path / "1.json").process is None
+    assert read_entry(tmp_path / "1.json").process is None
     (tmp_path / "rewound_001").mkdir()
     (tmp_path / "rewound_001" / RECORD).write_text(content)
     monkeypatch.setenv("SLURM_JOB_ID", "7")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from megatron_qwenvl.checkpoint.run import owner as owner_module
+from megatron_qwenvl.checkpoint.run import owner_entries
 from megatron_qwenvl.checkpoint.run.owner import OwnershipLost, RunOwner
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.runtime.identity import ProcessIdentity
@@ -41,7 +41,8 @@ def start(run: Path, identity: ProcessIdentity = ME, patience: float = PATIENCE)
 def dead_owner(run: Path, identity: ProcessIdentity) -> None:
     """An owner that has ended without a word."""
     owner = start(run, identity, patience=1000)
-    owner._stopped.set()
+    assert owner._heartbeat is not None
+    owner._heartbeat.stop()
     for thread in threading.enumerate():
         if thread.name == "owner":
             thread.join()
@@ -276,7 +277,7 @@ def test_a_file_system_without_hard_links_has_one_winner_too(
     def refuse(*_: object) -> None:
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr(owner_module.os, "link", refuse)
+    monkeypatch.setattr(owner_entries.os, "link", refuse)
     first, second = (
         RunOwner(tmp_path, 1000, replace(ME, host="a")),
         RunOwner(tmp_path, 1000, replace(ME, host="b")),
