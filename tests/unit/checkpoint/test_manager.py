@@ -314,7 +314,7 @@ def test_shards_that_do_not_cover_a_tensor_are_refused_on_all_ranks(tmp_path: Pa
 
 
 def failing_on_main(process: ProcessInfo, folder: Path, what: str) -> tuple[int, str]:
-    """Save step 6 where `what` of the manager fails; the step reported and what was logged."""
+    """Save step 6 where the function `what` fails; returns the reported step and the log."""
     join(process)
     log = io.StringIO()
     logging.getLogger("megatron_qwenvl").addHandler(logging.StreamHandler(log))
@@ -323,7 +323,7 @@ def failing_on_main(process: ProcessInfo, folder: Path, what: str) -> tuple[int,
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    setattr(manager if what in vars(manager) else saves, what, refuse)
+    setattr(checkpoints_folder, what, refuse)
     report = saves.save(6, state(6), {**state(6.5), "lr": 0.1}, {"step": 6})
     assert report is not None
     return report.step, log.getvalue()
@@ -332,7 +332,7 @@ def failing_on_main(process: ProcessInfo, folder: Path, what: str) -> tuple[int,
 def test_a_save_in_place_is_a_success_without_pointer_and_retention(tmp_path: Path) -> None:
     for what, warning in {
         "replace_bytes": "does not name step_00000006, the newest checkpoint: [Errno 28]",
-        "_retire": "older checkpoints were not removed: [Errno 28]",
+        "remove_old_checkpoints": "older checkpoints were not removed: [Errno 28]",
     }.items():
         folder = tmp_path / what
         run_ranks(1, save_steps, folder, [4, 5])
@@ -390,7 +390,7 @@ def test_the_last_save_is_completed_if_all_ranks_end_alike(tmp_path: Path) -> No
     assert run_ranks(1, load_newest, tmp_path / "all")[0]["step"] == 5
 
 
-def fail_to_publish(process: ProcessInfo, folder: Path, what: str) -> list[str]:
+def fail_to_move_into_place(process: ProcessInfo, folder: Path, what: str) -> list[str]:
     """Save step 5 again and step 6 where the last acts of a save fail: writing the manifest, or giving the name."""
     join(process)
     saves = CheckpointManager(folder, CONFIG)
@@ -415,7 +415,7 @@ def fail_to_publish(process: ProcessInfo, folder: Path, what: str) -> list[str]:
 @pytest.mark.parametrize("what", ["write_manifest", "rename"])
 def test_a_save_that_cannot_be_put_in_place_changes_nothing(what: str, tmp_path: Path) -> None:
     run_ranks(1, save_steps, tmp_path, [4, 5])
-    for errors in run_ranks(2, fail_to_publish, tmp_path, what):
+    for errors in run_ranks(2, fail_to_move_into_place, tmp_path, what):
         assert all("cannot be moved into place: rank 0: OSError: [Errno 28]" in error for error in errors)
     assert names(tmp_path) == ["latest", "step_00000004", "step_00000005"]
     assert (tmp_path / "latest").read_text() == "step_00000005\n"
@@ -423,7 +423,7 @@ def test_a_save_that_cannot_be_put_in_place_changes_nothing(what: str, tmp_path:
 
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "shutil.rmtree", "os.rmdir"}
-PUBLISHING_EVENTS = {"os.rename", "shutil.rmtree"}
+RENAMING_EVENTS = {"os.rename", "shutil.rmtree"}
 
 
 def save_and_die(process: ProcessInfo, folder: Path, step: int, events: set[str], at: int) -> None:
@@ -447,7 +447,7 @@ def save_and_die(process: ProcessInfo, folder: Path, step: int, events: set[str]
 
 @pytest.mark.parametrize(
     ("ranks", "step", "events", "moments"),
-    [(1, 6, EVENTS, 15), (2, 5, PUBLISHING_EVENTS, 5)],
+    [(1, 6, EVENTS, 15), (2, 5, RENAMING_EVENTS, 5)],
     ids=["one rank", "two ranks in the background, over a step saved before"],
 )
 def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(
