@@ -10,7 +10,8 @@ from dataclasses import asdict
 
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_qwenvl.checkpoint.run.manager import CheckpointManager, SaveReport
+from megatron_qwenvl.checkpoint.run.manager import CheckpointManager
+from megatron_qwenvl.checkpoint.run.saving import SaveReport
 from megatron_qwenvl.checkpoint.run.weights import ModelChunk, model_state
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.config.schema import CheckpointConfig
