@@ -48,12 +48,11 @@ class ApexNorm:
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:  # type: ignore[misc]
         from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 
-        norm: nn.Module = FusedLayerNorm(config=config, hidden_size=hidden_size, eps=eps).to(
-            config.params_dtype
-        )
+        norm = FusedLayerNorm(config=config, hidden_size=hidden_size, eps=eps).to(config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
+            parameter.sequence_parallel = config.sequence_parallel
+        built: nn.Module = norm
+        return built
 
 
 class ScaledDotProductAttention(nn.Module):
