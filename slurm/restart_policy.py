@@ -4,18 +4,26 @@
     python3 slurm/restart_policy.py read-status LOG
 
 slurm/prologue.sh calls this on the batch host, outside of any container or environment. It therefore needs only the
-standard library of Python 3.6 or newer, and no part of the package. `TRANSITIONS` is the state machine that
-docs/slurm.md draws; the pure functions `classify` and `decide` move through it, and `main` reads and writes files.
+standard library of Python 3.6 or newer, and no part of the package. The pure functions `classify` and `decide` move
+through the state machine of job_states.py; `main` reads and writes files.
 """
 
 import argparse
 import re
 import sys
-import time
-from enum import Enum
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence
 
+from job_failures import (
+    KILLED,
+    NO_CHECKPOINT,
+    STARTED_AGAIN,
+    Failure,
+    newest_checkpoint,
+    read_failures,
+    read_kills,
+    record,
+)
 from job_log import (
     BAD_NODES,
     BY_SIGTERM,
@@ -34,69 +42,8 @@ from job_log import (
     read_phase_log,
     was_not_started,
 )
+from job_states import TRANSITIONS, Event, State
 
-
-class State(Enum):
-    """Where a job is. The values are the names in docs/slurm.md."""
-
-    PENDING = "pending"
-    PREFLIGHT = "preflight"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    FAILED = "failed"
-    REQUEUED = "requeued"
-    FINISHED = "finished"
-    GIVEN_UP = "given_up"
-    STOPPED = "stopped_by_slurm"
-    LOST = "lost"
-
-
-class Event(Enum):
-    """What happens to a job. The values are the labels in docs/slurm.md."""
-
-    STARTED = "started by Slurm"
-    PASSED = "checks passed"
-    SUCCEEDED = "work done"
-    SIGNALLED = "SIGTERM or SIGUSR1"
-    ENDED = "all processes saved or ended"
-    UNREACHABLE = "Slurm unreachable"
-    REJECTED = "arguments or input rejected"
-    BAD_NODES = "bad nodes"
-    CRASHED = "crashed, killed or hung"
-    BELOW_LIMITS = "limits not reached"
-    LIMIT_REACHED = "limit reached"
-    ENDED_BY_SLURM = "cancelled, requeued or out of time"
-    REQUEUE_ACCEPTED = "scontrol requeue accepted"
-    REQUEUE_REFUSED = "scontrol requeue refused"
-    SHELL_KILLED = "batch shell killed"
-
-
-ACTIVE = (State.PREFLIGHT, State.RUNNING, State.STOPPING)
-TRANSITIONS: Dict[Tuple[State, Event], State] = {
-    (State.PENDING, Event.STARTED): State.PREFLIGHT,
-    (State.PREFLIGHT, Event.PASSED): State.RUNNING,
-    (State.RUNNING, Event.SUCCEEDED): State.FINISHED,
-    (State.PREFLIGHT, Event.SIGNALLED): State.STOPPING,
-    (State.RUNNING, Event.SIGNALLED): State.STOPPING,
-    (State.STOPPING, Event.ENDED): State.REQUEUED,
-    (State.STOPPING, Event.SUCCEEDED): State.FINISHED,
-    (State.PREFLIGHT, Event.BAD_NODES): State.FAILED,
-    (State.STOPPING, Event.BAD_NODES): State.FAILED,
-    **{(state, Event.CRASHED): State.FAILED for state in ACTIVE},
-    **{(state, Event.REJECTED): State.GIVEN_UP for state in ACTIVE},
-    **{(state, Event.UNREACHABLE): State.REQUEUED for state in ACTIVE},
-    **{(state, Event.ENDED_BY_SLURM): State.STOPPED for state in ACTIVE},
-    (State.FAILED, Event.BELOW_LIMITS): State.REQUEUED,
-    (State.FAILED, Event.LIMIT_REACHED): State.GIVEN_UP,
-    (State.REQUEUED, Event.REQUEUE_ACCEPTED): State.PENDING,
-    (State.REQUEUED, Event.REQUEUE_REFUSED): State.GIVEN_UP,
-    **{(state, Event.SHELL_KILLED): State.LOST for state in (*ACTIVE, State.REQUEUED)},
-}
-"""State after an event. A state that no event leaves is an end of the job."""
-
-
-NO_CHECKPOINT = "nothing"
-"""Stands in failures.tsv for the name of a checkpoint, before there is one."""
 PHASES = ("configuration", "preflight", "training", "task")
 """Pieces of a job; `task` is the work of a job that does not train."""
 
@@ -121,14 +68,6 @@ class Phase(NamedTuple):
     checkpoint: Optional[str]
     bad_nodes: str
     ended_by_slurm: bool
-
-
-class Failure(NamedTuple):
-    """An earlier failure: a line of RUN/failures.tsv without its time."""
-
-    job: str
-    checkpoint: str
-    cause: str
 
 
 class Limits(NamedTuple):
@@ -266,8 +205,6 @@ def decide_on_task(reason: str, history: Sequence[Failure], limits: Limits) -> D
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
-STARTED_AGAIN = "to be started again: "
-KILLED = "killed: "
 STATUSES = {
     "running since ": State.RUNNING,
     "finished": State.FINISHED,
@@ -285,34 +222,6 @@ def read_status(path: Path) -> State:
     if not line:
         return State.PENDING
     return next((state for start, state in STATUSES.items() if status.startswith(start)), State.LOST)
-
-
-def read_failures(ledger: Path) -> List[Failure]:
-    """Read failures.tsv: time, job, newest checkpoint and cause of every failure of a run."""
-    rows = [(line.split("\t") + [""] * 3)[:4] for line in read_lines(ledger) if line]
-    return [Failure(job, checkpoint, cause) for _, job, checkpoint, cause in rows]
-
-
-def read_kills(log: Path, job: str) -> List[Failure]:
-    """Read the earlier attempts of a single task that were killed, from the log of its job."""
-    mark = "=== " + STARTED_AGAIN + KILLED
-    causes = [line[len(mark) :] for line in read_lines(log) if line.startswith(mark)]
-    return [Failure(job, NO_CHECKPOINT, cause) for cause in causes]
-
-
-def newest_checkpoint(run_dir: Path) -> str:
-    """Name the newest checkpoint of a run."""
-    return "".join(read_lines(run_dir / "checkpoints" / "latest")).strip() or NO_CHECKPOINT
-
-
-def record(failure: Failure, ledger: Path) -> None:
-    """Append a failure to failures.tsv.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with ledger.open("ab") as file:
-        file.write(encode("\t".join((time.strftime("%Y-%m-%d %H:%M:%S"), *failure)) + "\n"))
 
 
 # --- command line ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from .mutant import Mutant
 from .table import MUTANTS
 
 ROOT = Path(__file__).parents[2]
-PROJECT = ("megatron_qwenvl", "tests", "job_log", "restart_policy")
+PROJECT = ("megatron_qwenvl", "tests", "job_failures", "job_log", "job_states", "restart_policy")
 TIME_LIMIT = 300
 VERDICTS = {pytest.ExitCode.OK: "ALIVE", pytest.ExitCode.TESTS_FAILED: "killed"}
 

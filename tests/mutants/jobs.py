@@ -64,7 +64,7 @@ JOBS = [
         "count = len(history) + 1", "count = 1", DECISIONS,
     ),
     Mutant(
-        "restart: an arrow of the drawing is missing in the code", POLICY,
+        "restart: an arrow of the drawing is missing in the code", "slurm/job_states.py",
         "    (State.STOPPING, Event.SUCCEEDED): State.FINISHED,\n", "", DECISIONS,
     ),
     Mutant(

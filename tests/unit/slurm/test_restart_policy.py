@@ -12,7 +12,9 @@ from pathlib import Path
 import job_log
 import pytest
 import restart_policy
-from restart_policy import TRANSITIONS, Decision, Event, Failure, Limits, Phase, State, decide, limit_reached
+from job_failures import Failure
+from job_states import TRANSITIONS, Event, State
+from restart_policy import Decision, Limits, Phase, decide, limit_reached
 
 from megatron_qwenvl.runtime import exit_codes
 
