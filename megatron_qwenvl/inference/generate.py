@@ -2,7 +2,7 @@
 
 Many prompts are decoded together as isolated segments of one packed sequence. Vision runs once per prompt; the
 decoder is run over the whole sequence for every new token, without a key-value cache. Prompts longer than the decoder
-was trained at are read as the published code reads them, see `model/long_context.py`.
+was trained at are extended as in the published code of its family, see `model/long_context.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.build import build_stage
-from megatron_qwenvl.model.long_context import LongContext, Stretch
+from megatron_qwenvl.model.long_context import ContextExtension, LongContext, long_context
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.model.stage import QwenVLStage
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked of the model.
+    """A prompt for the model.
 
     Attributes:
         tokens: token ids, image slots included.
@@ -48,7 +48,7 @@ class Generator:
         stage: a pipeline stage that holds the whole model (no tensor or pipeline parallelism).
         tokenizer: its vocabulary; ids beyond it are padding rows and never produced.
         device: where the model is.
-        context: how it reads positions beyond its trained length; None: as published.
+        context: extension of prompts beyond its trained length; None: the family's own.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Generator:
         self._stage = stage.eval()
         self._tokenizer = tokenizer
         self._device = device
-        self._context = context or LongContext()
+        self._context = context or long_context(stage.model.decoder)
 
     @classmethod
     def load(cls, checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, runtime: Runtime) -> Generator:
@@ -85,7 +85,7 @@ class Generator:
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         """Most likely continuation of every prompt, up to and without `<|endoftext|>` or `<|im_end|>`.
 
-        The result of a prompt does not depend on the prompts beside it: each is stretched by its own length.
+        The result of a prompt does not depend on the prompts beside it: each is extended by its own length.
 
         Args:
             prompts: at least one.
@@ -95,35 +95,37 @@ class Generator:
             New token ids of every prompt.
         """
         answers: list[list[int]] = [[] for _ in prompts]
-        groups: dict[Stretch, list[int]] = {}
+        groups: dict[ContextExtension, list[int]] = {}
         for i, prompt in enumerate(prompts):
-            groups.setdefault(self._context.stretch(len(prompt.tokens)), []).append(i)
-        for stretch, members in groups.items():
-            found = self._generate([prompts[i] for i in members], stretch, max_new_tokens)
+            groups.setdefault(self._context.extension_for(len(prompt.tokens)), []).append(i)
+        for extension, members in groups.items():
+            found = self._generate([prompts[i] for i in members], extension, max_new_tokens)
             for i, answer in zip(members, found, strict=True):
                 answers[i] = answer
         return answers
 
-    def _generate(self, prompts: Sequence[Prompt], stretch: Stretch, max_new_tokens: int) -> list[list[int]]:
-        """Answers to prompts that are stretched alike: rotary angles belong to a whole batch."""
-        features = [self._see(prompt) for prompt in prompts]
+    def _generate(
+        self, prompts: Sequence[Prompt], extension: ContextExtension, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Answers to prompts with the same extension: rotary angles belong to a whole batch."""
+        features = [self._encode_images(prompt) for prompt in prompts]
         sequences = [list(prompt.tokens) for prompt in prompts]
-        open_prompts = list(range(len(prompts)))
+        unanswered = list(range(len(prompts)))
         for _ in range(max_new_tokens):
-            if not open_prompts:
+            if not unanswered:
                 break
-            batch = self._pack([(sequences[i], prompts[i].image_starts) for i in open_prompts])
-            seen = [seen for i in open_prompts if (seen := features[i]) is not None]
-            following = self._next_tokens(batch, torch.cat(seen, dim=1) if seen else None, stretch)
-            still_open = []
-            for i, token in zip(open_prompts, following, strict=True):
+            batch = self._pack([(sequences[i], prompts[i].image_starts) for i in unanswered])
+            images = [found for i in unanswered if (found := features[i]) is not None]
+            following = self._next_tokens(batch, torch.cat(images, dim=1) if images else None, extension)
+            unfinished = []
+            for i, token in zip(unanswered, following, strict=True):
                 if token not in (self._tokenizer.eos, self._tokenizer.im_end):
                     sequences[i].append(token)
-                    still_open.append(i)
-            open_prompts = still_open
+                    unfinished.append(i)
+            unanswered = unfinished
         return [sequence[len(prompt.tokens) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
 
-    def _see(self, prompt: Prompt) -> Tensor | None:
+    def _encode_images(self, prompt: Prompt) -> Tensor | None:
         """Adapter output `[slots, images, hidden]` of a prompt's images."""
         if not prompt.image_starts:
             return None
@@ -131,10 +133,10 @@ class Generator:
         features: Tensor = self._stage.encode_images(replace(batch, pixels=prompt.pixels.to(self._device)))
         return features
 
-    def _next_tokens(self, batch: Batch, features: Tensor | None, stretch: Stretch) -> list[int]:
+    def _next_tokens(self, batch: Batch, features: Tensor | None, extension: ContextExtension) -> list[int]:
         last = batch.cu_seqlens[1:].long() - 1
         self._stage.set_input_tensor(None)
-        logits = self._stage(batch, last, features, stretch)
+        logits = self._stage(batch, last, features, extension)
         likeliest: list[int] = logits[:, : self._tokenizer.vocab_size].argmax(dim=-1).tolist()
         return likeliest
 

@@ -1,6 +1,7 @@
-"""Positions beyond the length that the decoder was trained at, as the published code reads them at inference.
+"""Context extension: positions beyond the trained length at inference, as the published code of Qwen-VL has it.
 
-Two measures, neither of which acts in training, in validation, or within the trained length:
+Two measures, neither of which acts in training, in validation, or within the trained length. They belong to the decoder
+family `qwen`; `qwen2` goes on with plain rotary positions.
 
 - *Dynamic NTK*: the base of the rotary frequencies is multiplied by alpha^(d / (d - 2)), d channels per head, with
   alpha = 2^ceil(log2(n / seq_length) + 1) - 1 for n > seq_length tokens, else 1. The published code takes n from the
@@ -21,10 +22,13 @@ from typing import Any
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
+from megatron_qwenvl.architecture.model import family_of
+from megatron_qwenvl.config.schema import DecoderConfig
+
 
 @dataclass(frozen=True)
 class LongContext:
-    """How a decoder reads more tokens than it was trained at. The defaults are the published ones."""
+    """Settings of the context extension. The defaults are the published ones."""
 
     seq_length: int = 2048
     """Trained length in tokens."""
@@ -33,15 +37,15 @@ class LongContext:
     logn: bool = True
     """Scale queries at later positions."""
 
-    def stretch(self, prompt_length: int) -> Stretch:
-        """What holds for a prompt of so many tokens, image slots included, and for all tokens generated after it."""
+    def extension_for(self, prompt_length: int) -> ContextExtension:
+        """The extension for a prompt of so many tokens, image slots included, and for all tokens generated after it."""
         alpha = ntk_alpha(prompt_length, self.seq_length) if self.dynamic_ntk else 1
-        return Stretch(alpha, self.seq_length if self.logn else None)
+        return ContextExtension(alpha, self.seq_length if self.logn else None)
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The measures for one prompt; the same from its first token to the last one of its answer."""
+class ContextExtension:
+    """The extension of one prompt; the same from its first token to the last one of its answer."""
 
     alpha: int
     """Factor of the dynamic NTK; 1: none."""
@@ -49,7 +53,7 @@ class Stretch:
     """Length beyond which queries are scaled; none: nowhere."""
 
     def rotary_base(self, base: float, head_dim: int) -> float:
-        """The base of the rotary frequencies in place of `base`."""
+        """The widened base of the rotary frequencies."""
         return base * self.alpha ** (head_dim / (head_dim - 2)) if self.alpha > 1 else base
 
     def query_scale(self, positions: Tensor) -> Tensor | None:
@@ -58,6 +62,14 @@ class Stretch:
             return None
         logarithms = (positions + 1).double().log() / math.log(self.logn_from)
         return logarithms.clamp(min=1.0).float()
+
+
+def long_context(decoder: DecoderConfig, settings: LongContext | None = None) -> LongContext:
+    """The extension that a decoder has: `settings` (by default the published ones) if its family has any."""
+    settings = settings or LongContext()
+    if family_of(decoder).extends_context:
+        return settings
+    return LongContext(settings.seq_length, dynamic_ntk=False, logn=False)
 
 
 def ntk_alpha(length: int, seq_length: int) -> int:
@@ -77,11 +89,11 @@ class Segments(PackedSeqParams):
 
 
 def scale_queries(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Multiply the queries on their way into a core attention of any kernel (a forward pre-hook).
+    """Scale the queries before a core attention of any layer backend (a forward pre-hook).
 
     Args:
         attention: the module that is called.
-        args: query `[T, 1, heads, head_dim]` or `[T, heads, head_dim]`, rotated; then what else it is given.
+        args: query `[T, 1, heads, head_dim]` or `[T, heads, head_dim]`, rotated; then the other arguments.
         kwargs: `packed_seq_params` may be `Segments`.
     """
     scale = getattr(kwargs.get("packed_seq_params"), "query_scale", None)

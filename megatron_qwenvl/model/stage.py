@@ -29,7 +29,7 @@ from megatron_qwenvl.engine.stage_layers import StageLayers
 from .adapter import Adapter
 from .engine_config import EngineConfigs
 from .layers import Layer, LayerKind
-from .long_context import Segments, Stretch, scale_queries
+from .long_context import ContextExtension, Segments, scale_queries
 from .patch_embedding import PatchEmbedding
 from .positions import rotary_frequencies
 from .specs import block_spec
@@ -158,7 +158,7 @@ class QwenVLStage(MegatronModule):
         batch: Batch,
         positions: Tensor | None = None,
         features: Tensor | None = None,
-        stretch: Stretch | None = None,
+        extension: ContextExtension | None = None,
     ) -> Tensor:
         """Run this stage's layers.
 
@@ -168,7 +168,7 @@ class QwenVLStage(MegatronModule):
                 stage only.
             features: the adapter's output for the batch's images from an earlier `encode_images`, in place of running
                 the vision layers.
-            stretch: how positions beyond the trained length are read, at inference; None: as any other.
+            extension: scales positions beyond the trained length, at inference; None: they are as any other.
 
         Returns:
             The boundary tensor; on the last stage float32 `[m]` losses of `batch.labels` at `positions`, or,
@@ -179,7 +179,7 @@ class QwenVLStage(MegatronModule):
             x = self._embed_tokens(self.embedding, batch, x)
         assert x is not None, "only the first pipeline stage receives nothing"
         if self.decoder is not None:
-            x = self._decode(self.decoder, batch, x, stretch)
+            x = self._decode(self.decoder, batch, x, extension)
         if self.output_layer is not None:
             assert positions is not None, "the last pipeline stage is told which positions are wanted"
             return self._predict(self.output_layer, batch, x, positions)
@@ -225,8 +225,8 @@ class QwenVLStage(MegatronModule):
         own: Tensor = scatter_to_sequence_parallel_region(out) if self.config.sequence_parallel else out
         return own
 
-    def _decode(self, decoder: TransformerBlock, batch: Batch, x: Tensor, stretch: Stretch | None) -> Tensor:
-        packed, rotary = self._attention_inputs(batch, stretch)
+    def _decode(self, decoder: TransformerBlock, batch: Batch, x: Tensor, extension: ContextExtension | None) -> Tensor:
+        packed, rotary = self._attention_inputs(batch, extension)
         out: Tensor = decoder(
             _ready_for_recompute(x, decoder),
             attention_mask=None,
@@ -235,7 +235,7 @@ class QwenVLStage(MegatronModule):
         )
         return out
 
-    def _attention_inputs(self, batch: Batch, stretch: Stretch | None = None) -> tuple[Segments, Tensor]:
+    def _attention_inputs(self, batch: Batch, extension: ContextExtension | None = None) -> tuple[Segments, Tensor]:
         """Segments and rotary angles in the form of the kernels in use.
 
         Transformer Engine's fused kernels restart positions at every segment by themselves. The local attention
@@ -257,9 +257,9 @@ class QwenVLStage(MegatronModule):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        if stretch is not None:
-            base = stretch.rotary_base(base, head_dim)
-            packed.query_scale = stretch.query_scale(batch.position_ids)
+        if extension is not None:
+            base = extension.rotary_base(base, head_dim)
+            packed.query_scale = extension.query_scale(batch.position_ids)
         return packed, rotary_frequencies(positions, head_dim, base)
 
     def _predict(self, head: ColumnParallelLinear, batch: Batch, x: Tensor, positions: Tensor) -> Tensor:

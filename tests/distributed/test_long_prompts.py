@@ -78,7 +78,7 @@ SHORT = [8, 15, 16, 17, 18, 30, 32, 33, 40, 64, 65, 100]
 )
 def test_every_threshold_equals_the_published_code(context: LongContext) -> None:
     """A short trained length shows every rule more strongly: alpha is the prompt's also where the answer crosses a
-    threshold, and prompts decoded together are stretched each by its own length."""
+    threshold, and prompts decoded together are extended each by its own length."""
     (found,) = run_ranks(1, answers, small_config(), context, SHORT)
     for length, answer in zip(SHORT, found, strict=True):
         assert answer["ours"] == answer["published"], length
@@ -98,7 +98,7 @@ def test_alpha() -> None:
 
 def test_query_scale_follows_the_position() -> None:
     positions = torch.tensor([0, 2047, 2048, 4095, 2**22 - 1])
-    scale = LongContext().stretch(10).query_scale(positions)
+    scale = LongContext().extension_for(10).query_scale(positions)
     assert scale is not None
     torch.testing.assert_close(scale, torch.tensor([1.0, 1.0, math.log(2049, 2048), 12 / 11, 2.0]))
-    assert LongContext().stretch(10).query_scale(torch.arange(2048)) is None
+    assert LongContext().extension_for(10).query_scale(torch.arange(2048)) is None
