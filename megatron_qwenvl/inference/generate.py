@@ -77,8 +77,9 @@ class Generator:
                 f"pipeline {runtime.pipeline_size}"
             )
         stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
-        hf_metadata = load_weights(checkpoint, config, stage).hf_metadata or HFMetadata()
-        context = LongContext(hf_metadata.seq_length, hf_metadata.use_dynamic_ntk, hf_metadata.use_logn_attn)
+        found = load_weights(checkpoint, config, stage).hf_metadata or HFMetadata()
+        settings = LongContext(found.seq_length, found.use_dynamic_ntk, found.use_logn_attn)
+        context = long_context(config.model.decoder, settings)
         return cls(stage, tokenizer, runtime.device, context)
 
     @torch.inference_mode()

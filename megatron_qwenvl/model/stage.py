@@ -225,7 +225,9 @@ class QwenVLStage(MegatronModule):
         own: Tensor = scatter_to_sequence_parallel_region(out) if self.config.sequence_parallel else out
         return own
 
-    def _decode(self, decoder: TransformerBlock, batch: Batch, x: Tensor, extension: ContextExtension | None) -> Tensor:
+    def _decode(
+        self, decoder: TransformerBlock, batch: Batch, x: Tensor, extension: ContextExtension | None
+    ) -> Tensor:
         packed, rotary = self._attention_inputs(batch, extension)
         out: Tensor = decoder(
             _ready_for_recompute(x, decoder),
@@ -235,7 +237,9 @@ class QwenVLStage(MegatronModule):
         )
         return out
 
-    def _attention_inputs(self, batch: Batch, extension: ContextExtension | None = None) -> tuple[Segments, Tensor]:
+    def _attention_inputs(
+        self, batch: Batch, extension: ContextExtension | None = None
+    ) -> tuple[Segments, Tensor]:
         """Segments and rotary angles in the form of the kernels in use.
 
         Transformer Engine's fused kernels restart positions at every segment by themselves. The local attention

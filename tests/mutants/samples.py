@@ -91,7 +91,7 @@ INFERENCE = [
     ),
     Mutant(
         "generation: images of prompts that have ended", GENERATE,
-        "seen = [seen for i in open_prompts if", "seen = [seen for i in range(len(prompts)) if", GENERATION,
+        "images = [found for i in unanswered if", "images = [found for i in range(len(prompts)) if", GENERATION,
     ),
     Mutant(
         "generation: keeps the stop token", GENERATE,

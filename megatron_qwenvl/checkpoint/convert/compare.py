@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.formats.names import Rule
+from megatron_qwenvl.checkpoint.formats.rules import Rule
 from megatron_qwenvl.checkpoint.storage.differences import Difference, measure, total
 from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes, no_progress
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qwenvl.checkpoint.formats.hf_config import (
-    CODE_FILES,
-    TOKENIZER_FILE,
     generation_config,
     hf_config,
     hf_limits,
     tokenizer_digest,
 )
-from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, Rule, qwenvl_rules
+from megatron_qwenvl.checkpoint.formats.hf_families import hf_decoder
+from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, qwenvl_rules
 from megatron_qwenvl.checkpoint.formats.position_table import PositionTable
+from megatron_qwenvl.checkpoint.formats.rules import Rule
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes, file_problem, no_progress
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER, Manifest
@@ -99,8 +99,8 @@ def plan_export(path: Path, tokenizer: Path | None = None) -> Export:
 
 
 def _notes(manifest: Manifest, extra_files: tuple[Path, ...]) -> tuple[str, ...]:
-    chat, origin = _is_chat(manifest), manifest.hf_metadata
-    kind = "Qwen-VL-Chat" if chat else "Qwen-VL"
+    chat, origin, known = _is_chat(manifest), manifest.hf_metadata, hf_decoder(manifest.model.decoder)
+    kind = known.chat_model if chat else known.pretrained_model
     if origin is not None and origin.generation is not None and origin.chats == chat:
         kind = "the imported directory"
     way = "chatml" if chat else "raw"
@@ -112,16 +112,16 @@ def _notes(manifest: Manifest, extra_files: tuple[Path, ...]) -> tuple[str, ...]
             f"note: {TABLE_NAME} is the constant table; the imported one differed by {origin.table_drift:.2g} at most"
         )
     notes += [f"note: the published code differs: {limit}" for limit in hf_limits(manifest.model)]
-    vocabulary = next((file for file in extra_files if file.name == TOKENIZER_FILE), None)
+    vocabulary = next((file for file in extra_files if file.name == known.tokenizer_file), None)
     if vocabulary is None:
         notes.append(
-            f"note: without {TOKENIZER_FILE}; --tokenizer takes it and its companions from a directory"
+            f"note: without {known.tokenizer_file}; --tokenizer takes it and its companions from a directory"
         )
-    elif origin is not None and origin.tokenizer not in (None, tokenizer_digest(vocabulary.parent)):
+    elif origin is not None and origin.tokenizer not in (None, tokenizer_digest(vocabulary)):
         notes.append(
             f"note: {vocabulary} is not the vocabulary of the imported directory; ids may mean other text"
         )
-    if missing := sorted(set(CODE_FILES) - {file.name for file in extra_files}):
+    if missing := sorted(set(known.code_files) - {file.name for file in extra_files}):
         notes.append(
             f"note: config.json names {' and '.join(missing)}, which --tokenizer did not give; copy the published "
             "directory's *.py there to load the model"
@@ -182,10 +182,14 @@ def _configurations(plan: Export, files: Mapping[str, MappedSource]) -> dict[str
     }
     index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     manifest = plan.source.manifest
-    dtype = str(plan.specs["transformer.wte.weight"].dtype).removeprefix("torch.")
+    dtype = str(plan.specs[hf_decoder(manifest.model.decoder).embedding].dtype).removeprefix("torch.")
     size = manifest.image_size or _DEFAULT_IMAGE_SIZE
     config = hf_config(manifest.model, size, dtype, manifest.hf_metadata)
-    contents = (index, config, generation_config(_is_chat(manifest), manifest.hf_metadata))
+    contents = (
+        index,
+        config,
+        generation_config(manifest.model.decoder, _is_chat(manifest), manifest.hf_metadata),
+    )
     return dict(zip(_CONFIGURATIONS, contents, strict=True))
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from megatron_qwenvl.checkpoint.formats.hf_config import read_model
 from megatron_qwenvl.checkpoint.formats.hf_files import HFWeights
-from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, Rule, qwenvl_rules
+from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, qwenvl_rules
 from megatron_qwenvl.checkpoint.formats.position_table import check_table
+from megatron_qwenvl.checkpoint.formats.rules import Rule
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import show_name
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qwenvl.checkpoint.formats.hf_config import generation_notes, read_hf_metadata, read_image_size
+from megatron_qwenvl.checkpoint.formats.hf_families import hf_decoder
 from megatron_qwenvl.checkpoint.formats.hf_files import HFWeights, read_json
 from megatron_qwenvl.checkpoint.formats.megatron_files import FolderFile, finish_folder
-from megatron_qwenvl.checkpoint.formats.model_checks import compare_decoder, vit_problems
-from megatron_qwenvl.checkpoint.formats.names import Rule, hf_clip_rules, open_clip_rules, padded_qwen_rules
+from megatron_qwenvl.checkpoint.formats.model_checks import vit_problems
+from megatron_qwenvl.checkpoint.formats.names import hf_clip_rules, open_clip_rules
+from megatron_qwenvl.checkpoint.formats.rules import Rule
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes, no_progress
 from megatron_qwenvl.checkpoint.storage.json_text import show_name
@@ -30,8 +32,6 @@ from .record import Conversion, write_record
 
 _TOWER_LAYERS = ("visual.transformer.resblocks.", "vision_model.encoder.layers.")
 """Only the layers of the ViT's file must all be known: it holds other modules, which are not imported."""
-
-_EMBEDDING = "transformer.wte.weight"
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def _chat_note(hf_metadata: HFMetadata) -> str:
 
 
 def plan_parts(vit: Path, llm: Path, recipe: RunConfig, seed: int) -> Import:
-    """Check the parts that stage 1 starts from: OpenCLIP's ViT, Qwen-7B and a new adapter.
+    """Check the parts that stage 1 starts from: OpenCLIP's ViT, a language model and a new adapter.
 
     Args:
         vit: OpenCLIP weights (in its own format or in Hugging Face's), file or directory.
-        llm: Hugging Face directory of Qwen-7B.
+        llm: Hugging Face directory of the language model, of the family of the recipe's decoder.
         recipe: recipe of the model; the weights must have its shape.
         seed: seed of the adapter's initialization.
 
@@ -112,12 +112,13 @@ def plan_parts(vit: Path, llm: Path, recipe: RunConfig, seed: int) -> Import:
     if problems:
         raise CheckpointError("; ".join(problems))
     vit_rules = hf_clip_rules(model) if hugging_face else open_clip_rules(model)
-    decoder_rules = padded_qwen_rules(model)
+    known = hf_decoder(model.decoder)
+    decoder_rules = known.padded_rules(model.decoder)
     check_known(vit, (name for name in vision.specs if name.startswith(_TOWER_LAYERS)), vit_rules)
     check_known(llm, language.specs, decoder_rules)
-    if _EMBEDDING not in language.specs:
-        raise CheckpointError(f"{llm}: tensor {_EMBEDDING} is missing")
-    adapter = FreshAdapter(model, seed, language.specs[_EMBEDDING].dtype)
+    if known.embedding not in language.specs:
+        raise CheckpointError(f"{llm}: tensor {known.embedding} is missing")
+    adapter = FreshAdapter(model, seed, language.specs[known.embedding].dtype)
     adapter_rules = tuple(Rule((name,), (name,)) for name in adapter.specs)
     given: list[tuple[Path | None, MappedSource]] = [
         (vit, MappedSource(vision, tuple(vit_rules))),
@@ -146,7 +147,7 @@ def _compare_configurations(vit: Path, llm: Path, model: ModelConfig) -> tuple[l
     """Differences of the configurations beside both parts from the model, and notes of what they leave open."""
     problems, notes = vit_problems(vit, model)
     config = llm / "config.json"
-    decoder = compare_decoder(config, read_json(config), model.decoder)
+    decoder = hf_decoder(model.decoder).compare(config, read_json(config), model.decoder)
     return problems + decoder.problems, notes + decoder.notes
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_qwenvl.checkpoint.formats.mappings import Identity
-from megatron_qwenvl.checkpoint.formats.names import Rule
+from megatron_qwenvl.checkpoint.formats.rules import Rule
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.non_finite import NonFinite, find_non_finite
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSource, TensorSpec

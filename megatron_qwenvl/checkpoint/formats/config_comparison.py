@@ -31,6 +31,16 @@ def one_of(*values: object) -> Expected:
     return Expected(" or ".join(map(show_json, values)), lambda found: any(is_same(found, v) for v in values))
 
 
+def named_classes(part: str) -> Expected:
+    """A list with a class whose name holds `part`."""
+    return Expected(
+        f"a class of {part}",
+        lambda found: (
+            isinstance(found, list) and any(isinstance(name, str) and part in name for name in found)
+        ),
+    )
+
+
 NOTHING = Expected("nothing", is_off)
 """A key that must be absent or switched off."""
 

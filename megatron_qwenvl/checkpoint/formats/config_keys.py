@@ -47,6 +47,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "model_type": ("model_type",),
     "architectures": ("architectures",),
     "tied": ("tie_word_embeddings",),
+    "sliding_window_used": ("use_sliding_window",),
+    "sliding_window_sizes": ("sliding_window", "max_window_layers"),
+    "layer_types": ("layer_types",),
+    "other_positions": ("use_mrope", "mrope_section"),
 }  # fmt: skip
 """Subjects that a configuration states about the computation, with their names, new and old; the first is Qwen's."""
 

@@ -18,17 +18,9 @@ from megatron_qwenvl.config.schema import AdapterConfig, DecoderConfig, ModelCon
 
 from .config_comparison import is_number
 from .config_keys import NAMES
+from .hf_families import hf_decoder, hf_decoder_of
 from .hf_files import read_json
-from .model_checks import IMAGE_START, compare_decoder, compare_visual
-
-_AUTO_MAP = {
-    "AutoConfig": "configuration_qwen.QWenConfig",
-    "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
-}
-"""The published code, in files beside the weights."""
-
-CODE_FILES = tuple(f"{place.split('.')[0]}.py" for place in _AUTO_MAP.values())
-"""The files that `config.json` names; they import other files of the published directory."""
+from .model_checks import compare_visual
 
 _HEAD_WIDTH = 128
 """Channels per head of the adapter in the published code; the key `adapter_heads` is this project's addition."""
@@ -65,7 +57,7 @@ def read_model(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[ModelConfig
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, at['loc']))}: {at['msg']}" for at in error.errors()]
         raise CheckpointError(f"{path}: {'; '.join(problems)}") from None
-    found = compare_decoder(path, config, model.decoder)
+    found = hf_decoder(model.decoder).compare(path, config, model.decoder)
     found.add(compare_visual(path, config["visual"], model))
     if found.problems:
         raise CheckpointError("; ".join(found.problems))
@@ -90,8 +82,14 @@ _NEEDED = {
 """Keys that give the decoder its shape. The first name that is present counts; the comparison checks the others."""
 
 
+def _needed(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Names of all keys without which the decoder of a `config.json` has no shape."""
+    subjects = {subject: NAMES[subject] for subject in hf_decoder_of(config).needed if subject == "kv_heads"}
+    return {**_NEEDED, **subjects}
+
+
 def _missing_keys(config: Mapping[str, Any]) -> list[str]:
-    missing = [names[0] for names in _NEEDED.values() if _first(config, names) is None]
+    missing = [names[0] for names in _needed(config).values() if _first(config, names) is None]
     visual = config.get("visual")
     if not isinstance(visual, dict):
         return [*missing, "visual (an object)"]
@@ -105,7 +103,10 @@ def _not_numbers(config: Mapping[str, Any]) -> list[str]:
     """List the keys whose value is not a number of the kind that a shape needs."""
     visual = config["visual"]
     given = [
-        (kind, name, config[name]) for kind, names in _NEEDED.items() for name in names if name in config
+        (kind, name, config[name])
+        for kind, names in _needed(config).items()
+        for name in names
+        if name in config
     ]
     given += [
         (name, f"visual.{name}", visual.get(name)) for name in (*_VISUAL_KEYS, "adapter_heads", "output_dim")
@@ -127,7 +128,7 @@ _LARGEST = 1 << 32
 def _other_layers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> list[str]:
     """List the numbers of layers that the tensors contradict, before a model of so many layers is described."""
     given = (
-        ("num_hidden_layers", "transformer.h.", _first(config, NAMES["layers"])),
+        ("num_hidden_layers", hf_decoder_of(config).layers, _first(config, NAMES["layers"])),
         ("visual.layers", "transformer.visual.transformer.resblocks.", config["visual"]["layers"]),
     )
     wrong = []
@@ -148,7 +149,7 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 def _model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> ModelConfig:
     visual = config["visual"]
     positions, queries = specs[_POSITIONS].shape[0], specs[_QUERY].shape[0]
-    values = {name: _first(config, names) for name, names in _NEEDED.items()}
+    values, known = {name: _first(config, names) for name, names in _NEEDED.items()}, hf_decoder_of(config)
     adapter_heads = visual.get("adapter_heads")
     return ModelConfig(
         vision=VisionConfig(
@@ -164,10 +165,12 @@ def _model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Mod
             heads=visual["output_dim"] // _HEAD_WIDTH if adapter_heads is None else adapter_heads,
         ),
         decoder=DecoderConfig(
+            family=known.family,
+            query_groups=known.read_groups(config),
             layers=values["layers"],
             hidden=values["hidden"],
             heads=values["heads"],
-            ffn_hidden=values["intermediate"] // 2,
+            ffn_hidden=values["intermediate"] // known.mlp_factor,
             vocab_size=values["vocabulary"],
             rotary_base=values["rotary_base"],
             norm_eps=values["norm_eps"],
@@ -186,13 +189,6 @@ def read_image_size(path: Path) -> int | None:
         raise CheckpointError(f"{path}: visual.image_size: expected pixels, found {show_json(size)}")
     return size
 
-
-_KEPT = (
-    "attn_dropout_prob", "bos_token_id", "emb_dropout_prob", "eos_token_id", "initializer_range",
-    "max_position_embeddings", "onnx_safe", "pad_token_id", "softmax_in_fp32", "tokenizer_class",
-    "tokenizer_type", "use_cache", "use_cache_kernel", "use_cache_quantization", "use_flash_attn",
-)  # fmt: skip
-"""Keys of `config.json` that an export gives back. None of them names code."""
 
 _GENERATION = (
     "bos_token_id", "chat_format", "do_sample", "early_stopping", "eos_token_id", "length_penalty", "max_length",
@@ -215,17 +211,15 @@ def generation_notes(directory: Path) -> tuple[str, ...]:
 
 
 def read_hf_metadata(directory: Path) -> HFMetadata:
-    """Read the metadata beside the weights of a Qwen or Qwen-VL directory.
+    """Read the metadata beside the weights of a Qwen, Qwen2 or Qwen-VL directory.
 
     Raises:
         CheckpointError: a file is not JSON, or a value is of another type.
     """
     path, generation = directory / "config.json", directory / "generation_config.json"
     config = read_json(path)
-    context = {
-        key: config[key] for key in ("seq_length", "use_dynamic_ntk", "use_logn_attn") if key in config
-    }
-    kept = {key: config[key] for key in _KEPT if key in config}
+    known = hf_decoder_of(config)
+    kept = {key: config[key] for key in known.kept if key in config}
     _check_plain(path, kept)
     generated = read_json(generation) if generation.is_file() else None
     if generated is not None:
@@ -237,19 +231,16 @@ def read_hf_metadata(directory: Path) -> HFMetadata:
                 f'{generation}: chat_format: expected "raw" or "chatml", found {show_json(chat_format)}'
             )
     try:
-        known = {"config": kept, "generation": generated, "tokenizer": tokenizer_digest(directory)}
-        return HFMetadata.model_validate({**context, **known}, strict=True)
+        tokenizer = tokenizer_digest(directory / known.tokenizer_file)
+        found = {"config": kept, "generation": generated, "tokenizer": tokenizer}
+        return HFMetadata.model_validate({**known.read_context(config), **found}, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
         raise CheckpointError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
-TOKENIZER_FILE = "qwen.tiktoken"
-
-
-def tokenizer_digest(directory: Path) -> str | None:
-    """SHA-256 of a directory's vocabulary; None: there is no vocabulary."""
-    path = directory / TOKENIZER_FILE
+def tokenizer_digest(path: Path) -> str | None:
+    """SHA-256 of a vocabulary file; None: there is no such file."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
@@ -267,32 +258,17 @@ def _check_plain(path: Path, content: object) -> None:
         _check_plain(path, part)
 
 
-def _hf_decoder(decoder: DecoderConfig) -> dict[str, Any]:
-    """The keys that determine what the decoder computes."""
-    return {
-        "hidden_size": decoder.hidden,
-        "intermediate_size": 2 * decoder.ffn_hidden,
-        "kv_channels": decoder.hidden // decoder.heads,
-        "layer_norm_epsilon": decoder.norm_eps,
-        "no_bias": True,
-        "num_attention_heads": decoder.heads,
-        "num_hidden_layers": decoder.layers,
-        "rotary_emb_base": decoder.rotary_base,
-        "rotary_pct": 1.0,
-        "tie_word_embeddings": False,
-    }
-
-
 def hf_config(
     model: ModelConfig, image_size: int, dtype: str, hf_metadata: HFMetadata | None = None
 ) -> dict[str, Any]:
-    """Make `config.json` for the published `QWenLMHeadModel` code; `hf_metadata` comes from the weights' origin."""
-    hf_metadata = hf_metadata or HFMetadata()
+    """Make `config.json` for the decoder's family, with the ViT and the adapter in the section `visual`; `hf_metadata`
+    comes from the weights' origin."""
+    known = hf_decoder(model.decoder)
     vision, adapter, decoder = model.vision, model.adapter, model.decoder
     visual: dict[str, Any] = {
         "heads": vision.heads,
         "image_size": image_size,
-        "image_start_id": IMAGE_START,
+        "image_start_id": known.image_start,
         "layers": vision.layers,
         "mlp_ratio": _mlp_ratio(vision.width, vision.mlp_hidden),
         "n_queries": adapter.query_grid**2,
@@ -302,36 +278,15 @@ def hf_config(
     }
     if adapter.heads != decoder.hidden // _HEAD_WIDTH:
         visual["adapter_heads"] = adapter.heads
-    return {
-        "architectures": ["QWenLMHeadModel"],
-        "auto_map": _AUTO_MAP,
-        "attn_dropout_prob": 0.0,
-        "bf16": dtype == "bfloat16",
-        "emb_dropout_prob": 0.0,
-        "fp16": dtype == "float16",
-        "fp32": dtype == "float32",
-        "initializer_range": 0.02,
-        "max_position_embeddings": 8192,
-        "model_type": "qwen",
-        "onnx_safe": None,
-        "scale_attn_weights": True,
-        "seq_length": hf_metadata.seq_length,
-        "tokenizer_type": "QWenTokenizer",
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "use_dynamic_ntk": hf_metadata.use_dynamic_ntk,
-        "use_flash_attn": "auto",
-        "use_logn_attn": hf_metadata.use_logn_attn,
-        "visual": visual,
-        "vocab_size": decoder.vocab_size,
-        **{key: hf_metadata.config[key] for key in _KEPT if key in hf_metadata.config},
-        **_hf_decoder(decoder),
-    }
+    return {**known.config(decoder, dtype, hf_metadata or known.new_metadata()), "visual": visual}
 
 
 def hf_limits(model: ModelConfig) -> list[str]:
-    """List where the model's shape is one that the published code does not compute; empty for the published shape."""
-    found = []
+    """List where the model's shape is one that the published code does not compute; empty for the published shape, and
+    for a family for whose whole model no code was published."""
+    found: list[str] = []
+    if not hf_decoder(model.decoder).code_files:
+        return found
     if model.vision.position_grid != 16:
         found.append(f"its ViT has 16x16 positions, this model {model.vision.position_grid} squared")
     if model.adapter.heads != model.decoder.hidden // _HEAD_WIDTH:
@@ -352,17 +307,11 @@ def _mlp_ratio(width: int, hidden: int) -> float:
     raise CheckpointError(f"no mlp_ratio gives {hidden} from width {width}")
 
 
-def generation_config(chat: bool, hf_metadata: HFMetadata | None = None) -> dict[str, Any]:
-    """Make `generation_config.json`: the origin's own if it is of the requested kind, else that of Qwen-VL-Chat
-    (ChatML, sampling) or of the pre-trained Qwen-VL (plain text, greedy)."""
+def generation_config(
+    decoder: DecoderConfig, chat: bool, hf_metadata: HFMetadata | None = None
+) -> dict[str, Any]:
+    """Make `generation_config.json`: the origin's own if it is of the requested kind, else that of the family's chat
+    model or of its pre-trained one."""
     if hf_metadata is not None and hf_metadata.generation is not None and hf_metadata.chats == chat:
         return {key: hf_metadata.generation[key] for key in hf_metadata.generation if key in _GENERATION}
-    common = {
-        "eos_token_id": 151643,
-        "max_new_tokens": 512,
-        "max_window_size": 6144,
-        "pad_token_id": 151643,
-    }
-    if chat:
-        return {**common, "chat_format": "chatml", "do_sample": True, "top_k": 0, "top_p": 0.3}
-    return {**common, "chat_format": "raw", "do_sample": False, "stop_words_ids": [[151643]]}
+    return hf_decoder(decoder).generation(chat)

@@ -51,24 +51,33 @@ class Transposed:
 
 @dataclass(frozen=True)
 class InterleavedHeads:
-    """Rows of query, key and value: megatron `[heads, 3, head_dim]`, hf `[3, heads, head_dim]`, in one tensor or in one
-    for each of the three."""
+    """Rows of query, key and value: megatron `[groups, heads / groups + 2, head_dim]`, a group's queries before its key
+    and its value; hf all queries, all keys, all values, in one tensor or in one for each of the three."""
 
     heads: int
     """Attention heads."""
     hf_tensors: int = 1
     """Tensors in the Hugging Face format: 1, or 3 for separate query, key and value."""
+    query_groups: int | None = None
+    """Key and value heads; None: as many as attention heads."""
 
     def to_megatron(self, hf: list[Tensor]) -> list[Tensor]:
-        """Interleave `[q; k; v]` rows per head."""
+        """Interleave `[q; k; v]` rows per group."""
         whole = torch.cat(hf) if self.hf_tensors > 1 else hf[0]
-        rows = whole.unflatten(0, (3, self.heads, -1))
-        return [rows.transpose(0, 1).flatten(0, 2).contiguous()]
+        groups, heads = self._groups, self.heads
+        parts = whole.unflatten(0, (heads + 2 * groups, -1)).split((heads, groups, groups))
+        return [torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 2)]
 
     def to_hf(self, megatron: list[Tensor]) -> list[Tensor]:
         """Order rows as `[q; k; v]`."""
-        rows = megatron[0].unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()
-        return list(rows.chunk(3)) if self.hf_tensors > 1 else [rows]
+        shared = self.heads // self._groups
+        rows = megatron[0].unflatten(0, (self._groups, shared + 2, -1))
+        parts = [part.flatten(0, 2) for part in rows.split((shared, 1, 1), dim=1)]
+        return parts if self.hf_tensors > 1 else [torch.cat(parts)]
+
+    @property
+    def _groups(self) -> int:
+        return self.query_groups or self.heads
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_qwenvl.config.schema import DecoderConfig, ModelConfig
+from megatron_qwenvl.config.schema import ModelConfig
 from megatron_qwenvl.model.pixels import CLIP_MEAN, CLIP_STD
 
-from .config_comparison import Compared, Expected, compare_section, is_number, is_same, not_said, one_of
+from .config_comparison import Compared, Expected, compare_section, is_number, is_same, named_classes, one_of
 from .config_keys import SUBJECTS
+from .hf_families import HF_DECODERS, hf_decoder
 from .hf_files import read_json
 
 OPEN_CLIP_EPS = 1e-5
 """Epsilon of OpenCLIP's norms, torch's default. The published Qwen-VL took over OpenCLIP's weights and has 1e-6."""
-
-IMAGE_START = 151857
-"""Id of `<img>` in the published vocabulary."""
-
-_NOT_IN_SHAPES = ("heads", "norm_eps", "rotary_base")
-"""Subjects that a decoder's configuration must state, as shapes of tensors do not show them."""
 
 _OPEN_CLIP_DEFAULTS = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16}
 """OpenCLIP's `CLIPVisionCfg` without arguments."""
@@ -37,33 +32,6 @@ _CLIP_DEFAULTS = {
 """transformers' `CLIPVisionConfig` without arguments; what equals them is not written when a model is saved."""
 
 
-def _decoder_table(decoder: DecoderConfig) -> dict[str, Expected]:
-    return {
-        "architectures": _classes("QWen"),
-        "model_type": one_of("qwen"),
-        "layers": one_of(decoder.layers),
-        "width": one_of(decoder.hidden),
-        "heads": one_of(decoder.heads),
-        "head_width": one_of(decoder.hidden // decoder.heads),
-        "kv_heads": one_of(decoder.heads),
-        "mlp": one_of(2 * decoder.ffn_hidden),
-        "norm": one_of("rmsnorm", "rms_norm", "RMSNorm"),
-        "rms": one_of(True),
-        "norm_eps": one_of(decoder.norm_eps),
-        "activation": one_of("swiglu", "silu", "swish"),
-        "positions": one_of("rotary", "rope"),
-        "rotary_base": one_of(decoder.rotary_base),
-        "rotary_share": one_of(1.0),
-        "rope_type": one_of("default"),
-        "no_bias": one_of(True),
-        "bias": one_of(False),
-        "qkv_bias": one_of(True),
-        "scaled_scores": one_of(True),
-        "residual": one_of(False),
-        "tied": one_of(False),
-    }
-
-
 def _vision_table(model: ModelConfig, *eps: float) -> dict[str, Expected]:
     vision = model.vision
     ratio = Expected(
@@ -71,7 +39,7 @@ def _vision_table(model: ModelConfig, *eps: float) -> dict[str, Expected]:
         lambda found: is_number(found) and int(vision.width * found) == vision.mlp_hidden,  # type: ignore[operator]
     )
     return {
-        "architectures": _classes("CLIP"),
+        "architectures": named_classes("CLIP"),
         "model_type": one_of("clip", "clip_vision_model"),
         "layers": one_of(vision.layers),
         "width": one_of(vision.width),
@@ -98,15 +66,6 @@ def _vision_table(model: ModelConfig, *eps: float) -> dict[str, Expected]:
     }
 
 
-def _classes(part: str) -> Expected:
-    return Expected(
-        f"a class of {part}",
-        lambda found: (
-            isinstance(found, list) and any(isinstance(name, str) and part in name for name in found)
-        ),
-    )
-
-
 def _near(values: tuple[float, ...]) -> Expected:
     """Expect colours that are written with three digits or more."""
 
@@ -122,28 +81,12 @@ def _near(values: tuple[float, ...]) -> Expected:
     return Expected(str(list(values)), fits)
 
 
-def compare_decoder(path: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> Compared:
-    """Compare a Qwen configuration, of any age, with a decoder; a missing statement becomes a note.
-
-    Args:
-        path: its file.
-        config: its content.
-        decoder: the decoder that is to use the weights.
-    """
-    found = compare_section(path, "", config, _decoder_table(decoder), apart=frozenset({"visual"}))
-    if decoder.hidden % decoder.heads:
-        found.differs(path, "num_attention_heads", f"a divisor of {decoder.hidden}", decoder.heads)
-    if silent := not_said(found, "", _NOT_IN_SHAPES):
-        found.notes.append(f"note: {path} does not say {', '.join(silent)}: assumed as in the model")
-    return found
-
-
 def compare_visual(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
     """Compare the `visual` section of a Qwen-VL configuration with the model that its other keys gave."""
     expected = {
         "output_dim": model.decoder.hidden,
         "n_queries": model.adapter.query_grid**2,
-        "image_start_id": IMAGE_START,
+        "image_start_id": hf_decoder(model.decoder).image_start,
     }
     apart = frozenset({*expected, "adapter_heads", "image_size"})
     found = compare_section(path, "visual.", config, _vision_table(model, model.vision.norm_eps), apart=apart)
@@ -218,7 +161,8 @@ def _is_clip(config: Mapping[str, Any]) -> bool:
     """Whether a `config.json` describes a ViT: it is of transformers' CLIP, or has any key of a model. That of a Qwen,
     which may lie beside a single weights file, does not."""
     sections = {"vision_config", "vision_config_dict"}
-    return config.get("model_type") != "qwen" and bool(config.keys() & (sections | SUBJECTS.keys()))
+    decoders = {known.model_type for known in HF_DECODERS.values()}
+    return config.get("model_type") not in decoders and bool(config.keys() & (sections | SUBJECTS.keys()))
 
 
 def _compare_clip(path: Path, config: Mapping[str, Any], model: ModelConfig) -> Compared:
