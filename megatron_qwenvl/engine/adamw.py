@@ -3,6 +3,9 @@
 megatron-core's distributed optimizer checkpoints the layout of FusedAdam: the step count lives in the parameter
 group (also of a group without parameters) and a parameter's state is exactly `exp_avg` and `exp_avg_sq`.
 torch's own AdamW keeps the step per parameter and cannot be loaded by it.
+
+Relies on the names by which megatron-core finds its Adam and asks for the layout of its state (see `install`), and on
+the arguments that it gives it. Held by `tests/unit/engine/test_adamw.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from .replacements import Replacements
 
 
 class AdamW(torch.optim.Optimizer):
@@ -76,8 +81,11 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, first, denominator, -group["lr"] / (1 - beta1 ** group["step"]))
 
 
+_INSTALLED = Replacements()
+
+
 def install(kernels: Literal["apex", "torch"]) -> None:
-    """Make megatron-core build this AdamW, or apex's fused one, in this process; idempotent.
+    """Make megatron-core build this AdamW, or apex's fused one, in this process, until `uninstall`.
 
     By itself it takes Transformer Engine's where that imports, and torch's where nothing else does.
     """
@@ -85,8 +93,13 @@ def install(kernels: Literal["apex", "torch"]) -> None:
     from megatron.core.optimizer import distrib_optimizer
 
     adam = import_module("apex.optimizers").FusedAdam if kernels == "apex" else AdamW
-    optimizers.Adam = adam
-    optimizers.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = adam
-    distrib_optimizer.HAVE_APEX_OR_TE = True  # "the optimizer's state has the fused layout"
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    _INSTALLED.replace(optimizers, "Adam", adam)
+    _INSTALLED.replace(optimizers, "USING_PYTORCH_OPTIMIZER", False)
+    _INSTALLED.replace(distrib_optimizer, "Adam", adam)
+    _INSTALLED.replace(distrib_optimizer, "HAVE_APEX_OR_TE", True)  # "its state has the fused layout"
+    _INSTALLED.replace(distrib_optimizer, "USING_APEX_OPTIMIZER", True)
+
+
+def uninstall() -> None:
+    """Let megatron-core choose its Adam again."""
+    _INSTALLED.restore()

@@ -3,6 +3,9 @@
 torch's distributed checkpoint keeps its index, `.metadata`, as a pickle, and a pickle can name any function
 to call. The unpickler here knows the few data classes that an index is made of and refuses every other name,
 so an index that passes can be read by the engine as well.
+
+Relies on the data classes of torch's index, and on the files of a folder besides tensors: the common part and the mark
+of the format, which both tested versions of megatron-core read. Held by `tests/unit/engine/test_checkpoint_files.py`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 A `.distcp` file is a sequence of items, each a complete `torch.save` of one chunk; the index says where each
 lies. Both the writer of training ranks and the streaming converter go through here.
+
+Relies on the layout of these files and on the fields of a place in the index, torch's `_StorageInfo`. Held by
+`tests/unit/engine/test_checkpoint_files.py`.
 """
 
 from __future__ import annotations

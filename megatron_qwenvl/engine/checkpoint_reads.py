@@ -26,28 +26,24 @@ from torch.distributed.checkpoint import filesystem
 from megatron_qwenvl.checkpoint.storage.reading import open_whole
 from megatron_qwenvl.runtime.retry import reads
 
+from .replacements import Replacements
 from .versions import engine_is_at_least
 
 
 @contextmanager
 def patient_engine_reads() -> Iterator[None]:
     """While this lasts, what the engine opens to read is read with patience."""
-    names = [
+    replacements = Replacements()
+    for owner, name, patient in (
         *_engine_names(),
         (torch.serialization, "open", _open),  # common.pt
         (filesystem.FileSystem, "create_stream", _create_stream),  # .metadata and the tensors
-    ]
-    before = [vars(place).get(name) for place, name, _ in names]
-    for place, name, patient in names:
-        setattr(place, name, patient)
+    ):
+        replacements.replace(owner, name, patient)
     try:
         yield
     finally:
-        for (place, name, _), value in zip(names, before, strict=True):
-            if value is None:
-                delattr(place, name)  # the built-in function was used
-            else:
-                setattr(place, name, value)
+        replacements.restore()
 
 
 def _engine_names() -> list[tuple[Any, str, Any]]:

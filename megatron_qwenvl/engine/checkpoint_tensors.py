@@ -2,7 +2,7 @@
 
 Relies on torch's index of a distributed checkpoint: which chunks a tensor has (`TensorStorageMetadata`), under which
 key a chunk's place is kept (`MetadataIndex` of name and offsets), and that a place has `relative_path`, `offset` and
-`length`. Held by `tests/unit/engine/test_checkpoint_tensors.py`.
+`length`. Held by `tests/unit/engine/test_checkpoint_files.py`.
 """
 
 from __future__ import annotations

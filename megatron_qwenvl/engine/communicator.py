@@ -1,4 +1,8 @@
-"""Pipeline messages without the gradients that nobody needs."""
+"""Pipeline messages without the gradients that nobody needs.
+
+Relies on every message of the pipeline schedules going through `P2PCommunicator._communicate`, which is told by the
+keywords `tensor_send_prev` and `recv_next` whether gradients travel. Held by `tests/unit/engine/test_communicator.py`.
+"""
 
 from __future__ import annotations
 

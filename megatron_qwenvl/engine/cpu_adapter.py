@@ -4,6 +4,11 @@ megatron-core names CUDA in a few places where the device does not matter to the
 element, receive buffers, the random state that activation recomputation restores. On a CPU run `adapt_engine`
 answers those places with the CPU equivalent. Nothing of the engine's logic is replaced, and nothing at all is
 touched when a GPU is used. The places were read in the versions that `versions` names; it refuses others on CPU.
+
+Relies on these places being all of them: `torch.cuda.current_device`, `synchronize`, `current_stream`, `manual_seed`
+and the random state; `device="cuda"` in the constructors that the modules `clip_grads`, `optimizer`, `schedules` and
+`utils` call on their global `torch`; parameters sorted by `Tensor.type()`. Held by
+`tests/unit/engine/test_cpu_adapter.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ import types
 from typing import Any
 
 import torch
+
+from .replacements import Replacements
 
 _CPU = torch.device("cpu")
 
@@ -39,26 +46,27 @@ def _on_cpu(constructor: Any) -> Any:
     return construct
 
 
+_ADAPTED = Replacements()
+"""What stands in torch and megatron-core now; of the process, as those are."""
+
+
 def adapt_engine() -> None:
     """Make megatron-core use the CPU in this process; idempotent."""
-    if getattr(torch.cuda.current_device, "on_cpu", False):
-        return
-    _adapt_devices()
-    _adapt_random_state()
-    _adapt_constructors()
+    if not _ADAPTED:
+        _adapt_devices()
+        _adapt_random_state()
+        _adapt_constructors()
 
 
-def _current_device() -> torch.device:
-    return _CPU
-
-
-_current_device.on_cpu = True  # type: ignore[attr-defined]
+def restore_engine() -> None:
+    """Undo `adapt_engine`: torch and megatron-core are as they were."""
+    _ADAPTED.restore()
 
 
 def _adapt_devices() -> None:
-    torch.cuda.current_device = _current_device  # type: ignore[assignment]
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
+    _ADAPTED.replace(torch.cuda, "current_device", lambda: _CPU)
+    _ADAPTED.replace(torch.cuda, "synchronize", lambda device=None: None)
+    _ADAPTED.replace(torch.cuda, "current_stream", lambda device=None: None)
     original = torch.Tensor.type
 
     def cuda_named_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +74,7 @@ def _adapt_devices() -> None:
         result = original(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
-    torch.Tensor.type = cuda_named_type  # type: ignore[assignment,method-assign]
+    _ADAPTED.replace(torch.Tensor, "type", cuda_named_type)
 
 
 def _adapt_random_state() -> None:
@@ -78,11 +86,11 @@ def _adapt_random_state() -> None:
     def set_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    torch.cuda.get_rng_state = get_state
-    torch.cuda.set_rng_state = set_state
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    random._get_cuda_rng_state = get_state
-    random._set_cuda_rng_state = set_state
+    _ADAPTED.replace(torch.cuda, "get_rng_state", get_state)
+    _ADAPTED.replace(torch.cuda, "set_rng_state", set_state)
+    _ADAPTED.replace(torch.cuda, "manual_seed", torch.manual_seed)
+    _ADAPTED.replace(random, "_get_cuda_rng_state", get_state)
+    _ADAPTED.replace(random, "_set_cuda_rng_state", set_state)
 
 
 def _adapt_constructors() -> None:
@@ -92,4 +100,4 @@ def _adapt_constructors() -> None:
 
     stand_in = _CpuTorch()
     for module in (clip_grads, optimizer, schedules, utils):
-        module.torch = stand_in
+        _ADAPTED.replace(module, "torch", stand_in)

@@ -1,4 +1,9 @@
-"""Start and stop of the parallel engine: device, process groups, megatron-core's parallel state, kernels."""
+"""Start and stop of the parallel engine: device, process groups, megatron-core's parallel state, kernels.
+
+Relies on `parallel_state` making all process groups, on `ProcessGroupCollection.use_mpu_process_groups` handing them
+out by name (`tp`, `pp`, `dp`, `mp`), and on the seeds of `model_parallel_cuda_manual_seed`. Held by
+`tests/unit/engine/test_start.py`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ from megatron_qwenvl.runtime.temporary import choose_temporary_directory
 
 from . import adamw
 from .backends import LayerBackend, choose_backend
-from .cpu_adapter import adapt_engine
+from .cpu_adapter import adapt_engine, restore_engine
 from .versions import check_version
 
 logger = logging.getLogger(__name__)
@@ -161,10 +166,13 @@ def start_engine(config: RunConfig, process: ProcessInfo | None = None) -> Runti
 
 
 def stop_engine() -> None:
-    """Leave the run: destroy process groups and parallel state."""
+    """Leave the run: process groups and parallel state are destroyed, torch and megatron-core as they were. The engine
+    can be started again."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    adamw.uninstall()
+    restore_engine()
 
 
 def is_lost_peer(error: Exception) -> bool:

@@ -126,6 +126,20 @@ def test_every_listed_name_is_used() -> None:
     assert ALLOWED.keys() - used == set()
 
 
+def test_every_touch_point_says_what_it_relies_on_and_names_its_contract_test() -> None:
+    """The modules of `engine/` that import megatron-core or torch's distributed parts."""
+    silent = []
+    for path in sorted((ROOT / "engine").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        touches = any(module.startswith(ENGINE_MODULES) for _, module in imported_modules(tree, PACKAGE))
+        docstring = ast.get_docstring(tree) or ""
+        tests = [word.strip("`.,") for word in docstring.split() if "tests/unit/engine/" in word]
+        there = all((ROOT.parent / test).is_file() for test in tests)
+        if touches and ("Relies on" not in docstring or not tests or not there):
+            silent.append(path.name)
+    assert silent == []
+
+
 @pytest.mark.parametrize(
     ("file", "source", "found"),
     [

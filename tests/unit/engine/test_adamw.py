@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+from megatron.core import optimizer as core_optimizer
+from megatron.core.optimizer import distrib_optimizer
 
+from megatron_qwenvl.engine import adamw
 from megatron_qwenvl.engine.adamw import AdamW
+from megatron_qwenvl.runtime.processes import ProcessInfo
+from tests.distributed.harness import run_ranks
+
+from .cases import optimizing_config, with_gradients
 
 
 def test_equals_torch_adamw_over_steps() -> None:
@@ -41,3 +50,42 @@ def test_state_has_the_fused_layout() -> None:
 def test_what_it_cannot_do_is_refused(argument: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match=f"AdamW: expected {next(iter(argument))}="):
         AdamW([torch.nn.Parameter(torch.ones(1))], **argument)  # type: ignore[arg-type]
+
+
+NAMES = [
+    (core_optimizer, "Adam"),
+    (core_optimizer, "USING_PYTORCH_OPTIMIZER"),
+    (distrib_optimizer, "Adam"),
+    (distrib_optimizer, "HAVE_APEX_OR_TE"),
+    (distrib_optimizer, "USING_APEX_OPTIMIZER"),
+]
+
+
+def test_the_names_by_which_the_engine_finds_its_adam_are_there() -> None:
+    for module, name in NAMES:
+        assert name in vars(module), f"{module.__name__}.{name} is gone: adamw.install has no effect"
+        assert name in inspect.getsource(module).replace(f"{name} =", ""), (
+            f"{module.__name__} never asks for {name}"
+        )
+
+
+def test_uninstall_puts_everything_back() -> None:
+    before = [vars(module)[name] for module, name in NAMES]
+    adamw.install("torch")
+    assert core_optimizer.Adam is distrib_optimizer.Adam is AdamW
+    adamw.install("torch")
+    adamw.uninstall()
+    assert [vars(module)[name] for module, name in NAMES] == before
+
+
+def built(process: ProcessInfo, sharded: bool) -> None:
+    _, optimizer = with_gradients(process, optimizing_config(sharded))
+    kinds = {type(part.optimizer) for part in optimizer.chained_optimizers}  # type: ignore[attr-defined]
+    assert kinds == {AdamW}
+    optimizer.step()
+    assert {group["step"] for group in optimizer.param_groups} == {1}
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "not sharded"])
+def test_the_engine_builds_this_adamw_with_arguments_that_it_knows(sharded: bool) -> None:
+    run_ranks(1, built, sharded)
