@@ -156,7 +156,10 @@ OPTIMIZATION = [
     ),
     Mutant(
         "sequence parallelism: gradients of norms are not summed", SPECS,
-        "parameter.sequence_parallel = config.sequence_parallel  # type", "parameter.sequence_parallel = False  # type",
+        "dtype=config.params_dtype)\n        for parameter in norm.parameters():\n"
+        "            parameter.sequence_parallel = config.sequence_parallel",
+        "dtype=config.params_dtype)\n        for parameter in norm.parameters():\n"
+        "            parameter.sequence_parallel = False",
         TENSOR_PARALLEL,
     ),
     Mutant(
