@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
-from megatron_qwenvl.checkpoint.run.sharded_folder import FolderSave
 from megatron_qwenvl.checkpoint.run.ranks import Ranks
+from megatron_qwenvl.checkpoint.run.sharded_folder import FolderSave
 from megatron_qwenvl.engine.checkpoint_state import (
     StatePlan,
     check_coverage,
