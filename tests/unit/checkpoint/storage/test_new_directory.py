@@ -15,7 +15,7 @@ from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest,
 from megatron_qwenvl.checkpoint.storage.new_directory import new_directory
 from megatron_qwenvl.commands import convert_checkpoint
 
-from .hf_cases import TINY, random_weights, write_hf
+from ..hf_cases import TINY, random_weights, write_hf
 
 
 def test_a_neighbour_of_any_name_stays(tmp_path: Path) -> None:

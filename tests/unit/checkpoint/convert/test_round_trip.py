@@ -27,7 +27,7 @@ from megatron_qwenvl.config.schema import ModelConfig, RunConfig
 from megatron_qwenvl.model.positions import sincos_table
 from megatron_qwenvl.model.shapes import tensor_shapes
 
-from .hf_cases import (
+from ..hf_cases import (
     MIDDLE,
     TINY,
     as_hugging_face_clip,
@@ -53,7 +53,7 @@ def import_qwenvl(folder: Path, out: Path) -> Path:
     [(TINY, torch.float32), (TINY, torch.bfloat16), (MIDDLE, torch.bfloat16)],
     ids=["tiny fp32", "tiny bf16", "middle bf16"],
 )
-def test_published_to_ours_to_published_is_bitwise(
+def test_hf_to_megatron_to_hf_is_bitwise(
     tmp_path: Path, model: ModelConfig, dtype: torch.dtype, safetensors: bool
 ) -> None:
     weights = random_weights(model, dtype)

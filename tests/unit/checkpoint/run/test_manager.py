@@ -30,7 +30,7 @@ from megatron_qwenvl.engine import checkpoint_state
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 
-from .cases import CONFIG, failing, join, load_newest, save_steps, saving, state
+from ..cases import CONFIG, failing, join, load_newest, save_steps, saving, state
 
 
 def names(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import ModelConfig
 from megatron_qwenvl.model.positions import sincos_table
 
-from .hf_cases import (
+from ..hf_cases import (
     MIDDLE,
     TINY,
     as_hugging_face_clip,

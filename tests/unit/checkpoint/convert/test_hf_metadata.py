@@ -18,7 +18,7 @@ from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 from megatron_qwenvl.model.positions import sincos_table
 
-from .hf_cases import TINY, random_weights, write_hf
+from ..hf_cases import TINY, random_weights, write_hf
 
 CHAT: dict[str, Any] = {
     "chat_format": "chatml", "do_sample": True, "eos_token_id": 151643, "max_new_tokens": 1024, "max_window_size": 2048,

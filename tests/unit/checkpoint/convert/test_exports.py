@@ -14,7 +14,7 @@ from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwen
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 
-from .hf_cases import TINY, random_weights, write_hf
+from ..hf_cases import TINY, random_weights, write_hf
 
 TOKENIZER = (
     "qwen.tiktoken", "tokenizer_config.json", "tokenization_qwen.py", "special_tokens_map.json",

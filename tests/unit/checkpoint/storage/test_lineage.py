@@ -22,7 +22,7 @@ from megatron_qwenvl.commands import convert_checkpoint
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig, Stage
 
-from .hf_cases import TINY, random_weights, write_hf
+from ..hf_cases import TINY, random_weights, write_hf
 
 
 def manifest_of(origin: str, **more: object) -> Manifest:

@@ -13,7 +13,7 @@ from megatron_qwenvl.checkpoint.formats.config_keys import NAMES
 from megatron_qwenvl.checkpoint.formats.model_checks import vit_problems
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 
-from .hf_cases import TINY, config_json, random_weights, write_hf
+from ..hf_cases import TINY, config_json, random_weights, write_hf
 from .test_model_checks import CLIP, OLD_QWEN, VIT, compared
 
 SECTIONS: dict[str, tuple[str, ...]] = {

@@ -17,7 +17,7 @@ from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.engine.checkpoint_index import INDEX_NAME, read_index
 from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
-from .hf_cases import TINY, random_weights, write_hf
+from ..hf_cases import TINY, random_weights, write_hf
 
 TABLE = torch.arange(24.0).reshape(6, 4)
 SPECS = {"table": TensorSpec((6, 4), torch.float32), "scale": TensorSpec((), torch.float32)}

@@ -28,8 +28,8 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import small_config
 
-from .cases import failing
-from .hf_cases import TINY, random_weights, write_hf
+from ..cases import failing
+from ..hf_cases import TINY, random_weights, write_hf
 
 VICTIM = "decoder.final_layernorm.weight"
 

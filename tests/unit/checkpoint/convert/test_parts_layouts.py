@@ -19,7 +19,7 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import small_config
 
-from .hf_cases import MIDDLE, TINY, random_weights, write_hf, write_parts
+from ..hf_cases import MIDDLE, TINY, random_weights, write_hf, write_parts
 
 
 def config_of(model: ModelConfig, **changes: object) -> RunConfig:

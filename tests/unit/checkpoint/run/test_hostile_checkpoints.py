@@ -21,7 +21,7 @@ from megatron_qwenvl.engine.checkpoint_index import read_index
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 
-from .cases import CONFIG, failing, join, load_newest, save_steps, state
+from ..cases import CONFIG, failing, join, load_newest, save_steps, state
 
 
 class Payload:

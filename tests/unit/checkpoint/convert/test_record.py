@@ -19,7 +19,7 @@ from megatron_qwenvl.checkpoint.storage.new_directory import MAKER_NAME, new_dir
 from megatron_qwenvl.commands import convert_checkpoint
 from megatron_qwenvl.runtime.identity import ProcessIdentity
 
-from .hf_cases import TINY, random_weights, write_hf, write_parts
+from ..hf_cases import TINY, random_weights, write_hf, write_parts
 from .test_tool import became, run
 
 COMMANDS = ("next-stage", "import-qwenvl", "import-parts", "export-qwenvl")

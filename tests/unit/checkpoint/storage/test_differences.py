@@ -27,7 +27,7 @@ from megatron_qwenvl.checkpoint.storage.differences import BLOCK_ELEMENTS, measu
 from megatron_qwenvl.engine.checkpoint_index import read_index
 from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
-from .hf_cases import TINY, random_weights, write_hf
+from ..hf_cases import TINY, random_weights, write_hf
 
 LONG = 3 * BLOCK_ELEMENTS + 5
 

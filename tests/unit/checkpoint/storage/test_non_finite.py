@@ -21,8 +21,8 @@ from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 
-from .cases import join, saving, state
-from .hf_cases import TINY, open_clip_weights, random_weights, write_hf, write_parts
+from ..cases import join, saving, state
+from ..hf_cases import TINY, open_clip_weights, random_weights, write_hf, write_parts
 
 TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

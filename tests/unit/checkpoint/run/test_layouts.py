@@ -35,8 +35,8 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import build_runner, make_batch, share, small_config
 from tests.reference_model import ReferenceModel
 
-from .cases import failing
-from .hf_cases import random_weights, write_hf
+from ..cases import failing
+from ..hf_cases import random_weights, write_hf
 
 EIGHT_HEADS = ModelConfig(
     vision=VisionConfig(layers=4, width=32, heads=8, mlp_hidden=48, position_grid=4),

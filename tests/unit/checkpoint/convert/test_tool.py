@@ -18,7 +18,7 @@ from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest,
 from megatron_qwenvl.checkpoint.storage.writing import FileRecord
 from megatron_qwenvl.commands import convert_checkpoint
 
-from .hf_cases import TINY, random_weights, write_hf, write_parts
+from ..hf_cases import TINY, random_weights, write_hf, write_parts
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -184,7 +184,7 @@ def test_verify_names_what_is_wrong(
 
 
 def test_a_wrong_path_is_one_line_without_traceback(tmp_path: Path) -> None:
-    tool = Path(__file__).parents[3] / "tools/convert_checkpoint.py"
+    tool = Path(__file__).parents[4] / "tools/convert_checkpoint.py"
     command = [sys.executable, str(tool), "inspect", str(tmp_path / "nothing")]
     environment = {**os.environ, "PYTHONPATH": str(tool.parents[1])}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

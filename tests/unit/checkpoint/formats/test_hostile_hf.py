@@ -27,7 +27,7 @@ from megatron_qwenvl.checkpoint.storage.manifest import MANIFEST_NAME, read_mani
 from megatron_qwenvl.checkpoint.storage.new_directory import MAKER_NAME, make_tmp_dir, remove_leftovers
 from megatron_qwenvl.checkpoint.storage.safetensors_files import read_header
 
-from .hf_cases import TINY, config_json, random_weights, write_hf
+from ..hf_cases import TINY, config_json, random_weights, write_hf
 
 DEEP = {
     "cut": "[" * 100_000,
@@ -218,7 +218,7 @@ def test_a_strict_terminal_is_told_strange_names(tmp_path: Path) -> None:
     config: dict[str, Any] = config_json(TINY, 448)
     config["visual"]["\ud800\n"] = 1
     (hf / "config.json").write_text(json.dumps(config))
-    tool = Path(__file__).parents[3] / "tools/convert_checkpoint.py"
+    tool = Path(__file__).parents[4] / "tools/convert_checkpoint.py"
     done = subprocess.run(
         [sys.executable, tool, "import-qwenvl", "--from", hf, "--out", tmp_path / "out", "--dry-run"],
         env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "LC_ALL": "C.UTF-8"},

@@ -15,7 +15,7 @@ from megatron_qwenvl.checkpoint.formats.model_checks import vit_problems
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.config.recipes import RECIPES
 
-from .hf_cases import (
+from ..hf_cases import (
     TINY,
     as_hugging_face_clip,
     config_json,
