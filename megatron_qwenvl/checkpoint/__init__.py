@@ -1,6 +1,9 @@
-"""Checkpoints: saving and resuming runs, weights from stage to stage and in and out of published formats.
+"""Checkpoints of runs, and conversions of weights between training stages and into and out of the Hugging Face format.
 
-`manager` saves and resumes, `weights` starts a run from other weights, `convert` and `examine` work on
-checkpoints without process groups and without building a model. Import from the modules: the converters do
-not need the training engine.
+storage   files, digests, manifests, lists of checkpoints
+formats   tensors and configurations of the two formats: `megatron` (this project's) and `hf` (Hugging Face's)
+convert   import, export, next stage, inspection and comparison, without process groups and without a model
+run       save, resume and initialize a run; its owner
+
+Import from the modules. `convert` and `run` never import each other.
 """

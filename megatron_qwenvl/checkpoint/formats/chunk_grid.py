@@ -14,8 +14,8 @@ _ROW_PARALLEL = re.compile(r"(linear_proj|linear_fc2)\.weight$")
 
 
 def chunk_grid(name: str, shape: Shape) -> tuple[int, int]:
-    """Axis and number of chunks in which a tensor is stored, so that a rank of a tensor-parallel run of up to 8
-    reads little more than its own part. Any layout can read any chunking."""
+    """Choose the axis and the number of chunks of a stored tensor, so that a rank of a tensor-parallel run of up to 8
+    reads little more than its own shard. Any parallel layout can read any chunks."""
     if _ROW_PARALLEL.search(name):
         return 1, math.gcd(shape[1], 8)
     if _COLUMN_PARALLEL.search(name):

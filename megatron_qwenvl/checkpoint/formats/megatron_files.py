@@ -1,4 +1,4 @@
-"""Distributed checkpoints tensor by tensor: without process group, without the model, with bounded memory."""
+"""Writing of distributed checkpoints without process groups, without the model and with bounded memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FolderFile:
 def finish_folder(
     folder: Path, specs: Mapping[str, TensorSpec], items: Iterable[StoredItem]
 ) -> dict[str, FileRecord]:
-    """Write what makes written files a folder that megatron-core loads: index, empty common part, format mark."""
+    """Complete a folder that megatron-core loads: write the index, an empty common state and the mark of the format."""
     tensors = {name: (spec, chunk_grid(name, spec.shape)) for name, spec in specs.items()}
     records = {**write_common(folder, {}), INDEX_NAME: write_tensor_index(folder, tensors, items)}
     sync_directory(folder)

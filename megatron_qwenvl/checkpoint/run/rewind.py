@@ -1,7 +1,7 @@
 """Going back to an older checkpoint without losing the newer ones.
 
-They are moved to `RUN/checkpoints/rewound_NNN/`, where the run's own search does not come: each is still a checkpoint
-that can be given by its path. `rewind.json` beside them says who went back where. A job that Slurm starts again
+They are moved to `RUN/checkpoints/rewound_NNN/`, where the run's own search does not look; each is still a checkpoint
+that can be given by its path. `rewind.json` beside them records who went back where. A job that Slurm starts again
 repeats its arguments; by that file it knows that it has gone back already.
 """
 
@@ -42,10 +42,10 @@ class Rewind:
 
 
 def of_step(checkpoints: Sequence[Path], step: int) -> Path:
-    """The checkpoint of a step.
+    """Find the checkpoint of a step.
 
     Raises:
-        CheckpointError: there is none; names those that there are.
+        CheckpointError: there is none; the message names the steps that have one.
     """
     steps = {step_of_resumable(path): path for path in checkpoints}
     if step not in steps:
@@ -60,7 +60,7 @@ def is_rewound(directory: Path, step: int) -> bool:
     """Whether the Slurm job of this process was started again after it had gone back to the step.
 
     Raises:
-        CheckpointError: it cannot be told, because a record cannot be read.
+        CheckpointError: unknown, because a record cannot be read.
     """
     job = own_job()
     if job is None or not job.restarts:
@@ -74,7 +74,7 @@ def is_rewound(directory: Path, step: int) -> bool:
 
 
 def move_newer_checkpoints(directory: Path, step: int) -> Rewind:
-    """Move the checkpoints of a run's folder that are newer than a step, the newest first, and record it.
+    """Move the checkpoints of a run's folder that are newer than a step, the newest first, and record that.
 
     Raises:
         OSError: the file system refuses.

@@ -1,6 +1,6 @@
 """One folder of a training checkpoint, written and read by all ranks.
 
-What is stored, `engine.checkpoint_state` says; here the ranks do it together. Writing is a plain function without
+`engine.checkpoint_state` defines what is stored; here the ranks do it together. Writing is a plain function without
 collectives, so that it can run in a thread while training continues, and failures reach every rank.
 """
 
@@ -103,7 +103,7 @@ class FolderSave:
 
 
 def _checked_plan(state: ShardedState, folder: Path, ranks: Ranks) -> StatePlan:
-    """The plan of this rank, after making sure that those of all ranks cover every tensor once. Collective."""
+    """Plan the save of this rank, and make sure that all ranks together cover every tensor once. Collective."""
 
     def take_apart() -> tuple[StatePlan, list[object]]:
         plan = StatePlan(state)
@@ -119,7 +119,7 @@ def load_folder(state: ShardedState, folder: Path, ranks: Ranks) -> ShardedState
     """Load a folder into this rank's shards, at any parallel layout. Collective.
 
     Args:
-        state: sharded state dict that says what this rank wants.
+        state: sharded state dict of the tensors that this rank needs.
         folder: folder written by `FolderSave` or by the streaming converter.
         ranks: all ranks.
 
@@ -127,8 +127,8 @@ def load_folder(state: ShardedState, folder: Path, ranks: Ranks) -> ShardedState
         `state`'s structure with plain tensors.
 
     Raises:
-        CheckpointError: on every rank; the folder holds more than data, its tensors are not those asked for, or a rank
-            cannot read them.
+        CheckpointError: on every rank, if the folder holds more than data, its tensors are not the requested ones, or a
+            rank cannot read them.
     """
     ranks.run_on_rank0(lambda: check_data_only(folder), "refused")
     return ranks.run_on_every_rank(lambda: load_state(state, folder), "cannot be loaded")

@@ -1,4 +1,4 @@
-"""How much room the checkpoints of a run take."""
+"""Disk space of a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def checkpoints_to_come(config: RunConfig, kept: int) -> int:
-    """Checkpoints that the run writes before the first one is removed: a new one is complete before an old one goes.
+    """Number of checkpoints that the run writes before the first one is removed: a new one is complete before that.
 
     Args:
         config: the run.

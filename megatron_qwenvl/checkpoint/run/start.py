@@ -1,4 +1,4 @@
-"""What a run starts from, told from manifests alone: its own newest checkpoint, given weights, or nothing.
+"""Start of a run, found by manifests alone: its own newest checkpoint, given weights, or fresh ones.
 
 Needs neither torch nor process groups, so that a run that cannot start is known before it holds its machines.
 """
@@ -21,24 +21,24 @@ from .rewind import is_rewound, of_step
 
 @dataclass(frozen=True)
 class Start:
-    """What a run would start from now."""
+    """Start that a run would make now."""
 
     checkpoint: Path | None
     """Directory of the checkpoint; None: fresh weights."""
     manifest: Manifest | None
     """Its manifest."""
     damaged: tuple[str, ...] = ()
-    """What is wrong with newer checkpoints that would be passed over, one line each."""
+    """Problems of newer checkpoints that would be passed over, one line each."""
     own: bool = False
-    """The checkpoint is one of the run's own: it goes on from there."""
+    """Whether the checkpoint is one of the run's own, from which it resumes."""
 
 
 def find_start(config: RunConfig, from_step: int | None = None) -> Start:
-    """The rules of a starting run, without digests: a file is compared by its size only.
+    """Find what a run would start from, by the rules of a starting run but without digests: files are compared by size.
 
     Args:
         config: the run.
-        from_step: go on from the checkpoint of this step, not from the newest one.
+        from_step: resume from the checkpoint of this step, not from the newest one.
 
     Raises:
         CheckpointError: all of the run's checkpoints are damaged; the weights to start from are missing or damaged;
@@ -103,7 +103,7 @@ def check_start(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None
 
 
 def check_resume(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None:
-    """Make sure that the run can go on from one of its own checkpoints.
+    """Make sure that the run can resume from one of its own checkpoints.
 
     Raises:
         CheckpointError: not a training checkpoint, of another stage or of another model shape.

@@ -1,4 +1,4 @@
-"""Weights between checkpoints and the model's sharded state, for runs that start from other weights."""
+"""Initialization of a run from other weights, through the model's sharded state."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class ModelChunk(Protocol):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedState:
-        """The chunk's tensors with their place in the full model."""
+        """Describe the chunk's tensors with their places in the full model."""
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> Any:
         """Copy tensors into the chunk."""
 
 
 def model_state(chunk: ModelChunk) -> ShardedState:
-    """The sharded state dict of a model chunk, as saving, loading and the optimizer's state need it."""
+    """Make the sharded state dict of a model chunk, for saving, loading and the optimizer's state."""
     return chunk.sharded_state_dict()
 
 
@@ -47,7 +47,7 @@ def fill_model(chunk: ModelChunk, loaded: ShardedState) -> None:
 
 
 def load_weights(path: Path, config: RunConfig, chunk: ModelChunk, ranks: Ranks | None = None) -> Manifest:
-    """Fill the model from any checkpoint, training or weights, written at any layout. Collective.
+    """Load the model's weights from any checkpoint, training or weights, written at any parallel layout. Collective.
 
     Args:
         path: checkpoint directory, a run's checkpoints folder or a run's directory.

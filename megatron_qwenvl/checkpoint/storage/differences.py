@@ -1,4 +1,4 @@
-"""How much two tensors differ, measured block by block in little memory beside the tensors."""
+"""Differences of two tensors, measured block by block in little memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 17
-"""Elements compared at a time: few enough that memory is reused and stays in the cache (4 times as fast as twice
-as many)."""
+"""Elements compared at a time: so few that the memory stays in the cache (4 times as fast as with twice as many)."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much two tensors of one shape differ."""
+    """Difference of two tensors of one shape."""
 
     elements: int
-    """Elements of each."""
+    """Elements of each tensor."""
     count: int
-    """Elements that are not equal bit by bit; of different types: that are not the same number."""
+    """Elements that differ in any bit; for tensors of different types: in value."""
     largest: float
     """Largest absolute difference; NaN where only one of two elements is."""
 
@@ -39,7 +38,7 @@ def measure(a: Tensor, b: Tensor) -> Difference:
 
 
 def total(parts: Iterable[Difference]) -> Difference:
-    """The difference of two tensors from those of all their parts."""
+    """Add up the differences of all pieces of two tensors."""
     elements, count, largest = 0, 0, torch.zeros((), dtype=torch.float64)
     for part in parts:
         elements += part.elements
@@ -52,13 +51,13 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The elements as integers: unlike numbers, equal NaNs are the same and 0.0 and -0.0 are not."""
+    """View the elements as integers: unlike numbers, equal NaNs are the same and 0.0 and -0.0 are not."""
     return tensor.view(_BITS[tensor.element_size()])
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one type hold the same bits; eight bytes at a time where that divides, which is three
-    times as fast."""
+    """Whether two tensors of one type hold the same bits; compares eight bytes at a time where that divides, which is
+    three times as fast."""
     size = a.element_size()
     if all(part * size % 8 == 0 for part in (a.numel(), a.storage_offset(), b.storage_offset())):
         return torch.equal(a.view(torch.int64), b.view(torch.int64))
@@ -66,7 +65,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _number_type(a: Tensor, b: Tensor) -> torch.dtype:
-    """A type that holds the values of both."""
+    """Find a type that holds the values of both."""
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 

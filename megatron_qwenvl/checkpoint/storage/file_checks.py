@@ -21,7 +21,7 @@ def no_progress(count: int) -> None:
 
 
 def size_problem(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with the file as far as its size tells, or None."""
+    """Compare a file with its recorded size; returns what is wrong, or None."""
     try:
         is_file, found = reads(path, lambda: (path.is_file(), path.stat().st_size if path.is_file() else 0))
     except OSError as error:
@@ -34,7 +34,7 @@ def size_problem(path: Path, record: FileRecord) -> str | None:
 
 
 def file_problem(path: Path, record: FileRecord, on_bytes: OnBytes = no_progress) -> str | None:
-    """What is wrong with the file, or None if it is what was recorded."""
+    """Compare a file with its recorded size and digest; returns what is wrong, or None."""
     if problem := size_problem(path, record):
         return problem
     digest = hashlib.sha256()
@@ -50,7 +50,7 @@ def file_problem(path: Path, record: FileRecord, on_bytes: OnBytes = no_progress
 
 
 def copy_file(source: Path, target: Path, record: FileRecord, on_bytes: OnBytes = no_progress) -> None:
-    """Copy durably, checking in the same pass that the source is what was recorded.
+    """Copy a file durably and compare the source with its record in the same pass.
 
     Raises:
         CheckpointError: the source is missing, truncated or damaged.

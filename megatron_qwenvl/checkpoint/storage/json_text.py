@@ -1,4 +1,4 @@
-"""JSON that others wrote: whatever is wrong with it is a ValueError, and messages show its content on one line."""
+"""JSON from foreign files: every mistake in it is a ValueError, and messages show its content on one line."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def _parts(value: object) -> list[Any]:
 
 
 def show_json(value: object) -> str:
-    """A JSON value for a message: in one line, strings in quotes, escaped, and cut where it is long."""
+    """Format a JSON value for a message: in one line, strings quoted and escaped, cut if it is long."""
     text = json.dumps(value, default=str)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def show_name(name: str) -> str:
-    """A key or a name for a message: as it is where it can be printed, else like a value."""
+    """Format a key or a name for a message: unchanged if it can be printed, else like a value."""
     return name if name.isprintable() and len(name) <= _LONGEST else show_json(name)

@@ -1,4 +1,4 @@
-"""Which weights may start which stage: one table for `next-stage` and for runs. Needs no torch."""
+"""Order of the training stages: which weights may start which stage. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _STARTS_FROM: dict[Stage, tuple[Origin, ...]] = {
 }
 
 
-def check_stage_order(checkpoint: Path, manifest: Manifest, stage: Stage, way_out: str) -> None:
-    """Make sure that the weights went through what comes before `stage`, to its end.
+def check_stage_order(checkpoint: Path, manifest: Manifest, stage: Stage, remedy: str) -> None:
+    """Make sure that the weights have finished the training stage before `stage`.
 
     Args:
-        checkpoint: their place, for the message.
-        manifest: what they are.
+        checkpoint: directory of the weights, for the message.
+        manifest: its manifest.
         stage: the stage to start.
-        way_out: how to do it anyway, for the message.
+        remedy: how to start it anyway, for the message.
 
     Raises:
         CheckpointError: another stage comes before, or the run that made the weights was not finished.
@@ -31,24 +31,24 @@ def check_stage_order(checkpoint: Path, manifest: Manifest, stage: Stage, way_ou
     if manifest.origin not in _STARTS_FROM[stage]:
         expected = " or ".join(_STARTS_FROM[stage])
         raise CheckpointError(
-            f"{checkpoint}: {stage} starts from {expected} weights, found {manifest.origin} ({way_out})"
+            f"{checkpoint}: {stage} starts from {expected} weights, found {manifest.origin} ({remedy})"
         )
     if manifest.steps is not None and manifest.step < manifest.steps:
         raise CheckpointError(
-            f"{checkpoint}: {manifest.origin} was not finished: step {manifest.step} of {manifest.steps} ({way_out})"
+            f"{checkpoint}: {manifest.origin} was not finished: step {manifest.step} of {manifest.steps} ({remedy})"
         )
 
 
 def check_run_start_order(checkpoint: Path, manifest: Manifest, stage: Stage) -> None:
-    """The same for a run of `stage` that starts from a training checkpoint as it is.
+    """Make sure of the same for a run of `stage` that starts from a training checkpoint directly.
 
-    The run's own stage is no skipped one: its weights may go through it once more, finished or not.
+    Weights of the run's own stage are accepted: they may go through it once more, finished or not.
 
     Raises:
         CheckpointError: see `check_order`.
     """
     if manifest.kind == "training" and manifest.origin != stage:
-        way_out = (
+        remedy = (
             f"make a start with: convert_checkpoint.py next-stage --to {stage}; --force there to do it anyway"
         )
-        check_stage_order(checkpoint, manifest, stage, way_out)
+        check_stage_order(checkpoint, manifest, stage, remedy)

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it is, and the size and digest of every file in it."""
+"""The manifest of a checkpoint: its description, with size and digest of every file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Origin = Literal["parts", "stage1", "stage2", "stage3", "published"]
 
 
 class HFMetadata(BaseModel):
-    """What a published directory says beside its weights. It is kept through stages and conversions, read by the
+    """Metadata beside the weights of a Hugging Face directory. It is kept through stages and conversions, read by the
     generator and written by an export. Code is not part of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,15 +39,15 @@ class HFMetadata(BaseModel):
     config: dict[str, Any] = {}
     """Other keys of its `config.json` that change neither tensors nor results; JSON values."""
     generation: dict[str, Any] | None = None
-    """Its `generation_config.json`, JSON values; none: it had none."""
+    """Its `generation_config.json`, JSON values; None: there was none."""
     tokenizer: str | None = None
-    """SHA-256 of its `qwen.tiktoken`, lower-case hexadecimal; none: it had none."""
+    """SHA-256 of its `qwen.tiktoken`, lower-case hexadecimal; None: there was none."""
     table_drift: float | None = None
-    """Largest difference of its adapter's position table from the constant one; none: rounding at most."""
+    """Largest difference of its adapter's position table from the constant one; None: rounding at most."""
 
     @property
     def chats(self) -> bool:
-        """Whether it is a chat model's."""
+        """Whether the weights are a chat model's."""
         return (self.generation or {}).get("chat_format") == "chatml"
 
 
@@ -57,18 +57,18 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     format: Literal[1] = 1
-    """Version of this layout."""
+    """Version of the manifest."""
     kind: Literal["training", "weights"]
     """`training`: weights, optimizer state and progress of a run; `weights`: weights alone."""
     origin: Origin
-    """What the weights went through last: `parts` (OpenCLIP ViT, Qwen-7B, new adapter), a training stage, or
+    """Last origin of the weights: `parts` (OpenCLIP ViT, Qwen-7B, new adapter), a training stage, or
     `published` (an imported Qwen-VL)."""
     start_of: Stage | None = None
-    """The stage that a weights checkpoint was made to start; none: any."""
+    """The stage that a weights checkpoint was made to start; None: any."""
     step: int = 0
     """Optimizer steps done in the stage `origin`."""
     steps: int | None = None
-    """Optimizer steps planned for the stage; none: not a training run or not known."""
+    """Optimizer steps planned for the stage; None: unknown, or not a training run."""
     recipe: str
     """Name of the run's recipe, or of the command that made the weights."""
     image_size: int | None = None
@@ -76,15 +76,15 @@ class Manifest(BaseModel):
     model: ModelConfig
     """Shape of the model."""
     parallel_sizes: dict[str, int] = Field({}, validation_alias="layout", serialization_alias="layout")
-    """Parallel sizes that wrote the checkpoint; information only, any layout can read it."""
+    """Sizes of the parallel layout that wrote the checkpoint, for information: any layout can read it."""
     hf_metadata: HFMetadata | None = Field(
         None, validation_alias="published", serialization_alias="published"
     )
-    """What is known of the published directory that the weights come from; none: nothing."""
+    """Metadata of the Hugging Face directory that the weights come from; None: unknown."""
     progress: dict[str, Any] = {}
-    """The run's counters and schedule, as given by the trainer; JSON values."""
+    """Counters and schedule of the run, as given by the trainer; JSON values."""
     files: dict[str, FileRecord] = {}
-    """Every file below the checkpoint directory but the manifest, by relative path."""
+    """Every file below the checkpoint directory except the manifest, by relative path."""
 
     @property
     def total_bytes(self) -> int:
@@ -92,7 +92,7 @@ class Manifest(BaseModel):
         return sum(record.bytes for record in self.files.values())
 
     def files_in(self, folder: str) -> dict[str, FileRecord]:
-        """The recorded files below `folder`, by path relative to the checkpoint directory."""
+        """Select the recorded files below `folder`, by path relative to the checkpoint directory."""
         return {name: record for name, record in self.files.items() if name.startswith(folder + "/")}
 
 
@@ -135,8 +135,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def model_differences(found: ModelConfig, expected: ModelConfig) -> list[str]:
-    """Fields in which two model shapes differ, as `field: expected x, found y`. Initialisation does not
-    count."""
+    """List the fields in which two model shapes differ, as `field: expected x, found y`; initialization is ignored."""
     flat_found, flat_expected = (
         {
             f"{part}.{field}": value

@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 MAKER_NAME = ".maker.json"
 _SUFFIX = re.compile(r"\.[0-9a-f]{12}\.tmp")
 _OLD_SECONDS = 24 * 3600.0
-"""Without a word from its maker, a directory in which nothing has changed for so long is left over."""
+"""If its maker is unknown, a directory that has not changed for so long is a leftover."""
 
 
 def check_places(path: Path, sources: Iterable[Path]) -> None:
-    """Make sure that what is made at `path` has nothing to do with the places of the sources.
+    """Make sure that a result at `path` and the sources do not lie inside one another.
 
     Raises:
-        CheckpointError: it and a source lie inside one another.
+        CheckpointError: they do.
     """
     target = path.resolve()
     for source in sources:
@@ -58,17 +58,17 @@ def check_target(path: Path, sources: Iterable[Path]) -> None:
 
 @contextmanager
 def new_directory(path: Path, sources: Iterable[Path] = ()) -> Iterator[Path]:
-    """Fill a directory aside and give it its name when it is complete; on failure nothing remains.
+    """Fill a temporary directory and give it its name when it is complete; after an error nothing remains.
 
-    The place aside has a name of its own, so nothing that was there before is touched, and of two runs with the same
-    `path` the later one fails. What killed runs with this `path` left aside is removed.
+    The temporary directory has a unique name, so that nothing that was there before is touched, and of two runs with
+    the same `path` the later one fails. Leftovers of killed runs with this `path` are removed.
 
     Args:
         path: directory to make.
-        sources: what is read meanwhile.
+        sources: files and directories that are read meanwhile.
 
     Raises:
-        CheckpointError: `path` exists, also if it came up meanwhile, or it and a source lie inside one another.
+        CheckpointError: `path` exists, or was created meanwhile, or it and a source lie inside one another.
     """
     check_target(path, sources)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def new_directory(path: Path, sources: Iterable[Path] = ()) -> Iterator[Path]:
 
 
 def make_tmp_dir(path: Path) -> Path:
-    """Make a directory beside `path` that nobody else has, with a note of this process in it."""
+    """Make a temporary directory with a unique name beside `path`, with a note of this process in it."""
     tmp_dir = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")
     tmp_dir.mkdir()
     maker = ProcessIdentity.of_this_process()
@@ -97,11 +97,11 @@ def make_tmp_dir(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path, tmp_dir: Path) -> None:
-    """Remove what killed processes left aside of `path`.
+    """Remove the temporary directories that killed processes left beside `path`.
 
     Args:
         path: directory that is about to be made.
-        aside: where this process fills it; was just made, so its time is the file system's own now.
+        tmp_dir: temporary directory of this process; just made, so that its time is the file system's present.
     """
     now = tmp_dir.stat().st_mtime
     for other in matching_entries(path.parent, "*.tmp"):
@@ -128,7 +128,7 @@ def _maker_of(directory: Path) -> ProcessIdentity | None:
 
 
 def _last_change(directory: Path) -> float:
-    """Newest modification time below a directory; that of a file that vanishes meanwhile is now, as somebody works."""
+    """Newest modification time below a directory; infinite if a file vanishes meanwhile, as a process works there."""
     try:
         return max(path.stat().st_mtime for path in (directory, *entries_below(directory)))
     except OSError:

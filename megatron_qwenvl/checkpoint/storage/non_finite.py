@@ -1,4 +1,4 @@
-"""NaN and infinity in tensors: looked for in integers, which costs little more than having the bytes in hand."""
+"""Search for NaN and infinity in tensors, by comparing integers, which costs little more than reading the bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS: dict[torch.dtype, tuple[torch.dtype, Any, int]] = {
     torch.float32: (torch.int32, np.uint32, 0x7F80_0000),
     torch.float64: (torch.int64, np.uint64, 0x7FF0_0000_0000_0000),
 }
-"""By type: integers of its size, and the bits of infinity. Larger ones are NaN; negative ones have the sign bit too."""
+"""Integers of each type's size, and the bits of infinity; larger ones are NaN, negative ones have the sign bit, too."""
 
 _NAMED = 8
 """Tensors that an error names; `verify` names all."""
@@ -26,10 +26,10 @@ _NAMED = 8
 
 @dataclass(frozen=True)
 class NonFinite:
-    """A tensor, or a part of one, that holds NaN or infinity."""
+    """A tensor, or a chunk of one, that holds NaN or infinity."""
 
     name: str
-    """The tensor."""
+    """Name of the tensor."""
     count: int
     """Elements that are not finite."""
     first: tuple[int, ...]
@@ -43,9 +43,9 @@ def find_non_finite(name: str, tensor: Tensor, offsets: tuple[int, ...] | None =
     """Look for NaN and infinity.
 
     Args:
-        name: of the tensor.
-        tensor: it, or a part of it; other than floating-point numbers are always finite.
-        offsets: where the part begins in the whole tensor, by axis, or on the first axes alone.
+        name: name of the tensor.
+        tensor: its values, or a chunk of them; types other than floating point are always finite.
+        offsets: where the chunk begins in the whole tensor, by axis; missing axes begin at 0.
     """
     if tensor.dtype not in _KINDS or _all_finite(tensor):
         return None
@@ -67,20 +67,20 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def merged(found: Iterable[NonFinite]) -> list[NonFinite]:
-    """One entry for each tensor, from those of its parts."""
+    """Merge the entries of each tensor's chunks."""
     tensors: dict[str, NonFinite] = {}
-    for part in found:
-        known = tensors.get(part.name)
-        tensors[part.name] = (
-            part
+    for chunk in found:
+        known = tensors.get(chunk.name)
+        tensors[chunk.name] = (
+            chunk
             if known is None
-            else NonFinite(part.name, known.count + part.count, min(known.first, part.first))
+            else NonFinite(chunk.name, known.count + chunk.count, min(known.first, chunk.first))
         )
     return list(tensors.values())
 
 
 def describe_non_finite(found: Iterable[NonFinite]) -> str:
-    """The tensors in one line; empty: there are none."""
+    """Describe the tensors in one line; empty if there are none."""
     tensors = merged(found)
     more = f"; and {len(tensors) - _NAMED} more tensors" if len(tensors) > _NAMED else ""
     return "; ".join(map(str, tensors[:_NAMED])) + more

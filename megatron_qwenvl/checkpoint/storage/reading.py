@@ -74,7 +74,7 @@ class FileSlice(io.RawIOBase):
 
 
 def open_whole(path: Path) -> FileSlice:
-    """A file, to be read with patience.
+    """Open a file whose reads are repeated while the file system refuses.
 
     Raises:
         OSError: it cannot be read.

@@ -22,38 +22,38 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a directory's name says; -1: not the name of a run's checkpoint."""
+    """Step in the name of a checkpoint; -1: not the name of a run's checkpoint."""
     match = _STEP_NAME.match(checkpoint.name)
     return int(match[1]) if match else -1
 
 
 def checkpoints_of_run(directory: Path) -> list[Path]:
-    """The checkpoints below a run's checkpoints folder, from new to old. A directory gets such a name when it is
+    """List the checkpoints in a run's checkpoints folder, from new to old. A directory gets such a name when it is
     complete."""
     found = reads(directory, lambda: matching_entries(directory, "step_*"))
     return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def replaced_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints that were renamed to make room for a new one of the same step, `step_X.old`."""
+    """List the checkpoints that were renamed to make room for a new one of the same step, `step_X.old`."""
     return reads(directory, lambda: matching_entries(directory, "step_*.old"))
 
 
 def resumable_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints that a run can resume from, from new to old: those of the folder, and those that a crash left
-    between the two renames by which a new checkpoint replaces one of the same step."""
+    """List the checkpoints that a run can resume from, from new to old: those of the folder, and those that a crash
+    left between the two renames by which a new checkpoint replaces one of the same step."""
     orphans = [path for path in replaced_checkpoints(directory) if not path.with_suffix("").exists()]
     return sorted([*checkpoints_of_run(directory), *orphans], key=step_of_resumable, reverse=True)
 
 
 def step_of_resumable(checkpoint: Path) -> int:
-    """The step of one of `resumable_checkpoints`."""
+    """Step of one of `resumable_checkpoints`."""
     return step_of(checkpoint.with_suffix(""))
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint directory that `path` means: itself, or the newest of a run's checkpoints folder or of the run's
-    directory.
+    """Find the checkpoint at `path`: the directory itself, or the newest checkpoint of a run's checkpoints folder or of
+    a run's directory.
 
     Raises:
         CheckpointError: there is none.
@@ -75,7 +75,7 @@ def _find(path: Path) -> Path | None:
 
 
 def _newest(directory: Path) -> Path | None:
-    """What the pointer names, or what is newer: a crash may leave a complete checkpoint that it does not name yet."""
+    """The checkpoint that the pointer names, or a newer complete one, as a crash may leave the pointer behind."""
     pointer = directory / POINTER_NAME
     named = (
         directory / reads(pointer, lambda: pointer.read_text(errors="replace")).strip()

@@ -1,7 +1,7 @@
 """safetensors files, read tensor by tensor and written in one pass.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the values.
-Reading maps nothing into memory, so what is resident is what was asked for.
+Reading maps nothing into memory, so that only the requested tensors are resident.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LARGEST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor and where its values begin in a file."""
+    """A tensor, and where its values begin in a file."""
 
     spec: TensorSpec
     path: Path
@@ -68,7 +68,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file.
+    """Read the header: the tensors of a file.
 
     Raises:
         CheckpointError: not a complete safetensors file.
@@ -127,7 +127,7 @@ def write_safetensors(
 
     Args:
         path: file to write.
-        specs: what the file will hold, in the order of `tensors`.
+        specs: the tensors of the file, in the order of `tensors`.
         tensors: names and values, produced one at a time; a tensor may come in pieces along its first axis.
 
     Raises:

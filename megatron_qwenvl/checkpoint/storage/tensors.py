@@ -1,4 +1,4 @@
-"""A tensor of a checkpoint: its full shape and type, and sources that give one block after another."""
+"""Tensors of a checkpoint: their full shapes and types, and sources that read them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TensorSource(Protocol):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """What there is to read."""
+        """Specs of all tensors by name."""
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into memory."""

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from .reading import BLOCK_BYTES
 
 _WRITE_OUT_BYTES = 16 << 20
-"""The disk starts on what was written whenever so much has come together."""
+"""The disk starts writing whenever so many new bytes have come together."""
 
 
 class FileRecord(BaseModel):
-    """What a file held when it was written."""
+    """Size and digest of a file when it was written."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +40,7 @@ class DurableWriter(io.RawIOBase):
         self._written = 0
         self._handed_over = 0
         self.failure: OSError | None = None
-        """Why a write failed; torch's own writer hides it."""
+        """Error of a failed write, which torch's own writer hides."""
 
     def writable(self) -> bool:
         """Always True."""
@@ -106,7 +106,7 @@ class DigestWriter(DurableWriter):
 
 @contextmanager
 def open_durable(path: Path) -> Iterator[DigestWriter]:
-    """Open a `DigestWriter` and close it at the end; call `sync` inside to get the record."""
+    """Open a `DigestWriter`, to be closed at the end; call `sync` before that to get the record."""
     with closing(DigestWriter(path)) as writer:
         yield writer
 
@@ -127,7 +127,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the names of a directory's entries durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
