@@ -36,7 +36,8 @@ def lose_the_run(process: ProcessInfo, config: Any) -> tuple[str, bool]:
             taker = RunOwner(run, 1000, replace(me, host="node17", boot_id="x"))
             taker.wait_until_free()
             taker.take()
-            taker._stopped.set()
+            assert taker._heartbeat is not None
+            taker._heartbeat.stop()
             before.update(tree(run))
         return train_step(*arguments)
 
@@ -45,9 +46,9 @@ def lose_the_run(process: ProcessInfo, config: Any) -> tuple[str, bool]:
         trainer.run()
     except CheckpointError as error:
         changed = [name for name, found in tree(run).items() if found != before.get(name)]
-        # The thread of a save aside was not stalled here, and may have been in the middle of its files.
-        aside = "checkpoints/step_00000002.tmp" if config.checkpoint.asynchronous else "nothing"
-        wrote = [name for name in changed if not name.endswith(".beat") and not name.startswith(aside)]
+        # The thread of a background save was not stalled here, and may have been in the middle of its files.
+        tmp_dir = "checkpoints/step_00000002.tmp" if config.checkpoint.asynchronous else "nothing"
+        wrote = [name for name in changed if not name.endswith(".beat") and not name.startswith(tmp_dir)]
         return str(error), runtime.is_main and bool(wrote)
     return "not ended", True
 
