@@ -20,14 +20,18 @@ TORCH_SOURCE ?= auto
 OTHER_PYTHON := $(if $(filter 3.11,$(SERIES)),python3.12,python3.11)
 ENGINE_TESTS := tests/distributed tests/unit/engine tests/unit/test_te_contract.py tests/end_to_end/test_resume.py \
   tests/end_to_end/test_saving.py tests/end_to_end/test_stages.py
+# What `make test-fast` runs beside the unit tests that are not marked slow: a training run, a generation, real ranks.
+SMOKE_TESTS := tests/distributed/test_model_equals_reference.py tests/recipe/test_generation_ends.py \
+  tests/end_to_end/test_metrics.py
 
-.PHONY: demo test test-engines test-engine docs mutants test-slurm slurm-packages lint setup gpu-check bench-convert clean
+.PHONY: demo test test-fast test-engines test-engine docs mutants test-slurm slurm-packages lint setup gpu-check bench-convert clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo 'make demo [TP=2 PP=2]  train a tiny model through the three stages on CPU and question it'
 	@echo 'make test              linters and all tests that need no GPU'
+	@echo 'make test-fast         after every edit: ruff and the quick tests of every room, within 90 s on two idle cores'
 	@echo 'make test-engines      distributed and resume tests with the megatron-core of $(OTHER_PYTHON), where there is one'
 	@echo 'make docs              the documentation as a site in site/'
 	@echo 'make mutants           break the source in one place after the other: are the tests able to fail? (MUTANTS=word)'
@@ -43,6 +47,10 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -m 'not gpu and not slurm'
+
+test-fast: $(INSTALLED)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not slurm' tests/unit $(SMOKE_TESTS)
 
 test-engines:
 	@if sh requirements/find_python.sh $(OTHER_PYTHON) >/dev/null; then $(MAKE) test-engine PYTHON=$(OTHER_PYTHON); \

@@ -25,6 +25,8 @@ from megatron_qwenvl.demo.records import POSSIBLE_ANSWERS, QUESTIONS, TASK_MAKER
 from megatron_qwenvl.demo.scenes import COLORS, Scene, draw, shape_scene, text_scene
 from tests.unit.data.test_tools import run_tool
 
+pytestmark = pytest.mark.slow
+
 PARTS = [*SOURCES, *(f"val/{source}" for source in SOURCES), *(f"test/{task}" for task in TEST_TASKS)]
 
 

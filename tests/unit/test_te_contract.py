@@ -20,6 +20,8 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import small_config
 
+pytestmark = pytest.mark.slow
+
 Description = dict[str, Any]
 
 

@@ -28,6 +28,8 @@ from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from .conftest import QWEN_VOCABULARY
 from .data_cases import mixed_samples, run_config, write_shard, write_source
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

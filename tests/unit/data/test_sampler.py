@@ -183,6 +183,7 @@ def test_adding_a_source_keeps_the_order_of_the_others(root: Path, byte_level: T
     assert of_a == names(alone, alone.global_batch(0))
 
 
+@pytest.mark.slow
 def test_the_work_for_a_large_step_grows_as_its_samples_do(root: Path, byte_level: Tokenizer) -> None:
     """Counted in calls, which unlike seconds are the same on any machine."""
 

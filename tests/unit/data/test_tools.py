@@ -19,6 +19,8 @@ from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from .conftest import QWEN_VOCABULARY
 from .data_cases import mixed_samples, write_shard
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from .stand_ins import PATIENCE, Site
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {
     "stage1_pretrain.sbatch": ("configure", "preflight", "work"),
     "next_stage.sbatch": ("preflight", "work"),

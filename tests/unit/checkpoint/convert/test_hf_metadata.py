@@ -20,6 +20,8 @@ from megatron_qwenvl.model.positions import sincos_table
 
 from ..hf_cases import TINY, random_weights, write_hf
 
+pytestmark = pytest.mark.slow
+
 CHAT: dict[str, Any] = {
     "chat_format": "chatml", "do_sample": True, "eos_token_id": 151643, "max_new_tokens": 1024, "max_window_size": 2048,
     "pad_token_id": 151643, "top_k": 0, "top_p": 0.5, "stop_words_ids": [[151645]], "repetition_penalty": 1.1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights
@@ -20,6 +21,8 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.model_cases import small_config
 
 from ..hf_cases import MIDDLE, TINY, random_weights, write_hf, write_parts
+
+pytestmark = pytest.mark.slow
 
 
 def config_of(model: ModelConfig, **changes: object) -> RunConfig:

@@ -22,6 +22,8 @@ from megatron_qwenvl.runtime.identity import ProcessIdentity
 from ..hf_cases import TINY, random_weights, write_hf, write_parts
 from .test_tool import became, run
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ("next-stage", "import-qwenvl", "import-parts", "export-qwenvl")
 
 

@@ -37,6 +37,8 @@ from ..hf_cases import (
     write_parts,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def load_published(folder: Path) -> dict[str, Tensor]:
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}

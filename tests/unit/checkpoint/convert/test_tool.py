@@ -20,6 +20,8 @@ from megatron_qwenvl.commands import convert_checkpoint
 
 from ..hf_cases import TINY, random_weights, write_hf, write_parts
 
+pytestmark = pytest.mark.slow
+
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Run the tool in this process."""

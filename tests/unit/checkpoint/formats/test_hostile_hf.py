@@ -212,6 +212,7 @@ def test_half_a_character_is_refused_in_words(tmp_path: Path) -> None:
         imported(tmp_path, {"chat_format": "\ud800"})
 
 
+@pytest.mark.slow
 def test_a_strict_terminal_is_told_strange_names(tmp_path: Path) -> None:
     """Neither a path of any bytes nor a key that is no text ends the tool with an encoding error."""
     hf = write_hf(tmp_path / "p\udcff", TINY, random_weights(TINY))

@@ -38,6 +38,8 @@ from tests.reference_model import ReferenceModel
 from ..cases import failing
 from ..hf_cases import random_weights, write_hf
 
+pytestmark = pytest.mark.slow
+
 EIGHT_HEADS = ModelConfig(
     vision=VisionConfig(layers=4, width=32, heads=8, mlp_hidden=48, position_grid=4),
     adapter=AdapterConfig(query_grid=2, heads=8),

@@ -445,6 +445,7 @@ def save_and_die(process: ProcessInfo, folder: Path, step: int, events: set[str]
     saves.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "step", "events", "moments"),
     [(1, 6, EVENTS, 15), (2, 5, RENAMING_EVENTS, 5)],
