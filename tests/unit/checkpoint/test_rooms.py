@@ -18,7 +18,7 @@ def test_the_docstring_of_a_room_names_its_modules(room: str) -> None:
     text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text()))
     assert text
     modules = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
-    missing = modules - set(re.findall(r"[a-z_]+", text))
+    missing = modules - set(re.findall(r"[a-z0-9_]+", text))
     assert not missing, f"not named: {sorted(missing)}"
-    gone = set(re.findall(r"^([a-z_]+) ", text, re.M)) - modules
+    gone = set(re.findall(r"^([a-z0-9_]+) ", text, re.M)) - modules
     assert not gone, f"named, but gone: {sorted(gone)}"
