@@ -80,7 +80,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
         runtime = start_engine(config, process)
         trainer = Trainer.build(config, runtime, stop, arguments.from_step)
         progress = trainer.run()
-        if runtime.is_main:
+        if runtime.is_rank0:
             how = "interrupted" if trainer.interrupted else "finished"
             logger.info("%s at step %d of %d", how, progress.step, config.train.steps)
         stop_engine()

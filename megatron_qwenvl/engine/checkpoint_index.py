@@ -35,7 +35,7 @@ _MARK = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-"""Tells megatron-core how a folder is to be read; 0.19 ignores the last two, 0.16 needs them."""
+"""Format of a folder, as megatron-core reads it; 0.19 ignores the last two entries, 0.16 needs them."""
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ADMITTED = {

@@ -65,7 +65,7 @@ def _open(path: Any, mode: str = "r", *more: Any, **options: Any) -> IO[Any]:
 
 
 def _stat(path: Any) -> os.stat_result | None:
-    """What is at the path; None: nothing. `os.path` would take any error for nothing."""
+    """Status of the path; None: it does not exist. `os.path` would take any error for that."""
     try:
         return reads(Path(path), lambda: os.stat(path))
     except (FileNotFoundError, NotADirectoryError):

@@ -45,7 +45,7 @@ ShardedState = dict[str, Any]
 """A megatron-core sharded state dict of this rank."""
 
 Item = tuple[MetadataIndex, Tensor | io.BytesIO]
-"""What is stored under which index."""
+"""A tensor or serialised object with its index."""
 
 
 def without_extra_state(state: ShardedState) -> ShardedState:
@@ -58,7 +58,7 @@ def without_extra_state(state: ShardedState) -> ShardedState:
 
 
 def is_gathered(state: ShardedState) -> bool:
-    """Whether the state is an optimizer's that megatron-core has gathered into host memory of its own, which
+    """Return whether the state is an optimizer's that megatron-core has gathered into host memory of its own, which
     training does not change."""
     return state.get("param_state_sharding_type") == "fully_reshardable"
 
@@ -76,7 +76,7 @@ def check_coverage(described: Sequence[list[ShardedBase]]) -> None:
 
 
 class StatePlan:
-    """What this rank stores of a state.
+    """Plan of the items that this rank stores of a state.
 
     Args:
         state: this rank's sharded state dict; consumed.
@@ -163,7 +163,7 @@ def load_state(state: ShardedState, folder: Path) -> ShardedState:
 
 
 def _failures(error: CheckpointException) -> str:
-    """What went wrong on which rank. From megatron-core 0.19 on every rank loads by itself and knows its own only."""
+    """Describe the failures by rank. From megatron-core 0.19 on every rank loads by itself and knows only its own."""
     failures = list(error.failures.items())[:4]
     if engine_is_at_least(0, 19):
         return "; ".join(str(reason) for _, (reason, _) in failures)

@@ -71,7 +71,7 @@ class DistributedFolder:
         return {place.relative_path for place in places if place is not None}
 
     def non_finite(self, file: str) -> list[NonFinite]:
-        """What is not finite in a file, read chunk by chunk; one entry for a chunk.
+        """Find the values of a file that are not finite, chunk by chunk; one entry for a chunk.
 
         Raises:
             CheckpointError: as `read`.

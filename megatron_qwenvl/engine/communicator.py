@@ -1,7 +1,7 @@
 """Pipeline messages without the gradients that nobody needs.
 
-Relies on every message of the pipeline schedules going through `P2PCommunicator._communicate`, which is told by the
-keywords `tensor_send_prev` and `recv_next` whether gradients travel. Held by `tests/unit/engine/test_communicator.py`.
+Relies on every message of the pipeline schedules going through `P2PCommunicator._communicate`, whose
+keywords `tensor_send_prev` and `recv_next` carry the gradients. Held by `tests/unit/engine/test_communicator.py`.
 """
 
 from __future__ import annotations

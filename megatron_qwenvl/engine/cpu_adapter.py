@@ -47,7 +47,7 @@ def _on_cpu(constructor: Any) -> Any:
 
 
 _ADAPTED = Replacements()
-"""What stands in torch and megatron-core now; of the process, as those are."""
+"""Replaced attributes of torch and megatron-core; one set for the process, because those are modules of the process."""
 
 
 def adapt_engine() -> None:

@@ -34,7 +34,7 @@ OPTIMIZER_METADATA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Update:
-    """What became of one optimizer step."""
+    """Outcome of one optimizer step."""
 
     grad_norm: float
     """Global L2 norm before clipping."""

@@ -28,5 +28,5 @@ class Replacements:
         self._before.clear()
 
     def __bool__(self) -> bool:
-        """Whether something is replaced."""
+        """Return whether something is replaced."""
         return bool(self._before)

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a run knows about its processes and devices; passed explicitly to whoever needs it."""
+    """Processes and devices of a run, from the point of view of one rank; passed explicitly."""
 
     process: ProcessInfo
     """Place of this process in the run."""
@@ -53,7 +53,7 @@ class Runtime:
     data_size: int
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         """Global rank 0: the one that logs and writes what is written once."""
         return self.process.rank == 0
 
@@ -134,7 +134,7 @@ def start_engine(config: RunConfig, process: ProcessInfo | None = None) -> Runti
         logger.warning(change)
     reads.seconds = config.runtime.patience_seconds
     device = choose_device(config.runtime.device, process.local_rank, process.launcher)
-    check_version(on_gpu=device.type == "cuda", speaks=process.rank == 0)
+    check_version(on_gpu=device.type == "cuda", log=process.rank == 0)
     kernels = choose_backend(config.runtime.kernels, on_gpu=device.type == "cuda")
     _prepare_device(device, config)
     if kernels.name != "te":
@@ -159,7 +159,7 @@ def start_engine(config: RunConfig, process: ProcessInfo | None = None) -> Runti
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
-    if runtime.is_main:
+    if runtime.is_rank0:
         logger.info("%d process(es) by %s on %s", process.world_size, process.launcher, device.type)
         logger.info(kernels.describe())
     return runtime

@@ -34,12 +34,12 @@ def installed_version() -> str:
 
 
 def engine_is_at_least(major: int, minor: int) -> bool:
-    """Whether the installed megatron-core is of this release or a later one; who asks is listed in `docs/engine.md`."""
+    """Return whether the installed megatron-core is of this release or a later one; `docs/engine.md` lists the uses."""
     installed = installed_version().split(".")
     return (int(installed[0]), int(installed[1])) >= (major, minor)
 
 
-def check_version(on_gpu: bool, speaks: bool = True) -> None:
+def check_version(on_gpu: bool, log: bool = True) -> None:
     """Compare the installed megatron-core with the tested one.
 
     On CPU another version is refused, because the adapter replaces names inside megatron-core. On GPUs nothing is
@@ -47,7 +47,7 @@ def check_version(on_gpu: bool, speaks: bool = True) -> None:
 
     Args:
         on_gpu: whether the run computes on GPUs.
-        speaks: whether this process logs the warning.
+        log: whether this process logs the warning.
 
     Raises:
         EngineVersionError: on CPU, naming both versions.
@@ -59,5 +59,5 @@ def check_version(on_gpu: bool, speaks: bool = True) -> None:
     found = f"megatron-core {tested} is tested with Python {python}, found {installed}"
     if not on_gpu:
         raise EngineVersionError(f"{found}: install megatron-core=={tested} or run on a GPU")
-    if speaks:
+    if log:
         logger.warning("%s: run the tests of tests/unit/engine with it before a long run", found)

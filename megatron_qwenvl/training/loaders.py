@@ -24,7 +24,7 @@ def make_sampler(
     config: RunConfig, tokenizer: Tokenizer, checkpoint: Path | None, first_step: int, ranks: Ranks
 ) -> StepSampler:
     """The sampler of the training steps, which goes on from what a checkpoint records of its data. Collective: rank 0
-    compares and tells, and all ranks follow the same history.
+    compares and logs, and all ranks follow the same history.
 
     Args:
         config: the run.
@@ -93,7 +93,7 @@ def make_loaders(
         build(first_step=first_step, sampler=sampler),
         build(split="validation") if validated else None,
     )
-    if runtime.is_main:
+    if runtime.is_rank0:
         for loader in filter(None, (training, validation)):
             for line in loader.sampler.source_notes():
                 logger.info(line)

@@ -146,9 +146,9 @@ class Trainer:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """The run is recorded and watched; however it ends, its directory is free afterwards."""
+        """Record and watch the run; however it ends, its directory is free afterwards."""
         self.metrics.event("start", **start_record(self.config, self.runtime, self.progress.step))
-        self.runtime.reset_peak_memory()  # what setting up took is not what training takes
+        self.runtime.reset_peak_memory()  # the peak of the set-up is not that of training
         self.watchdog.start()
         try:
             yield
@@ -165,21 +165,21 @@ class Trainer:
         return min(self.config.train.steps, self.config.train.stop_after or self.config.train.steps)
 
     def _steps(self) -> Iterator[StepData]:
-        """The data of every step still to do."""
+        """Load the data of every remaining step."""
         if self.progress.step >= self._last_step:
             return
         began = self._begin_step()
         for step in self.loader:
             batches = list(step)
             waited = time.monotonic() - began
-            self.data_log.tell(step, batches)
+            self.data_log.log_step(step, batches)
             yield StepData(batches, began, waited)
             if self.progress.step >= self._last_step:
                 return
             began = self._begin_step()
 
     def _begin_step(self) -> float:
-        """The time at which the next step begins."""
+        """Return the time at which the next step begins."""
         self.watchdog.alive(f"step {self.progress.step + 1}")
         return time.monotonic()
 
@@ -197,12 +197,12 @@ class Trainer:
 
     def _check_hold(self) -> None:
         """End on every rank once another start has taken the run over. Collective."""
-        if self.runtime.any_rank(self.runtime.is_main and self.hold.is_lost()):
+        if self.runtime.any_rank(self.runtime.is_rank0 and self.hold.is_lost()):
             self.hold.check()
             raise OwnershipLost(f"{self.config.run_dir}: the run was taken over by another start")
 
     def _record(self, report: StepReport, step: int, data: StepData, lr: float) -> None:
-        """Log a step with what it took on the rank that took most."""
+        """Log a step with the data wait and peak memory of the rank with most of each."""
         longest, peak = self.runtime.all_max([data.waited, self.runtime.peak_memory_bytes()])
         self.runtime.reset_peak_memory()
         repeated = self.data_log.take_repeated_reads()
@@ -211,11 +211,11 @@ class Trainer:
         self.metrics.train(step_metrics(self.config, report, cost, step, lr, world, reference))
 
     def _asked_to_stop(self) -> bool:
-        """Whether any rank was asked to stop before the last step; the same on every rank. Collective."""
+        """Return whether any rank was asked to stop before the last step; the same on every rank. Collective."""
         if self.progress.step >= self._last_step or not self.runtime.any_rank(self.stop.received()):
             return False
         self.interrupted = True
-        if self.runtime.is_main:
+        if self.runtime.is_rank0:
             why = self.stop.name or "a signal to another rank"
             then = "nothing to save" if self.saver.is_saved(self.progress.step) else "saving"
             logger.info("step %d: asked to stop (%s): %s", self.progress.step, why, then)
@@ -244,6 +244,6 @@ class Trainer:
         self.saver.check_last(step)
 
     def _worst_shards(self) -> str:
-        """The end of a message. Collective."""
+        """Describe the shards with most unreadable samples, as the end of a message. Collective."""
         worst = worst_shards(self.ranks.all_gather(self.unreadable.found))
         return f"; worst shards since this start: {worst}" if worst else ""

@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, a JSONL record and TensorBoard scalars per logged step."""
+"""Metrics of a run: a progress line, a JSONL record and TensorBoard scalars per logged step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step took."""
+    """Time and memory of a step."""
 
     seconds: float
     """Wall time from asking for its data to the end of its update on every rank."""
@@ -48,7 +48,7 @@ def mfu_reference(config: RunConfig, runtime: Runtime) -> float | None:
 
 
 def start_record(config: RunConfig, runtime: Runtime, step: int) -> dict[str, Any]:
-    """What a run computes on, from `step` on; the rates of its step records hold for this."""
+    """Record of the devices and versions of a run from `step` on, which the rates of its step records refer to."""
     return {
         "step": step,
         "device": runtime.device_name(),
@@ -150,24 +150,24 @@ class MetricsLog:
 
     Args:
         config: the run.
-        is_main: whether this is rank 0.
+        is_rank0: whether this is rank 0.
         first_step: steps done before.
         guard: called before every write; raises where the run is not this start's any more.
     """
 
     def __init__(
-        self, config: RunConfig, is_main: bool, first_step: int, guard: Callable[[], None] = lambda: None
+        self, config: RunConfig, is_rank0: bool, first_step: int, guard: Callable[[], None] = lambda: None
     ) -> None:
         self._config = config
         self._guard = guard
-        self._writes = is_main
+        self._writes = is_rank0
         self._file: RecordFile | None = None
         self._board: Any = None
         self._has_board = config.logging.tensorboard and find_spec("tensorboard") is not None
         self._failing = False
         self._began = time.monotonic()
         self._first_step = first_step
-        if is_main:
+        if is_rank0:
             if config.logging.tensorboard and not self._has_board:
                 logger.warning(
                     "logging.tensorboard: expected the package tensorboard, found none; metrics.jsonl alone"
@@ -177,7 +177,7 @@ class MetricsLog:
                 self._board = self._open_board(first_step)
 
     def due(self, step: int, applied: bool) -> bool:
-        """Whether a step (from 0) is logged; the same on every rank."""
+        """Return whether a step (from 0) is logged; the same on every rank."""
         return (step + 1) % self._config.logging.interval == 0 or not applied
 
     def train(self, record: dict[str, Any]) -> None:

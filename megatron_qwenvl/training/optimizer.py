@@ -31,7 +31,7 @@ def tag_parameters(stage: QwenVLStage, config: RunConfig) -> None:
 
 
 def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """What differs from the default for some parameters.
+    """Build the overrides of parameters that differ from the default.
 
     - No weight decay for 1-D parameters: biases and norms. Weights, embeddings, the position table and the
       adapter's queries decay.

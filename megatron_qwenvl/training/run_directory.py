@@ -1,4 +1,4 @@
-"""What a start leaves in its run directory beside checkpoints and metrics: its configuration and `environment/`."""
+"""Files of a start in its run directory beside checkpoints and metrics: its configuration and `environment/`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _tell_changes(folder: Path, config: RunConfig) -> None:
 
 
 def _configuration_before(folder: Path) -> dict[Any, Any] | None:
-    """The configuration of the start before; None if there was none, or if its file is lost, which is told."""
+    """Read the configuration of the previous start; None if there was none, or if its file is lost, which is logged."""
     path = folder / CONFIG
     try:
         found = yaml.safe_load(reads(path, lambda: path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run while it trains: save, complete, and tell what became of it."""
+"""Saves of a run while it trains: begin them, complete them, report them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class RunSaver:
     """Saves the checkpoints of a run. All methods are collective.
 
     A save that fails ends the run or not, as `checkpoint.on_failure` says. The manager lets every rank know of every
-    failure, so all of them go on or end together.
+    failure, so all of them continue or end together.
 
     Args:
         settings: the section `checkpoint` of the configuration.
         checkpoints: the run's checkpoints.
         metrics: where saves are recorded.
-        watchdog: is told that a save may take longer than a step.
+        watchdog: allows a save more time than a step.
         saved_step: step of the checkpoint that the run goes on from; -1: none.
     """
 
@@ -56,7 +56,7 @@ class RunSaver:
         """Step of the newest complete checkpoint; -1: none."""
 
     def is_saved(self, step: int) -> bool:
-        """Whether there is nothing to lose: the newest checkpoint is of this step, or there has been no step yet."""
+        """Return whether the newest checkpoint is of this step, or there has been no step yet."""
         return step in (0, self.saved_step)
 
     def save(
@@ -68,7 +68,7 @@ class RunSaver:
             progress: the counters.
             model: this rank's part of the model.
             optimizer: its optimizer.
-            history: what the run's data was.
+            history: record of the run's data up to this step.
 
         Raises:
             CheckpointError: it failed, or the one before did, and failures end the run.
@@ -113,7 +113,7 @@ class RunSaver:
 
     @contextmanager
     def _patience(self, step: int) -> Iterator[None]:
-        """A save, or its completion, may take longer than a step before the run counts as hanging."""
+        """Allow a save, or its completion, more time than a step before the run counts as hanging."""
         self._watchdog.alive(f"the save at step {step}", 60 * self._settings.timeout_minutes)
         try:
             yield
@@ -121,7 +121,7 @@ class RunSaver:
             self._watchdog.alive(f"what follows step {step}")
 
     def _report(self, step: int, action: Callable[[], SaveReport | None]) -> None:
-        """Do something with checkpoints and tell what was saved."""
+        """Run an action of the checkpoint manager and report what it saved, or its failure."""
         try:
             with self._patience(step):
                 saved = action()
@@ -134,9 +134,9 @@ class RunSaver:
             return
         if saved is not None:
             self.saved_step = saved.step
-            self._tell(saved)
+            self._log_saved(saved)
 
-    def _tell(self, saved: SaveReport) -> None:
+    def _log_saved(self, saved: SaveReport) -> None:
         seconds, stall = saved.total_seconds, saved.stall_seconds
         self._metrics.event("save", step=saved.step, seconds=seconds, stall=stall, bytes=saved.bytes)
         if self._checkpoints.ranks.is_rank0:

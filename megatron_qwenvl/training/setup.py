@@ -1,7 +1,7 @@
-"""What happens before the first step, in two parts.
+"""Set-up of a run before its first step, in two parts.
 
-`prepare_run` does all that can refuse to start and changes nothing in the run's directory; `take_over_run` makes this
-start the directory's one owner and writes there what a start writes.
+`prepare_run` does everything that can refuse to start, and changes nothing in the run's directory; `take_over_run`
+makes this start the directory's only owner and records it there.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class PreparedRun:
     runner: StepRunner
     optimizer: MegatronOptimizer
     progress: Progress
-    """Where it goes on from."""
+    """Counters of the checkpoint that it resumes from."""
     loader: StepLoader
     validation: StepLoader | None
     resumed: bool
-    """It goes on from a checkpoint of its own."""
+    """It resumes from a checkpoint of its own."""
     rewinds: bool
-    """It goes on from an older one than its newest."""
+    """It resumes from an older checkpoint than its newest."""
 
 
 def prepare_run(config: RunConfig, runtime: Runtime, from_step: int | None) -> PreparedRun:
@@ -72,7 +72,7 @@ def prepare_run(config: RunConfig, runtime: Runtime, from_step: int | None) -> P
         DataError: data that does not fit the configuration.
     """
     partition = make_partition(config, runtime.data_size)
-    if runtime.is_main:
+    if runtime.is_rank0:
         announce(config, partition.describe())
     checkpoints, owner = look_at_run_directory(config)
     with refused_if_owned(owner, checkpoints.ranks):
@@ -113,7 +113,7 @@ def look_at_run_directory(config: RunConfig) -> tuple[CheckpointManager, RunOwne
 
 
 def take_over_run(config: RunConfig, runtime: Runtime, run: PreparedRun) -> tuple[Hold, MetricsLog]:
-    """Become the owner of the run's directory and write there what a start writes. Collective.
+    """Become the owner of the run's directory, and record this start there. Collective.
 
     Returns:
         The hold on the directory, and the metrics, in which a rewind is recorded.
@@ -130,7 +130,7 @@ def take_over_run(config: RunConfig, runtime: Runtime, run: PreparedRun) -> tupl
             f"{folder}: the start cannot be recorded",
         )
         rewind = move_newer_checkpoints(run.checkpoints, run.progress.step) if run.rewinds else None
-        metrics = MetricsLog(config, runtime.is_main, run.progress.step, hold.check)
+        metrics = MetricsLog(config, runtime.is_rank0, run.progress.step, hold.check)
         if rewind:
             metrics.event("rewind", step=rewind.to_step, **asdict(rewind))
     return hold, metrics
@@ -159,7 +159,7 @@ def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks
     else:
         hf_metadata = load_weights(Path(config.checkpoint.init_from), config, stage, ranks).hf_metadata
         source = config.checkpoint.init_from
-    if runtime.is_main:
+    if runtime.is_rank0:
         logger.info("weights: %s", source)
     return hf_metadata
 
@@ -183,13 +183,13 @@ def resume(
         fill_model(stage, loaded.model)
         restore_optimizer(optimizer, loaded.optimizer)
     progress = Progress.from_saved(loaded.manifest.progress)
-    if runtime.is_main:
+    if runtime.is_rank0:
         logger.info("resumed from %s at step %d", checkpoint, progress.step)
     return progress
 
 
 def move_newer_checkpoints(checkpoints: CheckpointManager, step: int) -> Rewind:
-    """Move the checkpoints after the one that the run was told to go on from, and say where they are. Collective.
+    """Move the checkpoints that are newer than the one that `--from-step` names, and log where they are. Collective.
 
     Raises:
         CheckpointError: they cannot be moved.

@@ -32,7 +32,7 @@ from .optimizer import tag_parameters
 
 @dataclass
 class StepReport:
-    """What a step did, the same on every rank."""
+    """Loss and counts of a step, the same on every rank."""
 
     loss: float
     """Mean cross-entropy per supervised token of the global batch, in nats; NaN where there is none."""

@@ -32,7 +32,7 @@ def slide(recent: Recent, seen: int, samples: int, unreadable: int, window: int)
 
 
 def too_many(recent: Recent, batch: int, window: int, share: float) -> bool:
-    """Whether more than `share` of the window could not be read.
+    """Return whether more than `share` of the window could not be read.
 
     A window that is not full yet counts as a full one, so that a few bad samples at the start of a run are no verdict.
 

@@ -30,7 +30,7 @@ def lose_the_run(process: ProcessInfo, config: Any) -> tuple[str, bool]:
     train_step = trainer._train
 
     def stalled(*arguments: Any) -> Any:
-        if trainer.progress.step == LOST_AFTER and runtime.is_main:
+        if trainer.progress.step == LOST_AFTER and runtime.is_rank0:
             me = ProcessIdentity.of_this_process({})
             trainer.owner.release()  # stands for a time without a beat
             taker = RunOwner(run, 1000, replace(me, host="node17", boot_id="x"))
@@ -49,7 +49,7 @@ def lose_the_run(process: ProcessInfo, config: Any) -> tuple[str, bool]:
         # The thread of a background save was not stalled here, and may have been in the middle of its files.
         tmp_dir = "checkpoints/step_00000002.tmp" if config.checkpoint.asynchronous else "nothing"
         wrote = [name for name in changed if not name.endswith(".beat") and not name.startswith(tmp_dir)]
-        return str(error), runtime.is_main and bool(wrote)
+        return str(error), runtime.is_rank0 and bool(wrote)
     return "not ended", True
 
 

@@ -165,7 +165,7 @@ def log_without_room(process: ProcessInfo, config: RunConfig) -> tuple[int, str]
     """Ten records, of which no byte of the middle ones fits on the disk; the warnings, and their text."""
     log = io.StringIO()
     logging.getLogger("megatron_qwenvl").addHandler(logging.StreamHandler(log))
-    metrics = MetricsLog(config, is_main=True, first_step=0)
+    metrics = MetricsLog(config, is_rank0=True, first_step=0)
     for step in range(10):
         if step in (2, 6):
             resource.setrlimit(resource.RLIMIT_FSIZE, (250, resource.RLIM_INFINITY))

@@ -34,6 +34,6 @@ def test_an_untested_version_is_warned_of_once_on_gpus(
     monkeypatch.setattr(versions, "version", lambda name: "0.17.0")
     with caplog.at_level(logging.WARNING, logger=versions.__name__):
         versions.check_version(on_gpu=True)
-        versions.check_version(on_gpu=True, speaks=False)
+        versions.check_version(on_gpu=True, log=False)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "found 0.17.0" in caplog.text
