@@ -18,7 +18,7 @@ TORCH_SOURCE ?= auto
 # megatron-core has one version for Python 3.11 and another one from 3.12 on; this is the Python of the other one, and the
 # tests that could tell them apart.
 OTHER_PYTHON := $(if $(filter 3.11,$(SERIES)),python3.12,python3.11)
-ENGINE_TESTS := tests/distributed tests/unit/engine tests/unit/test_te_contract.py tests/end_to_end/test_resume.py \
+ENGINE_TESTS := tests/distributed tests/unit/engine tests/engines tests/unit/test_te_contract.py tests/end_to_end/test_resume.py \
   tests/end_to_end/test_saving.py tests/end_to_end/test_stages.py
 # What `make test-fast` runs beside the unit tests that are not marked slow: a training run, a generation, real ranks.
 SMOKE_TESTS := tests/distributed/test_model_equals_reference.py tests/recipe/test_generation_ends.py \

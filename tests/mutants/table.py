@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .engine import TOUCH_POINTS
 from .jobs import JOBS
 from .model import INITIALIZATION, MODEL
 from .mutant import Mutant
@@ -16,5 +17,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *INITIALIZATION,
     *DATA,
     *INFERENCE,
+    *TOUCH_POINTS,
     *JOBS,
 )
