@@ -1,3 +1,33 @@
-"""Pre-training of Qwen-VL-style vision-language models on megatron-core."""
+"""Pre-training of Qwen-VL-style vision-language models on megatron-core.
+
+In a program or notebook of one process (examples/notebook.py):
+
+    from megatron_qwenvl import Generator, build_loader, load_config, load_model
+
+The names are imported when they are used: `import megatron_qwenvl` takes no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config.load import load_config
+    from .data.loading.loader import build_loader
+    from .inference.generate import Generator
+    from .inference.loaded_model import load_model
 
 __version__ = "0.2.0"
+__all__ = ["Generator", "__version__", "build_loader", "load_config", "load_model"]
+
+_HOMES = {
+    "Generator": "inference.generate",
+    "build_loader": "data.loading.loader",
+    "load_config": "config.load",
+    "load_model": "inference.loaded_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -8,37 +8,21 @@ was trained at are extended as in the published code of its family, see `model/l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_qwenvl.batch import Batch
-from megatron_qwenvl.checkpoint.run.weights import load_weights
-from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.engine.start import Runtime
-from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.long_context import ContextExtension, LongContext, long_context
-from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.model.stage import QwenVLStage
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt for the model.
-
-    Attributes:
-        tokens: token ids, image slots included.
-        image_starts: position of the first slot of each image.
-        pixels: uint8 `[images, 3, S, S]` in the order of `image_starts`.
-    """
-
-    tokens: list[int]
-    image_starts: list[int]
-    pixels: Tensor
+from .loaded_model import LoadedModel, load_stage
+from .prompt import Prompt
 
 
 class Generator:
@@ -71,16 +55,17 @@ class Generator:
             CheckpointError: there is none, it is damaged, or it is of another model.
             ValueError: the runtime divides the model.
         """
-        if runtime.tensor_size * runtime.pipeline_size > 1:
-            raise ValueError(
-                f"generation expects an undivided model, found tensor {runtime.tensor_size} x "
-                f"pipeline {runtime.pipeline_size}"
-            )
-        stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
-        found = load_weights(checkpoint, config, stage).hf_metadata or HFMetadata()
-        settings = LongContext(found.seq_length, found.use_dynamic_ntk, found.use_logn_attn)
-        context = long_context(config.model.decoder, settings)
+        stage, context = load_stage(config, runtime, checkpoint)
         return cls(stage, tokenizer, runtime.device, context)
+
+    @classmethod
+    def of(cls, model: LoadedModel) -> Generator:
+        """Generator of a model that `load_model` gave."""
+        return cls(model.stage, model.tokenizer, model.runtime.device, model.context)
+
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int = 64) -> list[str]:
+        """Answer prompts in words, without blanks around them; arguments as `generate`."""
+        return [self._tokenizer.decode(ids).strip() for ids in self.generate(prompts, max_new_tokens)]
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:

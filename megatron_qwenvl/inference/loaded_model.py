@@ -1,0 +1,147 @@
+"""A whole model in one process, for notebooks and evaluations: loaded, used, closed, as often as wanted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_qwenvl.checkpoint.run.weights import load_weights
+from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
+from megatron_qwenvl.config.schema import ParallelConfig, RunConfig
+from megatron_qwenvl.data.images import image_size, load_pixels
+from megatron_qwenvl.data.records.tasks import TaskRecord, parse_record
+from megatron_qwenvl.data.rendering.renderer import Renderer
+from megatron_qwenvl.data.rendering.token_builder import ImageInfo
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.engine.start import Runtime, start_engine, stop_engine
+from megatron_qwenvl.model.build import build_stage
+from megatron_qwenvl.model.long_context import LongContext, long_context
+from megatron_qwenvl.model.partition import make_partition
+from megatron_qwenvl.model.stage import QwenVLStage
+from megatron_qwenvl.runtime.processes import ProcessInfo
+
+from .prompt import Prompt
+
+ONE_PROCESS = ProcessInfo(0, 1, 0, 1, init_method="", launcher="single")
+_NO_PIXELS = np.empty((0, 3, 1, 1), np.uint8)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An undivided model on one device. A context manager: leaving it closes the model."""
+
+    config: RunConfig
+    """The configuration, with all parallel sizes 1."""
+    stage: QwenVLStage
+    """The model: one pipeline stage that holds all layers."""
+    context: LongContext
+    """How it reads positions beyond its trained length."""
+    tokenizer: Tokenizer
+    """Its vocabulary."""
+    runtime: Runtime
+    """The engine's place in this process."""
+    _cleanup: ExitStack
+    """Stops the engine and puts torch's settings back."""
+
+    def prompt(self, record: TaskRecord | dict[str, Any], images: Sequence[str | Path] = ()) -> Prompt:
+        """Make a prompt of a record without its answer, such as `{"task": "vqa", "question": "How many?"}`.
+
+        Args:
+            record: what the sample's `json` file would hold.
+            images: image files, in the order of the record.
+
+        Raises:
+            SampleError: a malformed record, or images that it does not match or that cannot be read.
+            OSError: a file cannot be read.
+        """
+        encoded = [(Path(image).name, Path(image).read_bytes()) for image in images]
+        parsed = parse_record(record) if isinstance(record, dict) else record
+        return make_prompt(self.config, self.tokenizer, parsed, encoded)
+
+    def close(self) -> None:
+        """Stop the engine; torch is left as it was before the model was loaded. The model is of no more use."""
+        self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def make_prompt(
+    config: RunConfig, tokenizer: Tokenizer, record: TaskRecord, images: Sequence[tuple[str, bytes]]
+) -> Prompt:
+    """Render a record up to its answer, with the pixels of its images.
+
+    Args:
+        config: gives image size and slots per image.
+        tokenizer: the model's vocabulary.
+        record: what is asked.
+        images: file name and encoded bytes of each image.
+
+    Raises:
+        SampleError: images that the record does not match or that cannot be read.
+    """
+    data = config.data
+    infos = [ImageInfo(name, *image_size(image)) for name, image in images]
+    rendered = Renderer(tokenizer, config.model.image_tokens).render(record, infos, answer=False)
+    pixels = [load_pixels(image, data.image_size, data.max_image_pixels) for _, image in images]
+    shown = np.stack([pixels[i] for i in rendered.image_order]) if pixels else _NO_PIXELS
+    return Prompt(rendered.tokens, rendered.image_starts, torch.from_numpy(shown))
+
+
+def load_model(config: RunConfig, checkpoint: str | Path | None = None) -> LoadedModel:
+    """Start the engine in this process, build the model and fill it from a checkpoint of any layout.
+
+    Args:
+        config: the model and its data; the parallel sizes are not used.
+        checkpoint: checkpoint directory, a run's checkpoints folder or a run's directory; none: fresh weights.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or it is of another model.
+        DataError: the vocabulary cannot be read.
+        RuntimeError: this process has an engine running: a model that is not closed, or a training run.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("load_model: expected a process without a running engine: close the model before")
+    single = config.model_copy(update={"parallel": ParallelConfig()})
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        stack.callback(stop_engine)
+        runtime = start_engine(single, ONE_PROCESS)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"megatron\.core")
+            stage, context = load_stage(single, runtime, None if checkpoint is None else Path(checkpoint))
+        return LoadedModel(single, stage, context, tokenizer, runtime, stack.pop_all())
+
+
+def load_stage(
+    config: RunConfig, runtime: Runtime, checkpoint: Path | None
+) -> tuple[QwenVLStage, LongContext]:
+    """Build the undivided model and fill it, unless `checkpoint` is None.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is of another model.
+        ValueError: the runtime divides the model.
+    """
+    if runtime.tensor_size * runtime.pipeline_size > 1:
+        raise ValueError(
+            f"generation expects an undivided model, found tensor {runtime.tensor_size} x "
+            f"pipeline {runtime.pipeline_size}"
+        )
+    stage = build_stage(config, runtime, make_partition(config, runtime.data_size))
+    found = load_weights(checkpoint, config, stage).hf_metadata if checkpoint else None
+    found = found or HFMetadata()
+    settings = LongContext(found.seq_length, found.use_dynamic_ntk, found.use_logn_attn)
+    return stage.eval(), long_context(config.model.decoder, settings)
