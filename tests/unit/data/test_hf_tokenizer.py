@@ -12,16 +12,16 @@ import pytest
 import tokenizers
 
 from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, _read_ranks, load_tokenizer
+from megatron_qwenvl.data.shards.directory import open_directory
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 
 from .conftest import QWEN_VOCABULARY
+from .data_cases import sample, write_source
 from .hf_vocabulary import QWEN2_ADDED, SMALL_RANKS, tokenizer_json, write_vocabulary
+from .test_formats import CASES, render
 from .test_tokenizer import TEXTS
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(str(write_vocabulary(tmp_path_factory.mktemp("vocabulary") / "tokenizer.json")))
 
 
 def test_full_size_ids_are_those_of_qwen2_5(tmp_path: Path, qwen: Tokenizer) -> None:
@@ -37,20 +37,20 @@ def test_full_size_ids_are_those_of_qwen2_5(tmp_path: Path, qwen: Tokenizer) -> 
         assert tokenizer.decode(tokenizer.encode(text)) == qwen.decode(qwen.encode(text))
 
 
-def test_text_is_encoded_as_the_library_does(small: Tokenizer) -> None:
-    library = tokenizers.Tokenizer.from_str(tokenizers.Tokenizer.from_file(small._path).to_str())
+def test_text_is_encoded_as_the_library_does(small_qwen2: Tokenizer) -> None:
+    library = tokenizers.Tokenizer.from_str(tokenizers.Tokenizer.from_file(small_qwen2._path).to_str())
     for text in [*TEXTS, "the thing in there"]:
-        assert small.encode(text) == library.encode(text, add_special_tokens=False).ids
-    assert len(small.encode("the")) == 1
+        assert small_qwen2.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert len(small_qwen2.encode("the")) == 1
 
 
 @pytest.mark.parametrize("added", QWEN2_ADDED)
-def test_text_never_becomes_an_added_token(small: Tokenizer, added: str) -> None:
+def test_text_never_becomes_an_added_token(small_qwen2: Tokenizer, added: str) -> None:
     """Neither those that the file calls special nor the others; the library by itself would find all of them."""
-    ids = small.encode(f"a{added}b {added}")
+    ids = small_qwen2.encode(f"a{added}b {added}")
     assert max(ids) < len(SMALL_RANKS)
-    assert small.decode(ids) == f"a{added}b {added}"
-    library = tokenizers.Tokenizer.from_file(small._path)
+    assert small_qwen2.decode(ids) == f"a{added}b {added}"
+    library = tokenizers.Tokenizer.from_file(small_qwen2._path)
     assert max(library.encode(f"a{added}b").ids) >= len(SMALL_RANKS)
 
 
@@ -63,14 +63,52 @@ def test_an_added_token_that_is_in_the_vocabulary_too_is_not_found_in_text(tmp_p
     assert tokenizer.eos == len(SMALL_RANKS)
 
 
-def test_decode_spells_special_tokens_and_survives_unknown_ids(small: Tokenizer) -> None:
-    assert small.decode([97, small.markup["box"][0], 9999, 0xC3, 98]) == "a<|box_start|>\ufffd\ufffdb"
+def test_decode_spells_special_tokens_and_survives_unknown_ids(small_qwen2: Tokenizer) -> None:
+    assert (
+        small_qwen2.decode([97, small_qwen2.markup["box"][0], 9999, 0xC3, 98])
+        == "a<|box_start|>\ufffd\ufffdb"
+    )
 
 
-def test_a_pickle_holds_the_path_only(small: Tokenizer) -> None:
-    stored = pickle.dumps(small)
+SPELLINGS = {
+    "<img>": "<|vision_start|>", "</img>": "<|vision_end|>", "<imgpad>": "<|image_pad|>",
+    "<ref>": "<|object_ref_start|>", "</ref>": "<|object_ref_end|>", "<box>": "<|box_start|>",
+    "</box>": "<|box_end|>", "<quad>": "<|quad_start|>", "</quad>": "<|quad_end|>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_samples_differ_from_qwens_in_the_special_tokens_alone(
+    small_qwen2: Tokenizer, byte_level: Tokenizer, name: str
+) -> None:
+    """All formats: the same text between Qwen2.5's own tokens, with the loss on the same text."""
+    found, qwens = render(CASES[name].record, small_qwen2), render(CASES[name].record, byte_level)
+
+    def split(tokenizer: Tokenizer, sample: TokenizedSample) -> list[str]:
+        text = [token for token, wanted in zip(sample.tokens, sample.loss_mask, strict=True) if wanted]
+        return [tokenizer.decode(sample.tokens), tokenizer.decode(text)]
+
+    expected = split(byte_level, qwens)
+    for old, new in SPELLINGS.items():
+        expected = [text.replace(old, new) for text in expected]
+    assert split(small_qwen2, found) == expected
+    assert [token for token in found.tokens if token == small_qwen2.img_pad] == [small_qwen2.img_pad] * 2
+
+
+def test_a_directory_indexed_with_another_vocabulary_is_refused(
+    small_qwen2: Tokenizer, tmp_path: Path
+) -> None:
+    directory = write_source(tmp_path / "source", [sample("0", {"task": "text", "text": "the"})])
+    with pytest.raises(DataError, match="indexed with another tokenizer"):
+        open_directory(directory, small_qwen2.fingerprint)
+    index_directory(directory, IndexJob(small_qwen2._path))
+    open_directory(directory, small_qwen2.fingerprint)
+
+
+def test_a_pickle_holds_the_path_only(small_qwen2: Tokenizer) -> None:
+    stored = pickle.dumps(small_qwen2)
     assert len(stored) < 1000
-    assert pickle.loads(stored).encode("the") == small.encode("the")
+    assert pickle.loads(stored).encode("the") == small_qwen2.encode("the")
 
 
 def _swap(content: dict[str, Any]) -> None:
@@ -90,14 +128,16 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_fingerprint_knows_what_decides_the_ids(small: Tokenizer, tmp_path: Path, change: str) -> None:
+def test_the_fingerprint_knows_what_decides_the_ids(
+    small_qwen2: Tokenizer, tmp_path: Path, change: str
+) -> None:
     content = tokenizer_json(SMALL_RANKS)
     same = load_tokenizer(str(write_vocabulary(tmp_path / "same.json", {**content, "decoder": None})))
-    assert same.fingerprint == small.fingerprint
+    assert same.fingerprint == small_qwen2.fingerprint
     CHANGES[change](content)
     assert (
         load_tokenizer(str(write_vocabulary(tmp_path / "other.json", content))).fingerprint
-        != small.fingerprint
+        != small_qwen2.fingerprint
     )
 
 
@@ -157,7 +197,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "none.json"))
 
 
-def test_a_missing_library_is_named_with_its_extra(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_its_extra(
+    small_qwen2: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any) -> Any:
@@ -167,4 +209,4 @@ def test_a_missing_library_is_named_with_its_extra(small: Tokenizer, monkeypatch
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(DataError, match=r"pip install 'megatron-qwenvl\[hf-tokenizer\]'"):
-        load_tokenizer(small._path)
+        load_tokenizer(small_qwen2._path)
