@@ -2,6 +2,8 @@
 
     python tools/convert_checkpoint.py next-stage --from runs/stage1 --to stage2 --out weights/stage2_start
     python tools/convert_checkpoint.py import-parts --vit CLIP-ViT-bigG-14 --llm Qwen-7B --out weights/stage1_start
+    python tools/convert_checkpoint.py import-parts --vit CLIP-ViT-bigG-14 --llm Qwen2.5-7B \\
+        --recipe qwen2_5_7b_stage1 --out weights/stage1_start
     python tools/convert_checkpoint.py import-qwenvl --from Qwen-VL-Chat --out weights/qwen_vl_chat
     python tools/convert_checkpoint.py export-qwenvl --from runs/stage3 --out Qwen-VL-mine --tokenizer Qwen-VL
     python tools/convert_checkpoint.py inspect runs/stage2
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_output(command)
 
-    command = commands.add_parser("import-parts", help="OpenCLIP ViT, Qwen-7B and a new adapter")
+    command = commands.add_parser("import-parts", help="OpenCLIP ViT, a language model and a new adapter")
     command.add_argument("--vit", type=Path, required=True, help="OpenCLIP weights, file or directory")
     command.add_argument(
         "--llm", type=Path, required=True, help="Hugging Face directory of the language model"

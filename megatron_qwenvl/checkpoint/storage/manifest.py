@@ -31,7 +31,7 @@ class HFMetadata(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seq_length: int = Field(2048, ge=2)
-    """Length in tokens that the decoder was trained at; longer prompts are stretched, see `model/long_context.py`."""
+    """Length in tokens that the decoder was trained at; longer prompts are extended, see `model/long_context.py`."""
     use_dynamic_ntk: bool = True
     """A prompt longer than `seq_length` widens the rotary base."""
     use_logn_attn: bool = True
@@ -41,7 +41,7 @@ class HFMetadata(BaseModel):
     generation: dict[str, Any] | None = None
     """Its `generation_config.json`, JSON values; None: there was none."""
     tokenizer: str | None = None
-    """SHA-256 of its `qwen.tiktoken`, lower-case hexadecimal; None: there was none."""
+    """SHA-256 of its `qwen.tiktoken` or `tokenizer.json`, lower-case hexadecimal; None: there was none."""
     table_drift: float | None = None
     """Largest difference of its adapter's position table from the constant one; None: rounding at most."""
 

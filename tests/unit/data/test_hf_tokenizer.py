@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import tokenizers
 
 from megatron_qwenvl.data.errors import DataError
+from megatron_qwenvl.data.rendering.special_tokens import QWEN, QWEN2
 from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, _read_ranks, load_tokenizer
 from megatron_qwenvl.data.shards.directory import open_directory
@@ -35,6 +37,18 @@ def test_full_size_ids_are_those_of_qwen2_5(tmp_path: Path, qwen: Tokenizer) -> 
     for text in [*TEXTS, Path(__file__).read_text()]:
         assert tokenizer.encode(text) == qwen.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == qwen.decode(qwen.encode(text))
+
+
+def test_the_documented_table_of_special_tokens(qwen: Tokenizer) -> None:
+    """docs/families.md: spelling and id of every role in both vocabularies."""
+    page = (Path(__file__).parents[3] / "docs/families.md").read_text()
+    rows = [line.replace(r"\|", "!").strip("|").split("|") for line in page.splitlines() if "1516" in line]
+    cells = [[re.findall(r"<[^>`]*>|\d{6}", cell) for cell in row[1:]] for row in rows if len(row) == 5]
+    documented = [dict(zip(row[i], map(int, row[i + 1]), strict=True)) for i in (0, 2) for row in cells]
+    found = {name: number for row in documented for name, number in row.items()}
+    expected = {name: qwen._vocabulary.special_ids[name] for name in QWEN.spellings()}
+    expected |= {name: 151643 + i for i, name in enumerate(QWEN2_ADDED) if name in QWEN2.spellings()}
+    assert found == {name.replace("|", "!"): number for name, number in expected.items()}
 
 
 def test_text_is_encoded_as_the_library_does(small_qwen2: Tokenizer) -> None:
