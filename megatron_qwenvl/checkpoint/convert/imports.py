@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_qwenvl.checkpoint.formats.hf_config import generation_notes, read_hf_metadata, read_image_size
 from megatron_qwenvl.checkpoint.formats.hf_families import hf_decoder
 from megatron_qwenvl.checkpoint.formats.hf_files import HFWeights, read_json
@@ -105,26 +107,19 @@ def plan_parts(vit: Path, llm: Path, recipe: RunConfig, seed: int) -> Import:
         CheckpointError: a file or tensor is missing, damaged, or of another shape than the recipe's model, or a
             configuration beside them states that they compute something else; all differences at once.
     """
-    model = recipe.model
-    vision, language = HFWeights(vit), HFWeights(llm)
-    hugging_face = any(name.startswith("vision_model.") for name in vision.specs)
+    model, vit_weights, llm_weights = recipe.model, HFWeights(vit), HFWeights(llm)
     problems, assumed = _compare_configurations(vit, llm, model)
     if problems:
         raise CheckpointError("; ".join(problems))
-    vit_rules = hf_clip_rules(model) if hugging_face else open_clip_rules(model)
-    known = hf_decoder(model.decoder)
-    decoder_rules = known.padded_rules(model.decoder)
-    check_known(vit, (name for name in vision.specs if name.startswith(_TOWER_LAYERS)), vit_rules)
-    check_known(llm, language.specs, decoder_rules)
-    if known.embedding not in language.specs:
-        raise CheckpointError(f"{llm}: tensor {known.embedding} is missing")
-    adapter = FreshAdapter(model, seed, language.specs[known.embedding].dtype)
+    vision, vit_format = _map_vit(vit, vit_weights, model)
+    decoder, dtype = _map_decoder(llm, llm_weights, model)
+    adapter = FreshAdapter(model, seed, dtype)
     adapter_rules = tuple(Rule((name,), (name,)) for name in adapter.specs)
-    given: list[tuple[Path | None, MappedSource]] = [
-        (vit, MappedSource(vision, tuple(vit_rules))),
-        (None, MappedSource(adapter, adapter_rules)),
-        (llm, MappedSource(language, tuple(decoder_rules))),
-    ]
+    given = [(vit, vision), (None, MappedSource(adapter, adapter_rules)), (llm, decoder)]
+    specs: dict[str, TensorSpec] = {}
+    for place, mapped in given:
+        specs |= checked_specs(place, mapped, model)
+    assert specs.keys() == tensor_shapes(model).keys(), "the rules cover the model"
     manifest = Manifest(
         kind="weights",
         origin="parts",
@@ -134,13 +129,26 @@ def plan_parts(vit: Path, llm: Path, recipe: RunConfig, seed: int) -> Import:
         model=model,
         hf_metadata=read_hf_metadata(llm).model_copy(update={"generation": None}),  # the result does not chat
     )
-    vit_format = "Hugging Face" if hugging_face else "OpenCLIP"
     notes = (f"ViT ({vit_format} format): {vit}", f"decoder: {llm}", f"adapter: fresh, seed {seed}", *assumed)
-    specs: dict[str, TensorSpec] = {}
-    for place, mapped in given:
-        specs |= checked_specs(place, mapped, model)
-    assert specs.keys() == tensor_shapes(model).keys(), "the rules cover the model"
     return Import(tuple(mapped for _, mapped in given), specs, manifest, notes, (vit, llm))
+
+
+def _map_vit(vit: Path, weights: HFWeights, model: ModelConfig) -> tuple[MappedSource, str]:
+    """The ViT's weights with their rules, and the name of their format."""
+    hugging_face = any(name.startswith("vision_model.") for name in weights.specs)
+    rules = hf_clip_rules(model) if hugging_face else open_clip_rules(model)
+    check_known(vit, (name for name in weights.specs if name.startswith(_TOWER_LAYERS)), rules)
+    return MappedSource(weights, tuple(rules)), "Hugging Face" if hugging_face else "OpenCLIP"
+
+
+def _map_decoder(llm: Path, weights: HFWeights, model: ModelConfig) -> tuple[MappedSource, torch.dtype]:
+    """The language model's weights with their rules, and their type."""
+    known = hf_decoder(model.decoder)
+    rules = known.padded_rules(model.decoder)
+    check_known(llm, weights.specs, rules)
+    if known.embedding not in weights.specs:
+        raise CheckpointError(f"{llm}: tensor {known.embedding} is missing")
+    return MappedSource(weights, tuple(rules)), weights.specs[known.embedding].dtype
 
 
 def _compare_configurations(vit: Path, llm: Path, model: ModelConfig) -> tuple[list[str], list[str]]:

@@ -93,31 +93,37 @@ def is_done(
     """
     if not out.exists():
         return False
+    record = _read_record(out)
     exists = f"{out}: exists already"
-    remedy = "choose another name or remove it"
-    try:
-        record = _Record.model_validate_json((out / RECORD_NAME).read_bytes())
-    except OSError:
-        why = f"without a {RECORD_NAME} it is no complete conversion's; one that found NaN leaves none"
-        raise CheckpointError(f"{exists}; {remedy} ({why})") from None
-    except ValidationError:
-        raise CheckpointError(f"{exists}, and its {RECORD_NAME} is damaged; {remedy}") from None
     was, now = {"command": record.command, **record.settings}, {"command": command, **settings}
     if changed := _differing(was, now):
         changes = [f"{name} was {was.get(name)}, now {now.get(name)}" for name in changed]
-        raise CheckpointError(f"{exists}, made otherwise: {'; '.join(changes)}; {remedy}")
+        raise CheckpointError(f"{exists}, made otherwise: {'; '.join(changes)}; {_REMEDY}")
     if changed := _differing(record.sources, digest_sources()):
         raise CheckpointError(
-            f"{exists}, but its source has moved on: {', '.join(changed)} changed since; {remedy}"
+            f"{exists}, but its source has moved on: {', '.join(changed)} changed since; {_REMEDY}"
         )
     sizes = _sizes(out)
     for name, size in record.files.items():
         if sizes.get(name) != size:
             found = f"found {sizes[name]}" if name in sizes else "missing"
             raise CheckpointError(
-                f"{exists}, but {name} is damaged: expected {size} bytes, {found}; {remedy}"
+                f"{exists}, but {name} is damaged: expected {size} bytes, {found}; {_REMEDY}"
             )
     return True
+
+
+_REMEDY = "choose another name or remove it"
+
+
+def _read_record(out: Path) -> _Record:
+    try:
+        return _Record.model_validate_json((out / RECORD_NAME).read_bytes())
+    except OSError:
+        why = f"without a {RECORD_NAME} it is no complete conversion's; one that found NaN leaves none"
+        raise CheckpointError(f"{out}: exists already; {_REMEDY} ({why})") from None
+    except ValidationError:
+        raise CheckpointError(f"{out}: exists already, and its {RECORD_NAME} is damaged; {_REMEDY}") from None
 
 
 def _sizes(directory: Path) -> dict[str, int]:

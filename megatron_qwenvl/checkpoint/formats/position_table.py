@@ -53,16 +53,9 @@ def check_table(
     """
     if TABLE_NAME not in weights.specs:
         return None, ()
-    place, spec = f"{directory}: {TABLE_NAME}", weights.specs[TABLE_NAME]
-    shape = (model.adapter.query_grid**2, model.decoder.hidden)
-    if not spec.dtype.is_floating_point:
-        raise CheckpointError(f"{place}: expected floating-point numbers, found {spec}")
-    if spec.shape != shape:
-        raise CheckpointError(f"{place}: expected {list(shape)}, found {list(spec.shape)}")
-    found = weights.read(TABLE_NAME)
+    place = f"{directory}: {TABLE_NAME}"
+    found = _read_table(directory, weights, model)
     expected = sincos_table(model.adapter.query_grid, model.decoder.hidden)
-    if bad := find_non_finite(TABLE_NAME, found):
-        raise CheckpointError(f"{directory}: {bad}")
     difference = measure(found, expected.to(found.dtype))
     if difference.count == 0:
         return None, ()
@@ -89,6 +82,20 @@ def check_table(
         f"note: {TABLE_NAME} has drifted from the constant sin-cos table: {far}; the imported model has the constant "
         "table, and so will an export",
     )
+
+
+def _read_table(directory: Path, weights: HFWeights, model: ModelConfig) -> Tensor:
+    """Read the table; raises if it is not finite numbers in the model's shape."""
+    place, spec = f"{directory}: {TABLE_NAME}", weights.specs[TABLE_NAME]
+    shape = (model.adapter.query_grid**2, model.decoder.hidden)
+    if not spec.dtype.is_floating_point:
+        raise CheckpointError(f"{place}: expected floating-point numbers, found {spec}")
+    if spec.shape != shape:
+        raise CheckpointError(f"{place}: expected {list(shape)}, found {list(spec.shape)}")
+    found = weights.read(TABLE_NAME)
+    if bad := find_non_finite(TABLE_NAME, found):
+        raise CheckpointError(f"{directory}: {bad}")
+    return found
 
 
 _LARGEST_DRIFT = 0.1
