@@ -17,9 +17,12 @@ from typing import Any
 
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.shards.directory import failed_shards, indexed_options, list_shards, open_directory
+from megatron_qwenvl.data.shards.catalog import failed_shards, indexed_options
+from megatron_qwenvl.data.shards.directory import open_directory
 from megatron_qwenvl.data.shards.index import load_index
-from megatron_qwenvl.data.shards.indexing import JOINT, IndexJob, ShardResult, index_directory
+from megatron_qwenvl.data.shards.index_builder import JOINT
+from megatron_qwenvl.data.shards.indexing import IndexJob, ShardResult, index_directory
+from megatron_qwenvl.data.shards.listing import list_shards
 from megatron_qwenvl.data.shards.skipped import merge, printable
 from megatron_qwenvl.runtime.helpers import prepare_worker, start_resource_tracker
 from megatron_qwenvl.runtime.interrupt import blocked_stop_signals

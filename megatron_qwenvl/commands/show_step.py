@@ -52,12 +52,9 @@ def make_sampler(arguments: argparse.Namespace, overrides: list[str]) -> StepSam
     """
     from megatron_qwenvl.checkpoint.run.start import find_start
     from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-    from megatron_qwenvl.data.sampling.resume import start_data
-    from megatron_qwenvl.data.sampling.sampler import (
-        open_training_sampler,
-        open_training_sources,
-        training_sampler,
-    )
+    from megatron_qwenvl.data.sampling.resume import resume_data
+    from megatron_qwenvl.data.sampling.sampler import open_training_sampler, training_sampler
+    from megatron_qwenvl.data.sampling.sources import open_training_sources
 
     if arguments.run is None:
         config = load_config(arguments.recipe, overrides)
@@ -68,7 +65,7 @@ def make_sampler(arguments: argparse.Namespace, overrides: list[str]) -> StepSam
     start = find_start(config)
     if start.checkpoint is None or start.manifest is None:
         return training_sampler(config, sources)
-    data = start_data(config, sources, start.checkpoint, start.manifest.step)
+    data = resume_data(config, sources, start.checkpoint, start.manifest.step)
     for line in data.lines:
         print(f"if started now: {line}", file=sys.stderr)
     return training_sampler(config, sources, data.history)
@@ -97,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parse_arguments(argv)
     from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
     from megatron_qwenvl.data.errors import DataError
-    from megatron_qwenvl.data.sampling.sampler import describe_step
+    from megatron_qwenvl.data.sampling.step_description import describe_step
 
     print_any_name()
     try:

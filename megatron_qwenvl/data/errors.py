@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 class DataError(Exception):
@@ -31,15 +29,3 @@ def only_this_sample() -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """The type and the message of a library's exception, whose message may be empty or long."""
     return " ".join(f"{type(error).__name__}: {str(error)[:200]}".split()).removesuffix(":")
-
-
-def index_command(directory: Path, vocabulary: str | None = None, *options: str) -> str:
-    """Write the command that indexes a directory, ready to be pasted into a shell.
-
-    Args:
-        directory: holds the shards.
-        vocabulary: the tokenizer's file; none: the byte-level one.
-        options: further options of the tool.
-    """
-    tokenizer = ["--tokenizer", vocabulary] if vocabulary else []
-    return shlex.join(["python", "tools/index_shards.py", str(directory), *tokenizer, *options])

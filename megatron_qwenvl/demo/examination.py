@@ -11,7 +11,7 @@ from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.images import image_size
 from megatron_qwenvl.data.records.coordinates import normalise
 from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring, TaskRecord, decode_record
-from megatron_qwenvl.data.shards.directory import list_shards
+from megatron_qwenvl.data.shards.listing import list_shards
 from megatron_qwenvl.data.shards.samples import read_member, scan_shard
 from megatron_qwenvl.evaluation.metrics import (
     Box,

@@ -11,13 +11,9 @@ from megatron_qwenvl.config.cli import RunArguments
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.sampling.resume import start_data
-from megatron_qwenvl.data.sampling.sampler import (
-    StepSampler,
-    open_training_sources,
-    open_validation_sampler,
-    training_sampler,
-)
+from megatron_qwenvl.data.sampling.resume import resume_data
+from megatron_qwenvl.data.sampling.sampler import StepSampler, open_validation_sampler, training_sampler
+from megatron_qwenvl.data.sampling.sources import open_training_sources
 
 from .rules import Finding, ok, run_failure, warning
 
@@ -41,7 +37,7 @@ def check_data(config: RunConfig, start: Start) -> list[Finding]:
         checkpoint, step = (
             (start.checkpoint, start.manifest.step) if start.own and start.manifest else (None, 0)
         )
-        data = start_data(config, sources, checkpoint, step)
+        data = resume_data(config, sources, checkpoint, step)
         if data.refused:
             return [run_failure("data", data.refused)]
         samplers = [training_sampler(config, sources, data.history)]

@@ -12,8 +12,9 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.data.sampling.resume import DataStart, modified_lines, start_data
-from megatron_qwenvl.data.sampling.sampler import StepSampler, open_training_sources, training_sampler
+from megatron_qwenvl.data.sampling.resume import DataStart, modified_lines, resume_data
+from megatron_qwenvl.data.sampling.sampler import StepSampler, training_sampler
+from megatron_qwenvl.data.sampling.sources import open_training_sources
 from megatron_qwenvl.engine.start import Runtime
 from megatron_qwenvl.model.stage import QwenVLStage
 
@@ -40,7 +41,7 @@ def make_sampler(
 
     def compare() -> tuple[DataStart | None, str]:
         try:
-            return start_data(config, sources, checkpoint, first_step), ""
+            return resume_data(config, sources, checkpoint, first_step), ""
         except DataError as error:
             return None, str(error)
 

@@ -17,11 +17,11 @@ GENERATION = ("tests/recipe/test_generation_ends.py",)
 DATA = [
     Mutant(
         "labels: not shifted", COLLATE,
-        "labels[start:last] = rendered.tokens[1:]", "labels[start:last] = rendered.tokens[:-1]", STAGE1,
+        "labels[start:last] = tokenized.tokens[1:]", "labels[start:last] = tokenized.tokens[:-1]", STAGE1,
     ),
     Mutant(
         "loss mask: not shifted", COLLATE,
-        "loss_mask[start:last] = rendered.loss_mask[1:]", "loss_mask[start:last] = rendered.loss_mask[:-1]", STAGE1,
+        "loss_mask[start:last] = tokenized.loss_mask[1:]", "loss_mask[start:last] = tokenized.loss_mask[:-1]", STAGE1,
     ),
     Mutant(
         "interleaved samples do not see each other", COLLATE,

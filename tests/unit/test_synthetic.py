@@ -17,9 +17,9 @@ import pytest
 from PIL import Image, ImageChops
 
 from megatron_qwenvl.data.records.tasks import TASKS
-from megatron_qwenvl.data.shards.directory import list_shards
 from megatron_qwenvl.data.shards.index import load_index
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
+from megatron_qwenvl.data.shards.listing import list_shards
 from megatron_qwenvl.demo.dataset import SOURCES, TEST_TASKS, balanced_vqa, make_demo_data
 from megatron_qwenvl.demo.records import POSSIBLE_ANSWERS, QUESTIONS, TASK_MAKERS, answer
 from megatron_qwenvl.demo.scenes import COLORS, Scene, draw, shape_scene, text_scene

@@ -1,27 +1,16 @@
 """The micro-batches of a rank, step after step, read and decoded by worker processes ahead of the step.
 
-Workers are started by a fork server that has imported this package and nothing else: forking the training
-process itself would copy its threads' locks and its process groups in whatever state they are, and `spawn`
-would import torch once for every worker. Nothing is carried from one micro-batch to the next, so the number of
-workers changes the speed only.
+Nothing is carried from one micro-batch to the next, so the number of workers changes the speed only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import multiprocessing
-import multiprocessing.connection
+import math
 import multiprocessing.util
-import os
-import sys
-import threading
-import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
@@ -32,34 +21,33 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.lru_cache import LruCache
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.data.sampling.mixture import Skipped
+from megatron_qwenvl.data.sampling.sample_table import Skipped
 from megatron_qwenvl.data.sampling.sampler import (
     MicroBatch,
     StepSampler,
     open_training_sampler,
     open_validation_sampler,
 )
-from megatron_qwenvl.runtime.helpers import start_resource_tracker
-from megatron_qwenvl.runtime.interrupt import blocked_stop_signals, ignore_stop_signals
 from megatron_qwenvl.runtime.retry import reads
 
 from .collate import collate
 from .reader import SampleReader
+from .workers import hidden_main, worker_arguments
 
 Key = tuple[int, int]  # step, micro-batch
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a step holds over all data-parallel ranks, known before anything is read.
+    """Numbers of a step over all data-parallel ranks, known before any sample is read.
 
     Attributes:
         step: number of the step, from 0.
-        micro_batches: of each rank.
-        samples, images: in the global batch.
+        micro_batches: number for each rank.
+        samples, images: number in the global batch.
         tokens: decoder positions without padding.
         positions: decoder positions with padding.
-        skipped: samples that the order came to in this step and that cannot be used (too long, too large).
+        skipped: samples whose turn came in this step and that are beyond the limits (too long, too large).
     """
 
     step: int
@@ -72,7 +60,7 @@ class StepInfo:
 
     @property
     def padding(self) -> float:
-        """Share of positions that are padding."""
+        """Share of the positions that are padding."""
         return 1 - self.tokens / self.positions
 
 
@@ -88,7 +76,7 @@ class Step:
         return self.info.micro_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        """The micro-batches, once.
+        """Iterate over the micro-batches; possible once.
 
         Raises:
             DataError: a shard cannot be read or differs from its index.
@@ -96,12 +84,12 @@ class Step:
         return self._batches
 
     def sample_names(self) -> list[str]:
-        """Shard and key of every sample of this rank's part, for logging."""
+        """Return shard and key of every sample of this rank, for logging."""
         return self._names()
 
 
 class StepLoader:
-    """The steps of one data-parallel rank. Every iteration starts at the first step again."""
+    """Iterates over the steps of one data-parallel rank; every iteration starts at the first step again."""
 
     def __init__(
         self,
@@ -121,7 +109,7 @@ class StepLoader:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[Step]:
-        """The steps in order; what is not taken of a step's micro-batches is dropped when the next one is asked.
+        """Yield the steps in order; micro-batches of a step that were not taken are dropped when the next step is.
 
         Raises:
             DataError: an index cannot be read, or a source has no usable sample.
@@ -135,7 +123,7 @@ class StepLoader:
                 pass
 
     def info(self, step: int) -> StepInfo:
-        """What a step holds."""
+        """Count the content of a step."""
         batch = self.sampler.global_batch(step)
         count = self.sampler.micro_batches(batch, self._ranks)
         return StepInfo(
@@ -155,24 +143,15 @@ class StepLoader:
                 yield step, number
 
     def _stream(self) -> Iterator[Batch | DataError]:
-        """All micro-batches of all steps; with workers, prepared ahead in the same order."""
+        """Iterate over all micro-batches of all steps; workers prepare them ahead in the same order."""
         data = self.sampler.data
         workers = data.workers if self._micro_batches.reads else 0
         parallel: dict[str, Any] = {}
         if workers:
-            lifeline, alive = multiprocessing.Pipe(duplex=False)
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__, f"{__package__}.fork_server"])
-            _start_helpers()
-            # A step starts when all its micro-batches are there, so a whole step must fit into what is ahead.
-            ahead = max(
-                data.prefetch, -(-self.info(self.steps[0]).micro_batches // workers) if self.steps else 0
-            )
-            parallel = {
-                "multiprocessing_context": context,
-                "prefetch_factor": ahead,
-                "worker_init_fn": functools.partial(_prepare_worker, lifeline),
-            }
+            parallel, alive = worker_arguments([__name__])
+            # A step starts when all its micro-batches are there, so a whole step must fit into what is prefetched.
+            micro_batches = self.info(self.steps[0]).micro_batches if self.steps else 0
+            parallel["prefetch_factor"] = max(data.prefetch, math.ceil(micro_batches / workers))
         loader = DataLoader(
             self._micro_batches,
             sampler=self._keys(),
@@ -182,7 +161,7 @@ class StepLoader:
             generator=torch.Generator(),  # the default would draw from the model's random numbers
             **parallel,
         )
-        with _hidden_main():
+        with hidden_main():
             iterator = iter(loader)
         if workers:
             # Also at the exit of this process, and before it waits for its workers to end.
@@ -191,7 +170,7 @@ class StepLoader:
 
 
 class _MicroBatches(Dataset[Any]):
-    """Random access to the micro-batches of a rank; what a worker process gets."""
+    """Random access to the micro-batches of a rank; sent to every worker process."""
 
     def __init__(
         self,
@@ -209,28 +188,28 @@ class _MicroBatches(Dataset[Any]):
         self._rank = rank
         self._ranks = ranks
         self._patience = reads.seconds
-        self._dealt: LruCache[list[MicroBatch]] = LruCache(2)
+        self._micro_batches: LruCache[list[MicroBatch]] = LruCache(2)
 
     def __getitem__(self, key: Key) -> Batch | DataError:
-        """A micro-batch, or what keeps it from being read: an exception would lose its type on the way here."""
+        """Read a micro-batch; an error is returned, as an exception would lose its type on the way from a worker."""
         step, number = key
         reads.seconds = self._patience  # a worker is another process
         try:
             samples = self._sampler.global_batch(step).samples
-            batch = collate(self._part(step)[number], samples, self._reader, self._needs)
+            batch = collate(self._of_rank(step)[number], samples, self._reader, self._needs)
             return replace(batch, read_again=reads.take())
         except DataError as error:
             return error
 
     def names(self, step: int) -> list[str]:
-        """Shard and key of every sample of this rank in a step."""
+        """Return shard and key of every sample of this rank in a step."""
         samples = self._sampler.global_batch(step).samples
-        packs = itertools.chain.from_iterable(self._part(step))
+        packs = itertools.chain.from_iterable(self._of_rank(step))
         return [self._sampler.name(samples, row) for pack in packs for row in pack]
 
-    def _part(self, step: int) -> list[MicroBatch]:
+    def _of_rank(self, step: int) -> list[MicroBatch]:
         sampler = self._sampler
-        return self._dealt.get(
+        return self._micro_batches.get(
             step, lambda: sampler.balance_across_ranks(sampler.global_batch(step), self._ranks)[self._rank]
         )
 
@@ -240,42 +219,6 @@ def _raise_errors(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
         if isinstance(batch, DataError):
             raise batch
         yield batch
-
-
-def _start_helpers() -> None:
-    """Start multiprocessing's own helper processes where a signal to every process of a job does not end them: without
-    fork server there are no workers."""
-    start_resource_tracker()
-    with blocked_stop_signals():
-        forkserver.ensure_running()
-
-
-def _prepare_worker(lifeline: Connection, _: int) -> None:
-    """Let this worker end with the loader that uses it, whose process holds the other end of `lifeline`, and with
-    nothing else.
-
-    Torch's own watch looks at the worker's parent, which is the fork server, and that one lives as long as a worker.
-    Torch and Python also end a worker by SIGTERM, but Slurm sends that to every process of a job, and the training
-    process still wants its batches to finish a step and save.
-    """
-    ignore_stop_signals()
-
-    def watch() -> None:
-        multiprocessing.connection.wait([lifeline])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Start processes that do not import the training program again, which takes longer than all the rest."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def build_loader(
@@ -290,18 +233,18 @@ def build_loader(
     sampler: StepSampler | None = None,
     pin_memory: bool = False,
 ) -> StepLoader:
-    """The loader of one rank.
+    """Build the loader of one rank.
 
     Args:
         config: the run.
-        tokenizer: none: that of `config.data.tokenizer`.
+        tokenizer: the vocabulary; None: that of `config.data.tokenizer`.
         dp_rank: data-parallel rank.
         dp_size: data-parallel size.
-        needs: what the rank's pipeline stage reads; none: everything.
-        first_step: where to go on, counted from 0: the number of steps that are done.
+        needs: what the rank's pipeline stage reads; None: everything.
+        first_step: number of the first step, from 0: as many as are done.
         split: `train`: steps `first_step..config.train.steps`. `validation`: one step, which is the whole
             validation set in its fixed order.
-        sampler: of the training steps; none: that of a run whose data has not changed since it began.
+        sampler: of the training steps; None: that of a run whose data has not changed since it began.
         pin_memory: copy batches to page-locked memory (GPU runs).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Planned samples to token ids and pixels: the only place that reads sample bytes during training."""
+"""Samples to token ids and pixels: the only place that reads sample bytes during training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_qwenvl.data.records.tasks import decode_record
 from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
-from megatron_qwenvl.data.sampling.mixture import SampleTable
+from megatron_qwenvl.data.sampling.sample_table import SampleTable
 from megatron_qwenvl.data.sampling.sampler import StepSampler
 from megatron_qwenvl.data.shards.index import ShardIndex
 from megatron_qwenvl.data.shards.samples import checksum, read_member
@@ -35,13 +35,13 @@ class SampleReader:
         self.tokenizer = tokenizer
         self.image_tokens = image_tokens
         self._renderers = [
-            Renderer(tokenizer, image_tokens, source.config.language, source.directory.manifest.options)
+            Renderer(tokenizer, image_tokens, source.config.language, source.directory.catalog.options)
             for source in sampler.sources
         ]
         self._files: LruCache[int] = LruCache(OPEN_SHARDS, drop=os.close)
 
     def tokens(self, samples: SampleTable, row: int) -> TokenizedSample:
-        """A sample's tokens with loss mask.
+        """Read a sample's tokens with their loss mask.
 
         Raises:
             SampleError: the record is not the one that was indexed.
@@ -64,7 +64,7 @@ class SampleReader:
         return rendered
 
     def pixels(self, samples: SampleTable, row: int) -> NDArray[np.uint8]:
-        """A sample's images in the order in which its text shows them, uint8 `[images, 3, S, S]`.
+        """Read a sample's images in the order in which its text shows them, uint8 `[images, 3, S, S]`.
 
         Raises:
             SampleError: an image cannot be decoded or is not the one that was indexed.
@@ -109,18 +109,18 @@ class SampleReader:
         index: ShardIndex,
         source: int,
         shard: int,
-        part: Literal["text", "image"],
+        kind: Literal["text", "image"],
         row: int,
         encoded: list[bytes],
     ) -> None:
-        """Compare what was read with the checksum that the index holds of it."""
-        expected, found = int(index.arrays[f"{part}_checksums"][row]), checksum(encoded)
+        """Compare bytes with their checksum in the index."""
+        expected, found = int(index.arrays[f"{kind}_checksums"][row]), checksum(encoded)
         if found == expected:
             return
         directory = self.sampler.sources[source].directory
         directory.check_size(shard)  # another shard altogether, not a damaged sample
         raise SampleError(
-            f"the {part} bytes are not those that were indexed (checksum {found:08x}, expected {expected:08x})"
+            f"the {kind} bytes are not those that were indexed (checksum {found:08x}, expected {expected:08x})"
         )
 
 

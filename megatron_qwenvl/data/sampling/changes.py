@@ -1,4 +1,4 @@
-"""What has changed in a run's data since a checkpoint, and the history that follows from it."""
+"""Changes of a run's data since a checkpoint, and the history that follows from them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .epochs import Edition, Editions, ShardList
-from .history import DataHistory, LeftOut, Segment, SourceState, StepRange, Timeline
+from .history import DataHistory, Segment, SkippedRange, SourceState, StepRange, Timeline
 from .mixture import quotas_of
 
 NAMED = 3
-"""So many shards are named; of more, the number is said."""
+"""Number of shards that a message names; of more it gives the number."""
 
 
 @dataclass(frozen=True)
-class SourceNow:
-    """A source of the mixture as it is now."""
+class CurrentSource:
+    """A source of the mixture as it is today."""
 
     name: str
     weight: float
@@ -23,11 +23,11 @@ class SourceNow:
 
 
 @dataclass(frozen=True)
-class DataNow:
+class CurrentData:
     """All that the order of samples depends on, as a run is started with it."""
 
     samples_per_step: int
-    sources: tuple[SourceNow, ...]
+    sources: tuple[CurrentSource, ...]
     seed: int
     window: int
     skip_steps: tuple[StepRange, ...] = ()
@@ -35,36 +35,36 @@ class DataNow:
 
 @dataclass(frozen=True)
 class Change:
-    """Something that is not as it was, and what follows from it.
+    """A change of the data, and its consequence.
 
     Attributes:
-        text: one line.
-        effect: whether anything of what is to come differs.
+        text: both in one line.
+        effect: whether any later step differs.
     """
 
     text: str
     effect: bool = True
 
 
-def begin(now: DataNow) -> DataHistory:
-    """The history of a run that has no checkpoint."""
+def initial_history(now: CurrentData) -> DataHistory:
+    """Make the history of a run that has no checkpoint."""
     sources = tuple(SourceState(source.name, source.weight, 0, 0) for source in now.sources)
     segment = Segment(0, now.samples_per_step, 0, sources)
-    left_out = tuple(_left_out(segment, steps, 0) for steps in now.skip_steps)
+    ranges = tuple(_skipped_range(segment, steps, 0) for steps in now.skip_steps)
     editions = {source.name: (Edition(source.shards, now.seed, now.window),) for source in now.sources}
-    return DataHistory((replace(segment, left_out=left_out),), editions, now.skip_steps)
+    return DataHistory((replace(segment, skipped_ranges=ranges),), editions, now.skip_steps)
 
 
-def go_on(history: DataHistory, now: DataNow, step: int) -> tuple[DataHistory, list[Change]]:
-    """The history of a run that goes on from a checkpoint.
+def resume_history(history: DataHistory, now: CurrentData, step: int) -> tuple[DataHistory, list[Change]]:
+    """Continue the history of a run that resumes from a checkpoint.
 
     Args:
         history: that of the checkpoint.
-        now: what the run is given today.
-        step: steps done.
+        now: the data of today.
+        step: number of steps done.
 
     Returns:
-        The history and what has changed; where nothing has, the same history.
+        The history and the changes; the same history where nothing has changed.
     """
     timeline = Timeline(history)
     before = timeline.segment(step)
@@ -78,14 +78,14 @@ def go_on(history: DataHistory, now: DataNow, step: int) -> tuple[DataHistory, l
         changes.append(Change(_mixture_text(before, sources, step)))
     if now.samples_per_step != before.samples_per_step:
         changes.append(Change(_batch_text(before, now, sum(timeline.consumed(step).values()), step)))
-    left_out, skip_changes = _left_out_now(history, before, now, step)
+    ranges, skip_changes = _current_skipped_ranges(history, before, now, step)
     stream = before.reached(step) if same_mixture else 0
     segment = Segment(
         step,
         now.samples_per_step,
         stream,
         tuple(sources),
-        tuple(_moved(some, stream - before.reached(step)) for some in left_out),
+        tuple(_moved(some, stream - before.reached(step)) for some in ranges),
     )
     changes += skip_changes
     segments = history.segments
@@ -95,9 +95,9 @@ def go_on(history: DataHistory, now: DataNow, step: int) -> tuple[DataHistory, l
 
 
 def _sources(
-    timeline: Timeline, before: Segment, now: DataNow, step: int
+    timeline: Timeline, before: Segment, now: CurrentData, step: int
 ) -> tuple[dict[str, tuple[Edition, ...]], list[SourceState], list[Change]]:
-    """All editions, the states of today's sources at the step, and what has changed in them."""
+    """Return all editions, the states of today's sources at the step, and the changes in them."""
     states, consumed = timeline.states(step), timeline.consumed(step)
     editions = dict(timeline.history.editions)
     sources: list[SourceState] = []
@@ -138,8 +138,8 @@ def _sources(
     return editions, sources, changes
 
 
-def _in_order(sources: Sequence[SourceNow], names: Sequence[str]) -> list[SourceNow]:
-    """Known sources as they stood before, then the others: their order in the configuration means nothing."""
+def _in_order(sources: Sequence[CurrentSource], names: Sequence[str]) -> list[CurrentSource]:
+    """Sort known sources as they stood before, then the others: their order in the configuration has no meaning."""
     return sorted(sources, key=lambda s: names.index(s.name) if s.name in names else len(names))
 
 
@@ -152,7 +152,7 @@ def _same_order(edition: Edition, other: Edition) -> bool:
     )
 
 
-def _order_changes(editions: dict[str, tuple[Edition, ...]], now: DataNow, step: int) -> Iterator[Change]:
+def _order_changes(editions: dict[str, tuple[Edition, ...]], now: CurrentData, step: int) -> Iterator[Change]:
     known = [editions[source.name][-1] for source in now.sources if source.name in editions]
     for field, value, was in (
         ("seed", now.seed, sorted({edition.seed for edition in known} - {now.seed})),
@@ -168,7 +168,7 @@ def _order_changes(editions: dict[str, tuple[Edition, ...]], now: DataNow, step:
 def _shard_changes(
     name: str, editions: dict[str, tuple[Edition, ...]], following: Edition, step: int
 ) -> Iterator[str]:
-    """Shards added, removed and rewritten, one line each."""
+    """Describe shards added, removed and rewritten, one line each."""
     before, after = editions[name][-1].shards, following.shards
     if before == after:
         return
@@ -212,18 +212,18 @@ def _shares(sources: Sequence[SourceState]) -> str:
     return ", ".join(f"{source.name} {source.weight / total:.2%}" for source in sources)
 
 
-def _batch_text(before: Segment, now: DataNow, consumed: int, step: int) -> str:
+def _batch_text(before: Segment, now: CurrentData, consumed: int, step: int) -> str:
     return (
         f"data.global_batch_size: was {before.samples_per_step}, now {now.samples_per_step} from step {step} on; "
         f"{consumed} samples were consumed, and the next step goes on after them"
     )
 
 
-def _left_out_now(
-    history: DataHistory, before: Segment, now: DataNow, step: int
-) -> tuple[list[LeftOut], list[Change]]:
-    """What is to be left out from the step on, in the stream of the segment before, and what has changed in that."""
-    pending = [left for some in before.left_out if (left := _from(some, before.reached(step))).ranges]
+def _current_skipped_ranges(
+    history: DataHistory, before: Segment, now: CurrentData, step: int
+) -> tuple[list[SkippedRange], list[Change]]:
+    """Return the ranges to skip from the step on, in the stream of the segment before, and the changes in them."""
+    pending = [left for some in before.skipped_ranges if (left := _from(some, before.reached(step))).ranges]
     changes, kept = [], [some for some in pending if some.steps in now.skip_steps]
     for steps in now.skip_steps:
         if steps in history.skip_steps:
@@ -232,7 +232,7 @@ def _left_out_now(
         if steps[1] < step:
             changes.append(Change(f"{text} no effect, these steps are trained already", effect=False))
             continue
-        kept.append(_left_out(before, steps, step))
+        kept.append(_skipped_range(before, steps, step))
         first = max(steps[0], step)
         which = (
             "the data of these steps"
@@ -253,15 +253,15 @@ def _left_out_now(
     return kept, changes
 
 
-def _left_out(segment: Segment, steps: StepRange, done: int) -> LeftOut:
-    """The data of some steps without those that are done, as the segment numbers them."""
+def _skipped_range(segment: Segment, steps: StepRange, done: int) -> SkippedRange:
+    """Return the data of the steps that are not done yet, in the positions of the segment."""
     first = max(steps[0], done)
-    return LeftOut(steps, tuple(segment.ranges(first, steps[1] - first + 1)))
+    return SkippedRange(steps, tuple(segment.ranges(first, steps[1] - first + 1)))
 
 
-def _from(left_out: LeftOut, position: int) -> LeftOut:
-    return replace(left_out, ranges=tuple(some for some in left_out.ranges if some[0] >= position))
+def _from(skipped: SkippedRange, position: int) -> SkippedRange:
+    return replace(skipped, ranges=tuple(some for some in skipped.ranges if some[0] >= position))
 
 
-def _moved(left_out: LeftOut, by: int) -> LeftOut:
-    return replace(left_out, ranges=tuple((first + by, count) for first, count in left_out.ranges))
+def _moved(skipped: SkippedRange, by: int) -> SkippedRange:
+    return replace(skipped, ranges=tuple((first + by, count) for first, count in skipped.ranges))

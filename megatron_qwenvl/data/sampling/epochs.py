@@ -1,4 +1,4 @@
-"""The places that a source's samples have in its endless order, over all states that its shards have had.
+"""The places of a source's samples in its endless order, over all states that its shards have had.
 
 Computed from the shards' sample counts alone: no index is read. Every epoch is a permutation of the shards, then of
 the samples within each window of shards. When the shards (or the window, or the seed) change within an epoch, a new
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from megatron_qwenvl.data.lru_cache import LruCache
 from megatron_qwenvl.data.shards.directory import ShardDirectory
 
-from .mixture import hash64, permutation
+from .permutation import hash64, permutation
 
 DIGEST_LETTERS = 16
-"""So much of a shard's digest is kept."""
+"""Number of letters kept of a shard's digest."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class ShardList:
 
     @classmethod
     def of(cls, directory: ShardDirectory) -> ShardList:
-        """The shards of an opened directory."""
-        shards = directory.manifest.shards
+        """List the shards of an opened directory."""
+        shards = directory.catalog.shards
         return cls(
             tuple(shard.name for shard in shards),
             tuple(shard.samples for shard in shards),
@@ -56,10 +56,10 @@ class ShardList:
 
 @dataclass(frozen=True)
 class Edition:
-    """A source between two changes of what its order is made of.
+    """A source between two changes of its shards, window or seed.
 
     Attributes:
-        shards: what it consists of.
+        shards: its shards.
         seed: of the run.
         window: shards that are shuffled together.
         epoch: the epoch in which the edition begins.
@@ -74,7 +74,7 @@ class Edition:
 
 
 Rows = int | NDArray[np.int64]
-"""Rows of a shard: the first n, or the given ones."""
+"""Rows of a shard: the first n of them, or those listed."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Epoch:
         window: int,
         key: tuple[object, ...],
     ) -> Epoch:
-        """The order of `shards` (`[S]`) of `counts` (`[S]`) rows each."""
+        """Shuffle `shards` (`[S]`) of `counts` (`[S]`) rows each into windows."""
         order = permutation(len(shards), *key)
         ends = np.cumsum(counts[order])
         starts = np.concatenate([[0], ends[window - 1 : -1 : window], ends[-1:]])
@@ -121,15 +121,15 @@ class Epoch:
         return len(self.starts) - 1
 
     def window_at(self, place: int) -> int:
-        """The window that a place lies in."""
+        """Return the window that a place lies in."""
         return int(np.searchsorted(self.starts, place, side="right")) - 1
 
     def shards_of(self, window: int) -> list[int]:
-        """The shards of a window, in their order."""
+        """Return the shards of a window, in their order."""
         return list(map(int, self.shards[window * self.window : (window + 1) * self.window]))
 
     def order_of(self, window: int) -> NDArray[np.int64]:
-        """The row, counted over the rows of the window's shards one after the other, at each place of a window."""
+        """Return the row at each place of a window, counted over the rows of its shards one after the other."""
         return permutation(int(self.starts[window + 1] - self.starts[window]), *self.key, window)
 
 
@@ -153,7 +153,7 @@ class Editions:
         return self._editions[number]
 
     def place(self, number: int, position: int) -> tuple[int, int]:
-        """Epoch and place of a position in edition `number`."""
+        """Return epoch and place of a position in edition `number`."""
         edition, rest = self._editions[number], self._rest(number)
         begun = 0 if rest is None else rest.places
         if position < begun:
@@ -162,13 +162,13 @@ class Editions:
         return edition.epoch + (rest is not None) + epochs, place
 
     def epoch(self, number: int, epoch: int) -> Epoch:
-        """The order of an epoch as edition `number` has it; of the one in which it begins, the rest."""
+        """Return the order of an epoch in edition `number`; of the epoch in which the edition begins, the rest."""
         edition = self._editions[number]
         rest = self._rest(number) if epoch == edition.epoch else None
         return rest or self._epochs.get((number, epoch), lambda: self._plain(edition, epoch))
 
     def unseen(self, number: int) -> NDArray[np.int64]:
-        """Samples of each shard of edition `number` that are left of the epoch in which it begins, `[shards]`."""
+        """Count the samples of each shard that are left of the epoch in which edition `number` begins, `[shards]`."""
         rest = self._rest(number)
         counts = np.array(self._editions[number].shards.counts, dtype=np.int64)
         if rest is None:
@@ -185,7 +185,7 @@ class Editions:
         return Epoch.make(np.arange(len(counts)), counts, {}, edition.window, key)
 
     def _rest(self, number: int) -> Epoch | None:
-        """What is left of the epoch in which an edition begins; None: all of it."""
+        """Return the rest of the epoch in which an edition begins; None: all of it."""
         if number not in self._rests:
             seen = self._seen(number)
             self._rests[number] = self._left_by(seen, number) if seen else None
@@ -205,7 +205,7 @@ class Editions:
         return Epoch.make(shards, counts[shards], partly, edition.window, key)
 
     def _seen(self, number: int) -> dict[str, Rows]:
-        """Rows, by shard, whose place came before edition `number` in the epoch in which that begins."""
+        """Collect the rows, by shard, whose place in its first epoch came before edition `number` began."""
         if number == 0:
             return {}
         edition, before = self._editions[number], self._editions[number - 1]
@@ -218,7 +218,7 @@ class Editions:
 
 
 def _first_places(epoch: Epoch, shards: ShardList, taken: int) -> list[tuple[int, Rows]]:
-    """The rows, by shard, of the first `taken` places of an epoch."""
+    """List the rows, by shard, of the first `taken` places of an epoch."""
     if taken == 0:
         return []
     whole = epoch.window_at(taken) if taken < epoch.places else epoch.windows
@@ -237,14 +237,14 @@ def _first_places(epoch: Epoch, shards: ShardList, taken: int) -> list[tuple[int
 
 
 def _others(rows: Rows, count: int) -> NDArray[np.int64]:
-    """The rows of a shard of `count` rows that are not among `rows`."""
+    """Return the rows of a shard of `count` rows that are not among `rows`."""
     if isinstance(rows, int):
         return np.arange(rows, max(rows, count))
     return np.setdiff1d(np.arange(count), rows, assume_unique=True)
 
 
 def _both(rows: Rows, more: Rows) -> Rows:
-    """Rows that are in either."""
+    """Return the rows that are in either."""
     if isinstance(rows, int) and isinstance(more, int):
         return max(rows, more)
     either = np.union1d(*(np.arange(some) if isinstance(some, int) else some for some in (rows, more)))

@@ -1,7 +1,7 @@
-"""What a run's steps are made of, over all changes of its data.
+"""The data of a run's steps over all changes of that data.
 
-A run is a list of segments, one for each change of batch size, mixture, shards or left-out steps. Together with the
-shards (`epochs.py`) they make the sampler a pure function of (history, step). A run without a change has one segment.
+A run is a list of segments, one for each change of batch size, mixture, shards or skipped steps. Together with the
+shards (`epochs.py`) they make a batch a pure function of (history, step). A run without a change has one segment.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class SourceState:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Data that is left out although its turn comes.
+class SkippedRange:
+    """Data that is skipped when its turn comes.
 
     Attributes:
         steps: the range of `data.skip_steps` that says so.
@@ -60,26 +60,28 @@ class Segment:
         samples_per_step: batch size.
         stream: position in the mixture's stream of samples at which it begins.
         sources: the mixture, as its sources stand at the first step.
-        left_out: what of the stream is left out, at `stream` or later.
+        skipped_ranges: data of the stream that is skipped, at `stream` or later.
     """
 
     first_step: int
     samples_per_step: int
     stream: int
     sources: tuple[SourceState, ...]
-    left_out: tuple[LeftOut, ...] = ()
+    skipped_ranges: tuple[SkippedRange, ...] = ()
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the sources."""
+        """Weights of the sources."""
         return tuple(source.weight for source in self.sources)
 
     def ranges(self, step: int, steps: int = 1) -> list[tuple[int, int]]:
-        """Positions of the stream, as first and length, that some steps from `step` on are made of."""
+        """Return the positions of the stream, as first and length, that `steps` steps from `step` on are made of."""
         before, wanted = ((step - self.first_step) * self.samples_per_step, steps * self.samples_per_step)
         found: list[tuple[int, int]] = []
         position = self.stream
-        gaps: list[tuple[float, int]] = sorted(gap for left_out in self.left_out for gap in left_out.ranges)
+        gaps: list[tuple[float, int]] = sorted(
+            gap for skipped in self.skipped_ranges for gap in skipped.ranges
+        )
         for begin, length in [*gaps, (math.inf, 0)]:
             passed = int(min(before, begin - position))
             before, position = before - passed, position + passed
@@ -93,7 +95,7 @@ class Segment:
         return found
 
     def reached(self, step: int) -> int:
-        """Position in the stream after the step before `step`."""
+        """Return the position in the stream after the step before `step`."""
         if step == self.first_step:
             return self.stream
         first, count = self.ranges(step - 1)[-1]
@@ -102,11 +104,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class DataHistory:
-    """All that the order of a run's samples depends on beside the step.
+    """All that the order of a run's samples depends on, apart from the step.
 
     Attributes:
         segments: from old to new; where two begin at one step, the later one counts.
-        editions: those of every source that the run has had, from old to new.
+        editions: of every source that the run has had, by its name, from old to new.
         skip_steps: `data.skip_steps` as last given.
     """
 
@@ -117,7 +119,7 @@ class DataHistory:
 
 @dataclass(frozen=True)
 class Draw:
-    """A stretch of samples that belong to one step.
+    """Consecutive samples of the stream that belong to one step.
 
     Attributes:
         sources: where each source stands at its beginning.
@@ -129,18 +131,18 @@ class Draw:
 
 
 class Timeline:
-    """Answers for every step of a history."""
+    """Looks up segments, draws and states of every step of a history."""
 
     def __init__(self, history: DataHistory) -> None:
         self.history = history
         self.editions = {name: Editions(name, editions) for name, editions in history.editions.items()}
 
     def segment(self, step: int) -> Segment:
-        """The segment that a step belongs to."""
+        """Return the segment that a step belongs to."""
         return [segment for segment in self.history.segments if segment.first_step <= step][-1]
 
     def draws(self, step: int) -> list[Draw]:
-        """What a step is made of, in order: one stretch, or more where something is left out in between."""
+        """Return the draws of a step in order: one, or more where data in between is skipped."""
         segment = self.segment(step)
         mixture = _mixture(segment.weights)
         found = []
@@ -150,13 +152,13 @@ class Timeline:
         return found
 
     def states(self, step: int) -> dict[str, SourceState]:
-        """Every source that the run has had, as it stands before a step."""
+        """Return every source that the run has had, as it stands before a step."""
         return {
             source.name: source for segment, end in self._until(step) for source in self._at(segment, end)
         }
 
     def consumed(self, step: int) -> dict[str, int]:
-        """How many samples each source has given before a step, those of left-out steps included."""
+        """Count the samples that each source has given before a step, those of skipped steps included."""
         total = dict.fromkeys(self.history.editions, 0)
         for segment, end in self._until(step):
             for begin, source in zip(segment.sources, self._at(segment, end), strict=True):
@@ -164,7 +166,7 @@ class Timeline:
         return total
 
     def _until(self, step: int) -> Iterator[tuple[Segment, int]]:
-        """The segments before a step, and the step at which each ends."""
+        """Yield the segments before a step, and the step at which each ends."""
         segments = [segment for segment in self.history.segments if segment.first_step <= step]
         for segment, following in zip(segments, [*segments[1:], None], strict=True):
             yield segment, following.first_step if following else step
@@ -173,7 +175,7 @@ class Timeline:
         return self._advanced(segment, _mixture(segment.weights).split(segment.reached(step), 0)[1])
 
     def _advanced(self, segment: Segment, drawn: Sequence[int]) -> tuple[SourceState, ...]:
-        """The segment's sources once the mixture has drawn so many samples of each."""
+        """Return the segment's sources once the mixture has drawn so many samples of each."""
         begin = _mixture(segment.weights).split(segment.stream, 0)[1]
         return tuple(
             replace(source, position=source.position + now - then)
@@ -183,5 +185,5 @@ class Timeline:
 
 @functools.lru_cache(maxsize=8)
 def _mixture(weights: tuple[float, ...]) -> Mixture:
-    """Tables of a million entries, shared by all timelines of a process."""
+    """Build the mixture of some weights: a table of a million entries, shared by all timelines of a process."""
     return Mixture(weights)

@@ -1,4 +1,4 @@
-"""The history of a run's data as a checkpoint keeps it: JSON, with every list of shards once."""
+"""The history of a run's data in a checkpoint: JSON, with every list of shards once."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.runtime.retry import reads
 
 from .epochs import Edition, ShardList
-from .history import DataHistory, LeftOut, Segment, SourceState, Timeline
+from .history import DataHistory, Segment, SkippedRange, SourceState, Timeline
 
 RECORD_NAME = "data.json"
-"""File of a checkpoint."""
+"""Name of the file in a checkpoint."""
 FORMAT = 1
 
 
 def encode_history(history: DataHistory, step: int) -> bytes:
-    """The record of a checkpoint at `step`; `consumed` in it is for readers, it follows from the rest."""
+    """Encode a history for the checkpoint at `step`; `consumed` in it is for people, as it follows from the rest."""
     lists: dict[ShardList, int] = {}
     editions = {
         name: [
@@ -51,17 +51,17 @@ def _encode_segment(segment: Segment) -> dict[str, Any]:
         "samples_per_step": segment.samples_per_step,
         "stream": segment.stream,
         "sources": [vars(source) for source in segment.sources],
-        "left_out": [vars(some) for some in segment.left_out],
+        "left_out": [vars(some) for some in segment.skipped_ranges],
     }
 
 
 def vars_of(shards: ShardList) -> dict[str, Any]:
-    """The columns of a list of shards."""
+    """Return the columns of a list of shards."""
     return {"names": shards.names, "counts": shards.counts, "digests": shards.digests}
 
 
 def read_history(checkpoint: Path) -> DataHistory | None:
-    """The record of a checkpoint; None if it has none.
+    """Read the history of a checkpoint; None if it has none.
 
     Raises:
         DataError: it cannot be read.
@@ -77,7 +77,7 @@ def read_history(checkpoint: Path) -> DataHistory | None:
 
 
 def decode_history(content: bytes, place: str) -> DataHistory:
-    """Read a record.
+    """Decode a history.
 
     Args:
         content: of the file.
@@ -111,7 +111,7 @@ def _decode_segment(record: dict[str, Any]) -> Segment:
         record["stream"],
         tuple(SourceState(**source) for source in record["sources"]),
         tuple(
-            LeftOut((some["steps"][0], some["steps"][1]), tuple((a, b) for a, b in some["ranges"]))
+            SkippedRange((some["steps"][0], some["steps"][1]), tuple((a, b) for a, b in some["ranges"]))
             for some in record["left_out"]
         ),
     )

@@ -1,7 +1,10 @@
-"""Samples to packs, packs to ranks.
+"""Samples to packs, and packs to ranks.
 
-Packs are made from the whole global batch, without regard to how many ranks there are; dealing them out is a
-second step. So the packs of a step are the same in every layout.
+Packs are made from the whole global batch, without regard to the number of ranks; dividing them among ranks is a
+second step. So the packs of a step are the same in every parallel layout.
+
+`isolated` packs have a block-diagonal attention mask: every sample is a segment of its own and sees itself alone.
+`interleaved` packs (the paper's stage 2) are one segment under plain causal attention: a sample sees those before it.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ from numpy.typing import NDArray
 
 from megatron_qwenvl.config.schema import Packing
 
-from .mixture import SampleTable
+from .sample_table import SampleTable
 
 Pack = tuple[int, ...]  # rows of the global batch's table, ascending; () is an empty pack
 
 
 def make_packs(samples: SampleTable, packing: Packing, capacity: int) -> list[Pack]:
-    """Best-fit decreasing over all samples; with `interleaved`, over the samples of each task.
+    """Pack samples by best-fit decreasing; with `interleaved`, the samples of each task on their own.
 
     Args:
         samples: the global batch; no sample is longer than `capacity`.
@@ -81,12 +84,12 @@ class CostWeights:
 
     @classmethod
     def at(cls, image_size: int) -> CostWeights:
-        """Weights of the full-size model at an image side in pixels."""
+        """Return the weights of the full-size model for images of `image_size` pixels a side."""
         return cls(attention=2e-5, image=0.24 * (image_size / 14) ** 2)
 
 
 def pack_costs(packs: Sequence[Pack], samples: SampleTable, weights: CostWeights) -> list[float]:
-    """Cost of each pack."""
+    """Compute the cost of each pack in decoder tokens."""
     length = samples.length.astype(np.float64)
     cost = length + weights.attention * length**2 + weights.image * samples.images
     return [float(cost[list(pack)].sum()) for pack in packs]
@@ -104,14 +107,14 @@ def balance_across_ranks(
         `[ranks][slots]`.
     """
     by_cost = sorted(range(len(packs)), key=lambda i: (-costs[i], i))
-    dealt: list[list[Pack]] = [[] for _ in range(ranks)]
+    packs_of: list[list[Pack]] = [[] for _ in range(ranks)]
     total = [0.0] * ranks
     for begin in range(0, ranks * slots, ranks):
         lightest_first = sorted(range(ranks), key=lambda rank: (total[rank], rank))
         for place, rank in enumerate(lightest_first, begin):
             if place < len(by_cost):
                 total[rank] += costs[by_cost[place]]
-                dealt[rank].append(packs[by_cost[place]])
+                packs_of[rank].append(packs[by_cost[place]])
             else:
-                dealt[rank].append(())
-    return dealt
+                packs_of[rank].append(())
+    return packs_of

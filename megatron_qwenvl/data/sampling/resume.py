@@ -1,4 +1,4 @@
-"""The data that a run starts or goes on with: its history, and what there is to say about it."""
+"""The history of the data with which a run starts or resumes, and the messages about it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from megatron_qwenvl.config.schema import RunConfig
 
-from .changes import begin, go_on
+from .changes import initial_history, resume_history
 from .history import DataHistory
 from .history_file import read_history
-from .sampler import Source, training_data
+from .sources import Source, current_training_data
 
 
 @dataclass(frozen=True)
 class DataStart:
-    """What a start finds.
+    """The data of a start.
 
     Attributes:
         history: of the run's data.
-        lines: what has changed since the checkpoint, and what else should be known, one line each.
-        refused: why the run may not go on, if `data.on_change` says so.
+        lines: changes since the checkpoint and other messages, one line each.
+        refused: why the run must not resume, where `data.on_change` says so.
     """
 
     history: DataHistory
@@ -29,7 +29,7 @@ class DataStart:
     refused: str | None = None
 
 
-def start_data(
+def resume_data(
     config: RunConfig, sources: Sequence[Source], checkpoint: Path | None = None, step: int = 0
 ) -> DataStart:
     """Compare a run's opened sources with what its checkpoint records.
@@ -37,24 +37,24 @@ def start_data(
     Args:
         config: the run.
         sources: its training sources.
-        checkpoint: what it goes on from; none: it begins.
-        step: steps done.
+        checkpoint: from which it resumes; None: it begins.
+        step: number of steps done.
 
     Raises:
         DataError: the checkpoint's record cannot be read.
     """
-    now = training_data(config, sources)
+    now = current_training_data(config, sources)
     modified = list(modified_lines(sources))
     if checkpoint is None:
-        return DataStart(begin(now), tuple(modified))
+        return DataStart(initial_history(now), tuple(modified))
     recorded = read_history(checkpoint)
     if recorded is None:
         modified.append(
             f"{checkpoint} does not record its data (an older version saved it): shards, mixture and batch size are "
             "taken to be as they were"
         )
-    before = recorded or begin(replace(now, skip_steps=()))
-    history, changes = go_on(before, now, step)
+    before = recorded or initial_history(replace(now, skip_steps=()))
+    history, changes = resume_history(before, now, step)
     lines = [change.text for change in changes]
     found = "; ".join(change.text for change in changes if change.effect)
     refused = f"data.on_change stop: since {checkpoint}: {found}" if found else None
@@ -62,7 +62,7 @@ def start_data(
 
 
 def modified_lines(sources: Sequence[Source]) -> Iterator[str]:
-    """A line for each source with shards that were modified since they were indexed."""
+    """Yield a line for each source with shards that were modified since they were indexed."""
     for source in sources:
         if line := source.directory.modified_line():
             yield line

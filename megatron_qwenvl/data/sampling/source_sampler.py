@@ -14,7 +14,7 @@ from megatron_qwenvl.data.shards.directory import ShardDirectory
 from megatron_qwenvl.data.shards.index import ShardIndex
 
 from .epochs import Editions, Epoch
-from .mixture import Limits, SampleTable, Skipped
+from .sample_table import Limits, SampleTable, Skipped
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class _Window:
 
 
 class SourceSampler:
-    """The endless order of one source's samples as one of its editions has it.
+    """Samples one source in the endless order of one of its editions.
 
-    A sample that cannot be used gives its place to another one of its window, and is reported whenever the order
-    comes to it, so once an epoch.
+    A sample beyond the limits gives its place to another one of its window, and is reported whenever its turn comes,
+    so once an epoch.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class SourceSampler:
         """
         Args:
             number: index of the source.
-            directory: its shards of today.
-            editions: where its samples come.
-            edition: which of them counts.
+            directory: its shards as they are now.
+            editions: the order of its samples.
+            edition: number of the edition that counts.
             limits: which samples can be used.
             load_index: index of a shard by its number in `directory`; expected to cache.
         """
@@ -57,11 +57,11 @@ class SourceSampler:
         self._limits = limits
         self._load_index = load_index
         self._windows: LruCache[_Window] = LruCache(3)
-        today = {shard.name: place for place, shard in enumerate(directory.manifest.shards)}
+        today = {shard.name: place for place, shard in enumerate(directory.catalog.shards)}
         self._today = [today.get(name, -1) for name in editions[edition].shards.names]
 
     def take(self, first: int, count: int) -> tuple[list[SampleTable], list[Skipped]]:
-        """Samples `first..first+count` of the edition's endless order, in pieces, and what was left out on the way.
+        """Take samples `first..first+count` of the edition's endless order, in pieces, and those skipped on the way.
 
         Raises:
             DataError: an index cannot be read, or no sample of the source can be used.
@@ -77,7 +77,7 @@ class SourceSampler:
             end = min(begin + count, int(epoch.starts[at + 1] - epoch.starts[at]))
             samples = window.samples if len(window.samples) else self._next_usable(number, at)
             pieces.append(samples.take(np.arange(begin, end) % len(samples)))
-            skipped += [what for place, what in window.skipped.items() if begin <= place < end]
+            skipped += [sample for place, sample in window.skipped.items() if begin <= place < end]
             first, count = first + end - begin, count - (end - begin)
         return pieces, skipped
 
@@ -85,7 +85,7 @@ class SourceSampler:
         return self._editions.epoch(self._edition, number)
 
     def _window(self, number: int, at: int) -> _Window:
-        """The samples of window `at` of epoch `number`; none if not a single one can be used."""
+        """Return the samples of window `at` of epoch `number`; an empty table if none of them can be used."""
 
         def make() -> _Window:
             epoch = self._epoch(number)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import tempfile
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_qwenvl.data.errors import DataError, index_command
+from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.records.tasks import TASKS
 from megatron_qwenvl.data.rendering.renderer import RENDERING_VERSION
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo, RenderOptions
@@ -116,6 +117,18 @@ class ShardIndex:
 def index_path(shard: Path) -> Path:
     """Where the index of a shard lies."""
     return shard.with_name(f"{shard.name.removesuffix('.tar')}.index.npz")
+
+
+def index_command(directory: Path, vocabulary: str | None = None, *options: str) -> str:
+    """Write the command that indexes a directory, ready to be pasted into a shell.
+
+    Args:
+        directory: holds the shards.
+        vocabulary: the tokenizer's file; none: the byte-level one.
+        options: further options of the tool.
+    """
+    tokenizer = ["--tokenizer", vocabulary] if vocabulary else []
+    return shlex.join(["python", "tools/index_shards.py", str(directory), *tokenizer, *options])
 
 
 def file_digest(file: BinaryIO) -> str:

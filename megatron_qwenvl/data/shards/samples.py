@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from megatron_qwenvl.runtime.retry import read_at
 
-from .tar import Entry, Member, Tar, normalise_name
+from .tar import Entry, Member, Tar
+from .tar_header import normalise_name
 
 MAX_MEMBER = 1 << 29
 """Largest file of a sample in bytes: what is read at once."""

@@ -27,7 +27,7 @@ from megatron_qwenvl.data.images import (
     read_header,
 )
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
-from megatron_qwenvl.data.shards.indexing import build_index
+from megatron_qwenvl.data.shards.index_builder import build_index
 
 from .data_cases import png_image, sample, write_shard
 

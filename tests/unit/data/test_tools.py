@@ -13,7 +13,8 @@ import pytest
 
 from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
-from megatron_qwenvl.data.sampling.sampler import describe_step, open_training_sampler
+from megatron_qwenvl.data.sampling.sampler import open_training_sampler
+from megatron_qwenvl.data.sampling.step_description import describe_step
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 
 from .conftest import QWEN_VOCABULARY

@@ -15,8 +15,7 @@ from megatron_qwenvl.data.records.tasks import decode_record, parse_record
 from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import RenderOptions
 from megatron_qwenvl.data.rendering.tokenizer import SPECIAL_TOKENS, Tokenizer
-
-from .test_formats import IMAGE, render
+from tests.unit.data.rendering.test_formats import IMAGE, render
 
 BOX, QUAD = [0, 0, 9, 9], [[0, 0], [9, 0], [9, 9], [0, 9]]
 FIELDS = {

@@ -22,7 +22,7 @@ from megatron_qwenvl.data.rendering import formats
 from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
-from megatron_qwenvl.data.sampling.mixture import SampleTable
+from megatron_qwenvl.data.sampling.sample_table import SampleTable
 from megatron_qwenvl.data.sampling.sampler import (
     PACK_MULTIPLE,
     MicroBatch,
@@ -30,8 +30,7 @@ from megatron_qwenvl.data.sampling.sampler import (
     open_training_sampler,
 )
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
-
-from .data_cases import Sample, mixed_samples, png_image, run_config, sample, write_source
+from tests.unit.data.data_cases import Sample, mixed_samples, png_image, run_config, sample, write_source
 
 SAMPLES = mixed_samples(90, seed=5)
 SLOTS = 16

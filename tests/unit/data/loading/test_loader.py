@@ -18,8 +18,7 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
-
-from .data_cases import mixed_samples, run_config, write_source
+from tests.unit.data.data_cases import mixed_samples, run_config, write_source
 
 
 @pytest.fixture(scope="module")

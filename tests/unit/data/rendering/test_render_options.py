@@ -16,12 +16,12 @@ from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import build_loader
 from megatron_qwenvl.data.rendering.token_builder import RenderOptions
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
-from megatron_qwenvl.data.shards.directory import MANIFEST, open_directory
+from megatron_qwenvl.data.shards.catalog import CATALOG_NAME
+from megatron_qwenvl.data.shards.directory import open_directory
 from megatron_qwenvl.data.shards.index import load_index
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory, index_shard
-
-from .data_cases import png_image, run_config, sample, write_shard
-from .test_image_kinds import encode
+from tests.unit.data.data_cases import png_image, run_config, sample, write_shard
+from tests.unit.data.test_image_kinds import encode
 
 ATTEMPT = "<box>(1.5,2),(3,4)</box>"
 CHAT = {
@@ -97,7 +97,7 @@ def test_options_stay_until_they_are_changed(shards: Path, monkeypatch: pytest.M
         before = (shards / "0.index.npz").stat().st_mtime_ns if (shards / "0.index.npz").exists() else 0
         assert run_tool(monkeypatch, shards, *arguments) == 0
         index = load_index(shards / "0.tar")
-        assert index.options == open_directory(shards, index.tokenizer).manifest.options
+        assert index.options == open_directory(shards, index.tokenizer).catalog.options
         return index.options, (shards / "0.index.npz").stat().st_mtime_ns != before
 
     keep, both = RenderOptions(unparsed_markup="keep"), RenderOptions("keep", "inside")
@@ -106,7 +106,7 @@ def test_options_stay_until_they_are_changed(shards: Path, monkeypatch: pytest.M
     assert indexed() == (keep, False)
     assert indexed("--force") == (keep, True)
     assert indexed("--ref-blank", "inside") == (both, True)
-    (shards / MANIFEST).write_text("{")
+    (shards / CATALOG_NAME).write_text("{")
     assert indexed() == (both, False)
     assert indexed("--unparsed-markup", "leave_out", "--ref-blank", "outside") == (RenderOptions(), True)
 

@@ -24,9 +24,8 @@ from megatron_qwenvl.data.sampling.sampler import open_training_sampler
 from megatron_qwenvl.data.shards import index as index_module
 from megatron_qwenvl.data.shards.index import index_path, load_index
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
-
-from .conftest import QWEN_VOCABULARY
-from .data_cases import mixed_samples, run_config, write_shard, write_source
+from tests.unit.data.conftest import QWEN_VOCABULARY
+from tests.unit.data.data_cases import mixed_samples, run_config, write_shard, write_source
 
 pytestmark = pytest.mark.slow
 
@@ -156,7 +155,7 @@ def run(tmp_path: Path, vocabulary: str) -> RunConfig:
 def open_all(config: RunConfig) -> int:
     """Open the data of a run and read every index; the number of samples."""
     sampler = open_training_sampler(config, load_tokenizer(config.data.tokenizer).fingerprint)
-    shards = sampler.sources[0].directory.manifest.shards
+    shards = sampler.sources[0].directory.catalog.shards
     return sum(len(sampler.index(0, shard)) for shard in range(len(shards)))
 
 

@@ -16,23 +16,22 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.records.tasks import TASKS
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
-from megatron_qwenvl.data.sampling.changes import begin, go_on
+from megatron_qwenvl.data.sampling.changes import initial_history, resume_history
 from megatron_qwenvl.data.sampling.history import DataHistory
-from megatron_qwenvl.data.sampling.mixture import CYCLE, Mixture, permutation
-from megatron_qwenvl.data.sampling.resume import start_data
+from megatron_qwenvl.data.sampling.mixture import CYCLE, Mixture
+from megatron_qwenvl.data.sampling.permutation import permutation
+from megatron_qwenvl.data.sampling.resume import resume_data
 from megatron_qwenvl.data.sampling.sampler import (
     GlobalBatch,
     StepSampler,
-    describe_step,
     open_training_sampler,
-    open_training_sources,
     open_validation_sampler,
-    training_data,
     training_sampler,
 )
+from megatron_qwenvl.data.sampling.sources import current_training_data, open_training_sources
+from megatron_qwenvl.data.sampling.step_description import describe_step
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
-
-from .data_cases import mixed_samples, png_image, run_config, sample, write_source
+from tests.unit.data.data_cases import mixed_samples, png_image, run_config, sample, write_source
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +322,7 @@ def test_stand_ins_never_take_the_place_of_a_sample_that_is_to_come(
     first = [before.global_batch(step) for step in range(5)]
     write_source(tmp_path / "s", samples, per_shard=5)
     sources = open_training_sources(config, byte_level.fingerprint)
-    history, _ = go_on(before.history, training_data(config, sources), 5)
+    history, _ = resume_history(before.history, current_training_data(config, sources), 5)
     after = training_sampler(config, sources, history)
     epoch = first + [after.global_batch(step) for step in range(5, 20)]
     shown = [name.rpartition(":")[2] for batch in epoch for name in names(after, batch)]
@@ -340,14 +339,14 @@ def test_a_rest_without_a_usable_sample_is_filled_from_the_next_epoch(
     bad = [sample(f"{i:03d}", {"task": "text", "text": "x" * 500}) for i in range(10, 15)]
     write_source(tmp_path / "s", good + bad)
     config = run_config(tmp_path, {"s": 1}, global_batch_size=5)
-    now = training_data(config, open_training_sources(config, byte_level.fingerprint))
-    (whole,) = begin(now).editions["s"]
+    now = current_training_data(config, open_training_sources(config, byte_level.fingerprint))
+    (whole,) = initial_history(now).editions["s"]
     # As if the ten good ones had been all there was, and were taken, before the bad ones came.
     first = replace(
         whole.shards, names=whole.shards.names[:1], counts=(10,), digests=whole.shards.digests[:1]
     )
     editions = (replace(whole, shards=first), replace(whole, taken=10))
-    segment = begin(now).segments[0]
+    segment = initial_history(now).segments[0]
     states = (replace(segment.sources[0], edition=1),)
     history = DataHistory((replace(segment, sources=states),), {"s": editions})
     sampler = open_training_sampler(config, byte_level.fingerprint, history=history)
@@ -370,7 +369,7 @@ def test_shards_modified_since_they_were_indexed_are_named(tmp_path: Path, byte_
     config = run_config(tmp_path, {"s": 1})
 
     def told() -> tuple[str, ...]:
-        return start_data(config, open_training_sources(config, byte_level.fingerprint)).lines
+        return resume_data(config, open_training_sources(config, byte_level.fingerprint)).lines
 
     assert told() == ()
     for number in range(4):

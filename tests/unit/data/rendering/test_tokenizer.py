@@ -8,8 +8,7 @@ from dashscope.tokenizers import get_tokenizer
 
 from megatron_qwenvl.data.errors import DataError, SampleError
 from megatron_qwenvl.data.rendering.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
-
-from .conftest import QWEN_VOCABULARY
+from tests.unit.data.conftest import QWEN_VOCABULARY
 
 TEXTS = [
     "Hello  world\n\n 12345",

@@ -16,14 +16,14 @@ import pytest
 from megatron_qwenvl.data.errors import DataError, SampleError
 from megatron_qwenvl.data.loading.reader import SampleReader
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
-from megatron_qwenvl.data.sampling.mixture import SampleTable
+from megatron_qwenvl.data.sampling.sample_table import SampleTable
 from megatron_qwenvl.data.sampling.sampler import open_training_sampler
 from megatron_qwenvl.data.shards.index import ShardIndex
-from megatron_qwenvl.data.shards.indexing import IndexJob, build_index, index_directory
+from megatron_qwenvl.data.shards.index_builder import build_index
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from megatron_qwenvl.data.shards.samples import read_member
-from megatron_qwenvl.data.shards.tar import BLOCK
-
-from .data_cases import png_image, run_config
+from megatron_qwenvl.data.shards.tar_header import BLOCK
+from tests.unit.data.data_cases import png_image, run_config
 
 Mutation = Callable[[bytearray, random.Random, "Shard"], None]
 

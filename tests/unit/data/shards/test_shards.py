@@ -17,14 +17,13 @@ import pytest
 from megatron_qwenvl.commands import index_shards
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.data.shards.directory import list_shards, unread_shards
 from megatron_qwenvl.data.shards.index import ShardIndex
-from megatron_qwenvl.data.shards.indexing import JOINT, build_index
+from megatron_qwenvl.data.shards.index_builder import JOINT, build_index
+from megatron_qwenvl.data.shards.listing import list_shards, unread_shards
 from megatron_qwenvl.data.shards.members import GAP
 from megatron_qwenvl.data.shards.samples import checksum, read_member, scan_shard
-from megatron_qwenvl.data.shards.tar import BLOCK, normalise_name
-
-from .data_cases import png_image
+from megatron_qwenvl.data.shards.tar_header import BLOCK, normalise_name
+from tests.unit.data.data_cases import png_image
 
 VQA = json.dumps({"task": "vqa", "question": "q?", "answer": "a"}).encode()
 RED, GREEN, BLUE = (png_image(colour=colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250)))
@@ -409,7 +408,7 @@ def test_a_shard_that_is_written_meanwhile_is_refused(
         yield from scan_shard(file, of, joints)
         os.utime(path, ns=(0, 0))
 
-    monkeypatch.setattr("megatron_qwenvl.data.shards.indexing.scan_shard", scan_and_touch)
+    monkeypatch.setattr("megatron_qwenvl.data.shards.index_builder.scan_shard", scan_and_touch)
     with pytest.raises(DataError, match=r"s\.tar: changed while it was indexed"):
         build_index(path, byte_level)
 

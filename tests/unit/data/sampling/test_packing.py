@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megatron_qwenvl.data.sampling.mixture import SampleTable
 from megatron_qwenvl.data.sampling.packing import (
     CostWeights,
     Pack,
@@ -14,6 +13,7 @@ from megatron_qwenvl.data.sampling.packing import (
     make_packs,
     pack_costs,
 )
+from megatron_qwenvl.data.sampling.sample_table import SampleTable
 
 
 def table(

@@ -24,17 +24,17 @@ from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwenvl.data.sampling.sampler import open_training_sampler
-from megatron_qwenvl.data.shards import indexing
+from megatron_qwenvl.data.shards import index_builder, indexing
 from megatron_qwenvl.data.shards.directory import open_directory
 from megatron_qwenvl.data.shards.index import index_path, load_index
-from megatron_qwenvl.data.shards.indexing import IndexJob, build_index, index_directory
+from megatron_qwenvl.data.shards.index_builder import build_index
+from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from megatron_qwenvl.data.shards.samples import read_member, split_name
 from megatron_qwenvl.data.shards.skipped import printable, reason_kind, tally
 from megatron_qwenvl.runtime import retry
-
-from .conftest import QWEN_VOCABULARY
-from .data_cases import mixed_samples, png_image, run_config, sample, write_shard, write_source
-from .test_images import absurd_png
+from tests.unit.data.conftest import QWEN_VOCABULARY
+from tests.unit.data.data_cases import mixed_samples, png_image, run_config, sample, write_shard, write_source
+from tests.unit.data.test_images import absurd_png
 
 VQA = {"task": "vqa", "question": "q?", "answer": "a"}
 
@@ -380,7 +380,7 @@ def test_an_error_that_nobody_foresaw_leaves_one_sample_out(
             raise kind("too much")
         return decode_record(suffix, data)
 
-    monkeypatch.setattr(indexing, "decode_record", fail)
+    monkeypatch.setattr(index_builder, "decode_record", fail)
     texts = [sample(key, {"task": "text", "text": key}) for key in ("good", "evil", "last")]
     index = build_index(write_shard(tmp_path / "s.tar", texts), byte_level)
     assert [index.key(row) for row in range(len(index))] == ["good", "last"]
@@ -394,7 +394,7 @@ def test_a_disk_that_cannot_be_read_is_not_taken_for_a_bad_sample(
         raise OSError(errno.EIO, "Input/output error")
 
     path = write_shard(tmp_path / "s.tar", [sample("a", {"task": "text", "text": "x"})])
-    monkeypatch.setattr(indexing, "read_member", fail)
+    monkeypatch.setattr(index_builder, "read_member", fail)
     with pytest.raises(DataError, match=r"s\.tar: cannot read the shard: Input/output error"):
         build_index(path, byte_level)
 
@@ -421,7 +421,7 @@ def test_left_out_samples_are_counted_by_kind_of_reason(
     boxes = [{"task": "referring", "phrase": "x", "boxes": [[n, 1, n, 2]]} for n in (3, 4, 5)]
     bad = [sample(f"box{n}", record, png=png_image()) for n, record in enumerate(boxes)]
     root = write_source(tmp_path / "s", [*bad, sample("json", b"{"), *mixed_samples(2)], per_shard=2)
-    kinds = open_directory(root, load_tokenizer().fingerprint).manifest.skipped
+    kinds = open_directory(root, load_tokenizer().fingerprint).catalog.skipped
     assert [(kind.count, kind.example) for kind in kinds] == [(3, "000000.tar:box0"), (1, "000001.tar:json")]
     sampler = open_training_sampler(run_config(tmp_path, {"s": 1}), load_tokenizer().fingerprint)
     assert [line.split(":")[:2] for line in sampler.source_notes()][:1] == [["data s", " 3 left out"]]
@@ -472,7 +472,7 @@ def test_names_of_the_data_cannot_forge_lines_of_a_report(
     assert index_shards.main() == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{root}/000000.tar:x\\n2026 error: all lost\\x1b[2J: malformed json")
-    (kind,) = open_directory(root, load_tokenizer().fingerprint).manifest.skipped
+    (kind,) = open_directory(root, load_tokenizer().fingerprint).catalog.skipped
     assert str(kind).isprintable()
     assert printable("caf\u00e9 图 a\u202eb \ud800") == "caf\u00e9 图 a\\u202eb \\ud800"
 
