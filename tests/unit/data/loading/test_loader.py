@@ -31,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment() -> dict[str, str]:
     """For a program that is not in the repository."""
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
 
 
 def first_steps(loader: StepLoader, count: int) -> list[list[Batch]]:

@@ -29,7 +29,7 @@ from tests.unit.data.data_cases import mixed_samples, run_config, write_shard, w
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def change_index(shard: Path, **changes: object) -> None:
