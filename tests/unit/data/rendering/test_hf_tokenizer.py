@@ -18,10 +18,10 @@ from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, _read_ranks, load_tokenizer
 from megatron_qwenvl.data.shards.directory import open_directory
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
-
 from tests.unit.data.conftest import QWEN_VOCABULARY
 from tests.unit.data.data_cases import sample, write_source
 from tests.unit.data.hf_vocabulary import QWEN2_ADDED, SMALL_RANKS, tokenizer_json, write_vocabulary
+
 from .test_formats import CASES, render
 from .test_tokenizer import TEXTS
 
