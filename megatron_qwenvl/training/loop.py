@@ -88,14 +88,12 @@ class Trainer:
             from_step: go on from the checkpoint of this step and set newer ones aside; none: from the newest one.
 
         Raises:
-            CheckpointError: no usable checkpoint where one is needed.
-            DataError: data that does not fit the configuration.
+            CheckpointError, DataError: as `prepare_run` and `take_over_run`.
         """
         run = prepare_run(config, runtime, from_step)
         hold, metrics = take_over_run(config, runtime, run)
         stacks = Path(config.run_dir) / "stacks"
         watchdog = Watchdog(60 * config.runtime.hang_minutes, stacks, runtime.process.rank)
-        saved_step = run.progress.step if run.resumed else -1
         return cls(
             config=config,
             runtime=runtime,
@@ -105,7 +103,7 @@ class Trainer:
             schedule=Schedule(run.optimizer, config),
             loader=run.loader,
             validation=run.validation,
-            saver=RunSaver(config.checkpoint, run.checkpoints, metrics, watchdog, saved_step),
+            saver=RunSaver(config.checkpoint, run.checkpoints, metrics, watchdog, run.saved_step),
             metrics=metrics,
             data_log=DataLog(runtime),
             progress=run.progress,

@@ -57,8 +57,8 @@ class PreparedRun:
     """Counters of the checkpoint that it resumes from."""
     loader: StepLoader
     validation: StepLoader | None
-    resumed: bool
-    """It resumes from a checkpoint of its own."""
+    saved_step: int
+    """Step of the checkpoint of its own that it resumes from; -1: none."""
     rewinds: bool
     """It resumes from an older checkpoint than its newest."""
 
@@ -93,7 +93,7 @@ def prepare_run(config: RunConfig, runtime: Runtime, from_step: int | None) -> P
         progress=progress,
         loader=loaders[0],
         validation=loaders[1],
-        resumed=newest is not None,
+        saved_step=-1 if newest is None else progress.step,
         rewinds=older is not None,
     )
 

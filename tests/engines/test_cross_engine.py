@@ -84,7 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each layout a run of the old engine alone, `straight`, and for each direction one that changed engine."""
     if missing := {OLD, NEW} - PYTHONS.keys():
         pytest.skip(
-            f"no environment with megatron-core {' and '.join(sorted(missing))} (see the module's docstring)"
+            f"no environment with megatron-core {' and '.join(sorted(missing))} (ENGINE_PYTHONS names two interpreters)"
         )
     folder = tmp_path_factory.mktemp("engines")
     write_data(folder)
