@@ -41,7 +41,7 @@ def test_full_size_ids_are_those_of_qwen2_5(tmp_path: Path, qwen: Tokenizer) -> 
 
 def test_the_documented_table_of_special_tokens(qwen: Tokenizer) -> None:
     """docs/families.md: spelling and id of every role in both vocabularies."""
-    page = (Path(__file__).parents[3] / "docs/families.md").read_text()
+    page = (Path(__file__).parents[4] / "docs/families.md").read_text()
     rows = [line.replace(r"\|", "!").strip("|").split("|") for line in page.splitlines() if "1516" in line]
     cells = [[re.findall(r"<[^>`]*>|\d{6}", cell) for cell in row[1:]] for row in rows if len(row) == 5]
     documented = [dict(zip(row[i], map(int, row[i + 1]), strict=True)) for i in (0, 2) for row in cells]
