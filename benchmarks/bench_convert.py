@@ -49,21 +49,23 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def published_specs(model: ModelConfig) -> dict[str, TensorSpec]:
+def hf_specs(model: ModelConfig) -> dict[str, TensorSpec]:
     """Shape and type of every published tensor."""
     shapes, specs = tensor_shapes(model), {}
     for rule in qwenvl_rules(model):
-        ours = [torch.empty(shapes[name], device="meta", dtype=torch.bfloat16) for name in rule.megatron]
-        theirs = rule.mapping.to_hf(ours)
-        specs |= {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in zip(rule.hf, theirs, strict=True)}
+        megatron = [torch.empty(shapes[name], device="meta", dtype=torch.bfloat16) for name in rule.megatron]
+        hf_tensors = rule.mapping.to_hf(megatron)
+        specs |= {
+            name: TensorSpec(tuple(t.shape), t.dtype) for name, t in zip(rule.hf, hf_tensors, strict=True)
+        }
     specs[TABLE_NAME] = TensorSpec((model.image_tokens, model.decoder.hidden), torch.bfloat16)
     return specs
 
 
-def make_published(folder: Path, model: ModelConfig) -> int:
+def write_hf_directory(folder: Path, model: ModelConfig) -> int:
     """Write a published directory with random weights; returns its tensors' bytes."""
     folder.mkdir(parents=True)
-    specs, files, size = published_specs(model), [[]], 0  # type: ignore[var-annotated]
+    specs, files, size = hf_specs(model), [[]], 0  # type: ignore[var-annotated]
     for name in sorted(specs):
         if size > FILE_BYTES:
             files.append([])
@@ -153,21 +155,21 @@ def main() -> int:
         vision=VisionConfig(layers=arguments.vit_layers),
         decoder=DecoderConfig(layers=arguments.decoder_layers),
     )
-    hf, ours = scratch / "hf", scratch / "megatron"
-    size = make_published(hf, model)
+    hf, megatron = scratch / "hf", scratch / "megatron"
+    size = write_hf_directory(hf, model)
     copy(hf)  # a machine that was idle is slow at first
     before = copy(hf)
     print(f"{size / 1e9:.2f} GB; copy with fsync {before:.1f} s ({size / before / 1e6:.0f} MB/s)", flush=True)
-    exported = ["export-qwenvl", "--from", str(ours), "--out", str(scratch / "exported")]
+    exported = ["export-qwenvl", "--from", str(megatron), "--out", str(scratch / "exported")]
     commands: list[tuple[str, list[str], int]] = [
-        ("import-qwenvl", ["import-qwenvl", "--from", str(hf), "--out", str(ours)], 0),
-        ("compare", ["compare", str(ours), str(hf)], 0),
-        ("  different", ["compare", str(ours), str(hf)], 1),
-        ("  tolerance", ["compare", str(ours), str(hf), "--tolerance", "1e-3"], 1),
-        ("verify", ["verify", str(ours)], 0),
+        ("import-qwenvl", ["import-qwenvl", "--from", str(hf), "--out", str(megatron)], 0),
+        ("compare", ["compare", str(megatron), str(hf)], 0),
+        ("  different", ["compare", str(megatron), str(hf)], 1),
+        ("  tolerance", ["compare", str(megatron), str(hf), "--tolerance", "1e-3"], 1),
+        ("verify", ["verify", str(megatron)], 0),
         (
             "next-stage",
-            ["next-stage", "--from", str(ours), "--to", "stage2", "--out", str(scratch / "next")],
+            ["next-stage", "--from", str(megatron), "--to", "stage2", "--out", str(scratch / "next")],
             0,
         ),
         ("export-qwenvl", exported, 0),

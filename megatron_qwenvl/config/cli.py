@@ -165,7 +165,7 @@ def _make_parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--from-step",
         type=_step,
         metavar="N",
-        help="go on from the run's checkpoint of step N; newer ones are set aside, not deleted",
+        help="go on from the run's checkpoint of step N; newer ones are moved away, not deleted",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and exit"

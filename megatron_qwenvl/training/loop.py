@@ -85,7 +85,7 @@ class Trainer:
             config: the run.
             runtime: this rank's place in it.
             stop: asks the run to save and stop before its end; none: nothing does.
-            from_step: go on from the checkpoint of this step and set newer ones aside; none: from the newest one.
+            from_step: go on from the checkpoint of this step and move newer ones away; None: from the newest one.
 
         Raises:
             CheckpointError, DataError: as `prepare_run` and `take_over_run`.

@@ -154,7 +154,7 @@ def run_plain(
 ) -> Trained:
     """The plain recipe (none: the stage's) on the samples of every step, from the given weights."""
     model = ReferenceModel(config.model)
-    model.load_state_dict(published(start, config.model))
+    model.load_state_dict(as_hf(start, config.model))
     return train(model, packs_of(config, made), recipe or STAGES[stage].recipe, STAGES[stage].interleaved)
 
 
@@ -170,10 +170,10 @@ def packs_of(config: RunConfig, made: list[Example]) -> list[list[Pack]]:
     return steps
 
 
-def published(weights: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Weights by checkpoint key under the names and in the shapes of the published model."""
-    theirs = {TABLE_NAME: ReferenceModel(model).state_dict()[TABLE_NAME]}
+def as_hf(weights: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Weights by checkpoint key under the names and in the shapes of the Hugging Face format."""
+    hf = {TABLE_NAME: ReferenceModel(model).state_dict()[TABLE_NAME]}
     for rule in qwenvl_rules(model):
         values = rule.mapping.to_hf([weights[name] for name in rule.megatron])
-        theirs.update(zip(rule.hf, values, strict=True))
-    return theirs
+        hf.update(zip(rule.hf, values, strict=True))
+    return hf

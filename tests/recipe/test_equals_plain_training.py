@@ -21,7 +21,7 @@ from megatron_qwenvl.config.schema import ModelConfig
 
 from .plain_samples import Example
 from .plain_training import Trained
-from .runs import STAGES, Result, make_config, packs_of, published, run_plain, run_product, write_examples
+from .runs import STAGES, Result, as_hf, make_config, packs_of, run_plain, run_product, write_examples
 
 # Of weights that move by 0.003 to 0.01 in the eight steps; seen: 1.4e-6 (the keys' biases, whose gradients are rounding
 # alone), 3e-7 for the others.
@@ -96,8 +96,8 @@ def assert_trained_as(product: Result, expected: Trained, model: ModelConfig) ->
     assert column(product, "lr") == pytest.approx(expected.rates, rel=1e-9)
     assert column(product, "loss") == pytest.approx(expected.losses, rel=LOSS_AND_NORM)
     assert column(product, "grad_norm") == pytest.approx(expected.norms, rel=LOSS_AND_NORM)
-    ours = published(product.after, model)
-    assert_close({name: ours[name] for name in expected.weights}, expected.weights)
+    weights = as_hf(product.after, model)
+    assert_close({name: weights[name] for name in expected.weights}, expected.weights)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -140,7 +140,7 @@ def test_frozen_parts_stay_and_all_others_move(stage: str, runs: RunsOf) -> None
     """Bit for bit, and by 0.001 at least."""
     one = runs(stage)
     model = make_config(stage, one.root, one.root / "plain").model
-    before, after = (published(weights, model) for weights in (one.product.before, one.product.after))
+    before, after = (as_hf(weights, model) for weights in (one.product.before, one.product.after))
     constant = "transformer.visual.attn_pool.pos_embed"
     for name in before.keys() - {constant}:
         if STAGES[stage].recipe.frozen(name):

@@ -1,4 +1,4 @@
-"""Checkpoints set aside, and how a job that Slurm starts again knows that it did so."""
+"""Checkpoints moved away by a rewind, and how a job that Slurm starts again knows that it did so."""
 
 from __future__ import annotations
 
