@@ -44,6 +44,16 @@ def table_rows() -> Iterator[tuple[str, list[str]]]:
             yield cells[0], cells[1:]
 
 
+def test_the_readme_shows_the_same_table() -> None:
+    rows = [
+        line
+        for line in (ROOT / "docs/versions.md").read_text(encoding="utf-8").splitlines()
+        if line[:1] == "|"
+    ]
+    table = "\n".join(rows[:7])
+    assert table.count("0.19.2") and table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_each_dependency_is_pinned_within_its_range(python: tuple[int, int]) -> None:
     extras = PROJECT["optional-dependencies"]
