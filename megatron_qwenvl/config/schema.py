@@ -125,8 +125,8 @@ class DataConfig(Section):
     global_batch_size: int = Field(30720, ge=1)
     """Samples per optimizer step over all ranks."""
     packing: Packing = "isolated"
-    """`none`: one sample a row, padded; `isolated`: packed, samples do not see each other;
-    `interleaved`: samples of one task packed into one sequence under plain causal attention."""
+    """`none`: one sample a row, padded; `isolated`: packed under a block-diagonal mask, samples do not see each other;
+    `interleaved`: samples of one task packed into one sequence under a plain causal mask."""
     max_sample_length: int = Field(512, ge=8)
     """Longest sample in tokens (image slots included); longer ones are skipped and counted."""
     pack_length: int = Field(4096, ge=8)
