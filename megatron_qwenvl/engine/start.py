@@ -175,6 +175,11 @@ def stop_engine() -> None:
     restore_engine()
 
 
+def engine_is_running() -> bool:
+    """Return whether this process has joined a run and not left it."""
+    return dist.is_initialized()
+
+
 def is_lost_peer(error: Exception) -> bool:
     """True if the error says that another process of the run is gone, not what went wrong in this one."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")

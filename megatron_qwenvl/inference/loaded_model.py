@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_qwenvl.checkpoint.run.weights import load_weights
 from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
@@ -21,7 +20,7 @@ from megatron_qwenvl.data.records.tasks import TaskRecord, parse_record
 from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from megatron_qwenvl.engine.start import Runtime, start_engine, stop_engine
+from megatron_qwenvl.engine.start import Runtime, engine_is_running, start_engine, stop_engine
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.long_context import LongContext, long_context
 from megatron_qwenvl.model.partition import make_partition
@@ -111,7 +110,7 @@ def load_model(config: RunConfig, checkpoint: str | Path | None = None) -> Loade
         DataError: the vocabulary cannot be read.
         RuntimeError: this process has an engine running: a model that is not closed, or a training run.
     """
-    if dist.is_initialized():
+    if engine_is_running():
         raise RuntimeError("load_model: expected a process without a running engine: close the model before")
     single = config.model_copy(update={"parallel": ParallelConfig()})
     tokenizer = load_tokenizer(config.data.tokenizer)
