@@ -23,4 +23,4 @@ COPY launch launch
 COPY tools tools
 COPY slurm slurm
 ENV PYTHONPATH=/opt/megatron_qwenvl
-RUN python3 -m megatron_qwenvl.train --recipe stage1 --print-config > /dev/null
+RUN python3 -m megatron_qwenvl.train --recipe stage1 --print_config > /dev/null

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 -m megatron_qwenvl.train --recipe tiny_stage1 --parallel.tensor 2
 
-`--print-config` shows the resolved configuration, `--help` explains every field. A run that has a checkpoint in
-its `run_dir` goes on from the newest good one, with `--from-step N` from that of step N. SIGUSR1, SIGTERM or Ctrl-C:
+`--print_config` shows the resolved configuration, `--help` explains every field. A run that has a checkpoint in
+its `run_dir` goes on from the newest good one, with `--from_step N` from that of step N. SIGUSR1, SIGTERM or Ctrl-C:
 all ranks finish the same step, save and end with exit code 75; started again the run goes on from there.
 """
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest.listen()  # before anything is imported that takes time
     try:
         return _run(sys.argv[1:] if argv is None else argv, stop)
-    except SystemExit as end:  # after --help and --print-config, or for arguments that cannot be used
+    except SystemExit as end:  # after --help and --print_config, or for arguments that cannot be used
         if not end.code and stop.received():
             return _stopped_early(stop.name)
         return int(end.code or 0)

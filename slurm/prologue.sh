@@ -140,7 +140,7 @@ train() { # RECIPE, OVERRIDES...
   begin_attempt
   configure "$@"
   claim_run_dir
-  run_preflight "${arguments[@]}" --bad-nodes "$run_dir/bad_nodes.txt" || end_attempt preflight $?
+  run_preflight "${arguments[@]}" --bad_nodes "$run_dir/bad_nodes.txt" || end_attempt preflight $?
   SRUN_OPTIONS="--label ${SRUN_OPTIONS:-}" run_phase "$root/launch/srun.sh" "${arguments[@]}" || code=$?
   ((code == 0)) || end_attempt training "$code"
   finish
@@ -165,7 +165,7 @@ ask_trainer() { # FIELD
   for option in "${options[@]}"; do
     [[ "$option" == --label || "$option" == -l ]] || plain+="$option "
   done
-  SRUN_OPTIONS="$plain" run_single_task "-m megatron_qwenvl.train" "${arguments[@]}" --print-value "$1"
+  SRUN_OPTIONS="$plain" run_single_task "-m megatron_qwenvl.train" "${arguments[@]}" --print_value "$1"
 }
 
 # Names this job in RUN/job.txt while it works there. A file that is found was left by a job that ended unexpectedly,

@@ -2,7 +2,7 @@
 # Submit the whole training as a chain of jobs: import -> stage 1 -> next-stage -> stage 2 -> next-stage -> stage 3 ->
 # export. Each step starts when the previous one has succeeded; a failed step cancels those after it.
 #   slurm/submit_pipeline.sh runs/qwenvl                        # slurm/site.env holds what each step needs
-#   slurm/submit_pipeline.sh runs/qwenvl --dry-run
+#   slurm/submit_pipeline.sh runs/qwenvl --dry_run
 #   slurm/submit_pipeline.sh runs/qwenvl --from stage2 --to next_stage3
 #   slurm/submit_pipeline.sh runs/qwenvl -- --parallel.pipeline 2      # overrides for every training stage
 # Called again it continues: finished steps are skipped, queued or running jobs are kept, the rest is submitted.
@@ -23,7 +23,7 @@ die() {
 
 usage() {
   sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-  echo "Options: --from STEP, --to STEP, --dry-run, --site FILE. Steps: ${steps[*]}."
+  echo "Options: --from STEP, --to STEP, --dry_run, --site FILE. Steps: ${steps[*]}."
 }
 
 # Position of a step in the chain.
@@ -46,7 +46,7 @@ while (($#)); do
     --from) first="$2" && shift ;;
     --to) last="$2" && shift ;;
     --site) SITE="$(realpath "$2")" && shift ;;
-    --dry-run) dry_run=yes ;;
+    --dry_run | --dry-run) dry_run=yes ;;
     --help | -h) usage && exit 0 ;;
     --) overrides=("${@:2}") && break ;;
     -*) die "unknown option $1 (--help shows them)" ;;

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR
 from megatron_qwenvl.runtime.output import print_any_name
@@ -36,7 +37,7 @@ DRY_RUN = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("import-qwenvl", help="a published Qwen-VL or Qwen-VL-Chat directory")
     _add_source(command, "published directory")
     command.add_argument(
-        "--accept-drift",
+        "--accept_drift",
         action="store_true",
         help="take a model whose constant position table was trained, as the published fine-tuning does; the table is "
         "the constant one again",
@@ -102,7 +103,7 @@ def _add_source(command: argparse.ArgumentParser, what: str) -> None:
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="directory to create")
-    command.add_argument("--dry-run", action="store_true", help=DRY_RUN)
+    command.add_argument("--dry_run", action="store_true", help=DRY_RUN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

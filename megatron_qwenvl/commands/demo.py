@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.demo.training import STAGES, DemoRun, make_data, train_stage
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
 
@@ -29,12 +30,10 @@ VQA_GOAL = 0.90
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns 1 if a part of it fails or the model did not learn to see."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensor", type=int, default=2, help="tensor-parallel size")
     parser.add_argument("--pipeline", type=int, default=2, help="pipeline-parallel size")
-    parser.add_argument("--data-parallel", type=int, default=1, help="data-parallel size")
+    parser.add_argument("--data_parallel", type=int, default=1, help="data-parallel size")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="replaced if it exists")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="replaced if it exists")
     parser.add_argument("--seed", type=int, default=1234, help="seed of data and weights")

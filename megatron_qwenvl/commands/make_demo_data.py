@@ -1,4 +1,4 @@
-"""python tools/make_demo_data.py --out DIR [--train N] [--held-out N] [--seed S]
+"""python tools/make_demo_data.py --out DIR [--train N] [--held_out N] [--seed S]
 
 Draws images of coloured shapes and digits and writes them as WebDataset shards with records of all seven tasks and
 ChatML dialogues, in English and Chinese: training data in DIR/<source>, held-out data in DIR/val and DIR/test. Equal
@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
 
 from .entry import run_program
@@ -21,13 +22,11 @@ from .entry import run_program
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
     parser.add_argument("--train", type=_count, default=30_000, metavar="N", help="training samples in all")
     parser.add_argument(
-        "--held-out", type=_count, default=320, metavar="N", help="samples of every validation and test part"
+        "--held_out", type=_count, default=320, metavar="N", help="samples of every validation and test part"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of everything that is drawn")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""PROGRAM=tools/preflight.py launch/srun.sh --recipe R [--section.field value ...] [--bad-nodes FILE] [--deadline S]
+"""PROGRAM=tools/preflight.py launch/srun.sh --recipe R [--section.field value ...] [--bad_nodes FILE] [--deadline S]
 
 Can this run start here and work? Takes the trainer's arguments, runs one process per rank like the trainer, and checks
 in under a minute: all ranks there; versions, devices and kernels equal; a matrix product right; the run directory
@@ -6,9 +6,9 @@ writable and shared, with room for the next checkpoints; data and start weights;
 all-reduce. Also through launch/local.sh and launch/mpirun.sh, or as one process by itself.
 
   --directory DIR     in place of a recipe: look at the machines only, for a job that writes to this directory
-  --bad-nodes FILE    write the names of bad nodes there, one a line; removed where there are none
+  --bad_nodes FILE    write the names of bad nodes there, one a line; removed where there are none
   --deadline S        seconds that all ranks have to report (default 30); all of it takes at most twice as long
-  --slow-nodes W      what a node is that computes or sends more than twice as slowly as the median: warning (default)
+  --slow_nodes W      what a node is that computes or sends more than twice as slowly as the median: warning (default)
                       or failure
 
 Exit codes: 0 passed; 1 the run cannot work, on whatever nodes; 2 arguments or configuration; 3 one or more nodes are
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_qwenvl.config.cli import HEAD_START_SECONDS, RunArguments, parse_start_arguments
+from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
 from megatron_qwenvl.preflight.rules import Finding, bad_nodes, warning
 from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR, USAGE_ERROR
@@ -36,17 +37,18 @@ if TYPE_CHECKING:
     from megatron_qwenvl.preflight.run import Checklist
 
 
-def parse_own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_own_arguments(argv: Sequence[str], quiet: bool = False) -> tuple[argparse.Namespace, list[str]]:
     """This tool's arguments, and those that it shares with the trainer.
 
     Raises:
         ArgumentError: a value that cannot be used.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = OptionParser(prog="preflight", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.quiet = quiet
     parser.add_argument("--directory")
-    parser.add_argument("--bad-nodes", type=Path)
+    parser.add_argument("--bad_nodes", type=Path)
     deadline = parser.add_argument("--deadline", type=float, default=30.0)
-    parser.add_argument("--slow-nodes", choices=("warning", "failure"), default="warning")
+    parser.add_argument("--slow_nodes", choices=("warning", "failure"), default="warning")
     arguments, shared = parser.parse_known_args(argv)
     if not 1 <= arguments.deadline <= 3600:
         raise argparse.ArgumentError(deadline, f"expected 1 to 3600 seconds, found {arguments.deadline}")
@@ -58,7 +60,7 @@ def parse_arguments(
 ) -> tuple[argparse.Namespace, RunArguments]:
     """All arguments; exits with 2 and one message for bad ones, as `parse_start_arguments` does."""
     try:
-        arguments, shared = parse_own_arguments(argv)
+        arguments, shared = parse_own_arguments(argv, quiet)
     except argparse.ArgumentError as error:
         if quiet:
             time.sleep(HEAD_START_SECONDS)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.profiling.layouts import Launcher, Layout, Measurement, ProfileError, check, run_layout
 from megatron_qwenvl.profiling.throughput import Row, read_metrics, render_markdown, write_table
 from megatron_qwenvl.runtime.environment import git_state
@@ -36,7 +37,7 @@ STOP_SECONDS = 20.0
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line and the configuration overrides in it."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--recipe", required=True, help="name of a recipe, or a YAML file")

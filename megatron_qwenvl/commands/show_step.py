@@ -1,4 +1,4 @@
-"""python tools/show_step.py --run RUN --step K [--data-parallel N] [--json] [--section.field value ...]
+"""python tools/show_step.py --run RUN --step K [--data_parallel N] [--json] [--section.field value ...]
 
 Prints what a training step holds: the packs of every data-parallel rank and micro-batch, and their samples. Only
 indices are read. Steps count from 0, as in metrics.jsonl.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_qwenvl.config.load import ConfigError, load_config
+from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS, USAGE_ERROR
 from megatron_qwenvl.runtime.output import print_any_name
 
@@ -29,18 +30,18 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line and the configuration overrides in it."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--run", type=Path, help="a run's directory")
     subject.add_argument("--recipe", help="name of a recipe, or a YAML file")
     parser.add_argument("--step", required=True, type=int, help="number of the step, from 0")
-    parser.add_argument("--data-parallel", type=int, default=1, metavar="N", help="data-parallel size")
+    parser.add_argument("--data_parallel", type=int, default=1, metavar="N", help="data-parallel size")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.step < 0 or arguments.data_parallel < 1:
-        parser.error("expected --step 0 or more and --data-parallel 1 or more")
+        parser.error("expected --step 0 or more and --data_parallel 1 or more")
     return arguments, overrides
 
 

@@ -28,10 +28,11 @@ from .fields import (
     walk_fields,
 )
 from .load import ConfigError, dump_yaml, load_config
+from .options import OptionParser, current_spelling
 from .recipes import RECIPES
 from .schema import RunConfig, SourceConfig
 
-_OWN_OPTIONS = {"--recipe", "--print-config", "--print-value", "--help"}
+_OWN_OPTIONS = {"--recipe", "--print_config", "--print_value", "--help"}
 HEAD_START_SECONDS = 1.0
 """Launchers end all processes once one has ended; the one that speaks must be first."""
 
@@ -64,21 +65,22 @@ def parse_start_arguments(
     world_size: int | None = None,
     quiet: bool = False,
 ) -> RunArguments:
-    """Read `--recipe NAME|FILE.yaml [--from-step N] [--print-config] [--print-value FIELD] [--help] [--section.field
+    """Read `--recipe NAME|FILE.yaml [--from_step N] [--print_config] [--print_value FIELD] [--help] [--section.field
     value ...]`.
 
-    Exits with 0 after `--help`, `--print-config` or `--print-value`, with 2 and a message on standard error for bad
+    Exits with 0 after `--help`, `--print_config` or `--print_value`, with 2 and a message on standard error for bad
     input.
 
     Args:
         argv: arguments without the program's name.
         prog: how the program is called, for the usage line.
         description: what the program does, for `--help`.
-        world_size: number of processes, checked against the parallel layout if given. `--print-config` and
-            `--print-value` run nothing and do not check it.
+        world_size: number of processes, checked against the parallel layout if given. `--print_config` and
+            `--print_value` run nothing and do not check it.
         quiet: say nothing about a bad configuration: for all processes of a run but the first.
     """
     parser = _make_parser(prog, description)
+    parser.quiet = quiet
     options, overrides = parser.parse_known_args(list(_with_values(argv)))
     if options.help:
         _print_and_exit(parser.format_help() + "\n" + describe_fields())
@@ -104,7 +106,8 @@ def _with_values(argv: Sequence[str]) -> Iterator[str]:
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
-        overrides = argument.startswith("--") and "=" not in argument and argument not in _OWN_OPTIONS
+        own = current_spelling(argument) in _OWN_OPTIONS
+        overrides = argument.startswith("--") and "=" not in argument and not own
         if overrides and rest and not rest[0].startswith("--"):
             argument = f"{argument}={rest.pop(0)}"
         yield argument
@@ -117,7 +120,7 @@ def show_value(config: RunConfig, path: str) -> str:
         ConfigError: `path` is neither a field nor a section.
     """
     if path not in leaf_paths() and path not in section_paths():
-        raise ConfigError(f"--print-value {path}: unknown key{nearest(path, leaf_paths())}")
+        raise ConfigError(f"--print_value {path}: unknown key{nearest(path, leaf_paths())}")
     value: Any = plain(config)
     for name in path.split("."):
         value = value[name]
@@ -126,7 +129,7 @@ def show_value(config: RunConfig, path: str) -> str:
 
 def describe_fields() -> str:
     """Every field of the schema with its type, default and meaning."""
-    title = "fields (defaults are the schema's; --print-config shows a recipe's values):"
+    title = "fields (defaults are the schema's; --print_config shows a recipe's values):"
     source = [f"a source of data.sources and data.validation_sources: {SourceConfig.__doc__}"]
     for name, field in walk_fields(SourceConfig):
         source += _describe(name, describe_type(field.annotation), describe_default(field), field.description)
@@ -151,27 +154,27 @@ def _describe(name: str, kind: str, default: str, meaning: str | None) -> list[s
     ]
 
 
-def _make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _make_parser(prog: str, description: str) -> OptionParser:
+    parser = OptionParser(
         prog=prog,
         description=description,
-        usage=f"{prog} --recipe NAME|FILE.yaml [--from-step N] [--print-config] [--print-value FIELD] "
+        usage=f"{prog} --recipe NAME|FILE.yaml [--from_step N] [--print_config] [--print_value FIELD] "
         "[--section.field value ...]",
         add_help=False,  # printed by `_print_and_exit`, with every field
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help=f"a YAML file or one of {', '.join(RECIPES)}")
     parser.add_argument(
-        "--from-step",
+        "--from_step",
         type=_step,
         metavar="N",
         help="go on from the run's checkpoint of step N; newer ones are moved away, not deleted",
     )
     parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and exit"
+        "--print_config", action="store_true", help="print the resolved configuration and exit"
     )
     parser.add_argument(
-        "--print-value",
+        "--print_value",
         metavar="FIELD",
         help="print one resolved value, such as run_dir, and exit; for scripts",
     )

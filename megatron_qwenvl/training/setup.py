@@ -189,7 +189,7 @@ def resume(
 
 
 def move_newer_checkpoints(checkpoints: CheckpointManager, step: int) -> Rewind:
-    """Move the checkpoints that are newer than the one that `--from-step` names, and log where they are. Collective.
+    """Move the checkpoints that are newer than the one that `--from_step` names, and log where they are. Collective.
 
     Raises:
         CheckpointError: they cannot be moved.

@@ -315,7 +315,7 @@ def test_four_ranks_of_torchrun_pass(data: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.write_text("of an earlier job\n")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command = arguments(data, tmp_path / "run", "--bad-nodes", str(bad), "--parallel.tensor", "2")
+    command = arguments(data, tmp_path / "run", "--bad_nodes", str(bad), "--parallel.tensor", "2")
     child = start([*launcher, "--nproc-per-node", "4", *command])
     output, errors = child.communicate()
     assert child.returncode == 0, errors
@@ -328,7 +328,7 @@ def test_four_ranks_of_torchrun_pass(data: Path, tmp_path: Path) -> None:
 
 def test_a_rank_that_never_comes_is_named(data: Path, tmp_path: Path, start_deadline: int) -> None:
     bad, port = tmp_path / "bad", free_port()
-    command = arguments(data, tmp_path / "run", "--bad-nodes", str(bad), "--deadline", str(start_deadline))
+    command = arguments(data, tmp_path / "run", "--bad_nodes", str(bad), "--deadline", str(start_deadline))
     children = [start_rank(rank, 3, port, command) for rank in (0, 2)]
     outputs = [child.communicate() for child in children]
     assert [child.returncode for child in children] == [3, 3]

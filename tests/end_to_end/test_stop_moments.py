@@ -158,7 +158,7 @@ def test_real_processes(data: Path, tmp_path: Path) -> None:
     """All at the same time; the last one is signalled at a random moment of its start."""
     processes = {}
     for moment in MOMENTS:
-        more = ("--print-config",) if moment == "print-config" else ()
+        more = ("--print_config",) if moment == "print-config" else ()
         arguments = run_of(data, tmp_path / moment, *more, "--train.steps", "500")
         with (tmp_path / f"{moment}.log").open("w") as log:
             command = [sys.executable, "-W", "ignore", "-m", "megatron_qwenvl.train", *arguments]

@@ -57,7 +57,7 @@ def undisturbed(
     """A chain that ran without disturbance."""
     folder = tmp_path_factory.mktemp("undisturbed")
     site, run = site_of_chain(folder, data, published), folder / "run"
-    planned = pipeline(cluster, site, run, "--dry-run")
+    planned = pipeline(cluster, site, run, "--dry_run")
     assert planned.returncode == 0, planned.stderr
     assert [line.split(":")[0] for line in planned.stdout.splitlines()] == STEPS
     assert not run.exists()

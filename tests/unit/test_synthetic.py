@@ -178,7 +178,7 @@ def test_images_are_varied(demo: Path) -> None:
     [
         (["--out", "{tmp}/demo", "--train", "5"], 2, "at least 100, found '5'"),
         (["--out", "{tmp}/file/demo"], 1, "cannot write the data"),
-        (["--out", "{tmp}/demo", "--train", "100", "--held-out", "100"], 0, ""),
+        (["--out", "{tmp}/demo", "--train", "100", "--held_out", "100"], 0, ""),
     ],
 )
 def test_tool(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:

@@ -76,7 +76,7 @@ def check_table(
     if not accept_drift:
         raise CheckpointError(
             f"{place} is not the constant sin-cos table: {far}. Fine-tuning with the published script does that; "
-            "--accept-drift imports the weights with the constant table"
+            "--accept_drift imports the weights with the constant table"
         )
     return largest, (
         f"note: {TABLE_NAME} has drifted from the constant sin-cos table: {far}; the imported model has the constant "

@@ -51,7 +51,7 @@ def of_step(checkpoints: Sequence[Path], step: int) -> Path:
     if step not in steps:
         there = ", ".join(map(str, sorted(steps))) or "no checkpoint"
         raise CheckpointError(
-            f"--from-step {step}: expected the step of a checkpoint of the run, found {there}"
+            f"--from_step {step}: expected the step of a checkpoint of the run, found {there}"
         )
     return steps[step]
 

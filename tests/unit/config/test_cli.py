@@ -39,7 +39,7 @@ def test_arguments_become_a_configuration_without_heavy_imports() -> None:
 
 
 def test_print_config_prints_what_a_file_can_hold(tmp_path) -> None:
-    result = run("--recipe", "stage2", "--print-config", "--train.steps", "700")  # needs two processes to run
+    result = run("--recipe", "stage2", "--print_config", "--train.steps", "700")  # needs two processes to run
     assert (result.returncode, result.stderr) == (0, "")
     file = tmp_path / "run.yaml"
     file.write_text(result.stdout)
@@ -50,7 +50,7 @@ def test_print_config_prints_what_a_file_can_hold(tmp_path) -> None:
     "value", ["runs/exp #3", "a \"b\" 'c'", "line 1\nline: 2", " x *", "2026-01-01", "Läufe/运行"]
 )
 def test_print_value_prints_text_as_it_is(value: str) -> None:
-    result = run("--recipe", "stage2", "--print-value", "run_dir", "--run_dir", json.dumps(value))
+    result = run("--recipe", "stage2", "--print_value", "run_dir", "--run_dir", json.dumps(value))
     assert (result.returncode, result.stdout, result.stderr) == (0, value + "\n", "")
 
 
@@ -61,7 +61,7 @@ def test_print_value_prints_anything_else_as_json() -> None:
     }
     assert (shown["train.steps"], shown["checkpoint.init_from"]) == ("50000", "null")
     assert json.loads(shown["parallel"])["tensor"] == 1
-    result = run("--recipe", "stage1", "--print-value", "steps")
+    result = run("--recipe", "stage1", "--print_value", "steps")
     assert (result.returncode, result.stdout) == (2, "")
     assert "steps: unknown key; did you mean train.steps?" in result.stderr
 
@@ -99,7 +99,7 @@ def test_every_field_has_a_meaning() -> None:
     assert bare == []
 
 
-@pytest.mark.parametrize("argument", ["--help", "--print-config"])
+@pytest.mark.parametrize("argument", ["--help", "--print_config"])
 def test_a_reader_that_leaves_early_is_no_error(argument: str) -> None:
     command = [sys.executable, "-c", PROGRAM, "--recipe", "stage1", argument]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -120,8 +120,8 @@ def test_a_reader_that_leaves_early_is_no_error(argument: str) -> None:
         (["--recipe", "stage7"], "unknown recipe 'stage7'"),
         (["--train.steps", "5"], "the following arguments are required: --recipe"),
         (
-            ["--recipe", "stage1", "--from-step", "newest"],
-            "argument --from-step: expected the number of a step, found 'newest'",
+            ["--recipe", "stage1", "--from_step", "newest"],
+            "argument --from_step: expected the number of a step, found 'newest'",
         ),
         (["--rec", "stage1"], "the following arguments are required: --recipe"),
     ],
@@ -135,7 +135,7 @@ def test_bad_input_is_explained_without_a_traceback(arguments: list[str], messag
 
 def test_an_older_step_is_no_field_of_the_configuration() -> None:
     arguments = parse_start_arguments(
-        ["--recipe", "tiny_stage1", "--from-step", "20", "--seed", "3"], "train", ""
+        ["--recipe", "tiny_stage1", "--from_step", "20", "--seed", "3"], "train", ""
     )
     assert (arguments.from_step, arguments.config.seed) == (20, 3)
     assert arguments.config == parse_run_arguments(["--recipe", "tiny_stage1", "--seed", "3"], "train", "")

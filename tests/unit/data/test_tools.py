@@ -142,7 +142,7 @@ def test_show_step_prints_the_step_of_the_plan(shards: Path) -> None:
     index_directory(shards, IndexJob())
     overrides = [*OVERRIDES, "--data.root", str(shards.parent)]
     result = run_tool(
-        "show_step.py", "--recipe", "tiny_stage1", "--step", 7, "--data-parallel", 2, "--json", *overrides
+        "show_step.py", "--recipe", "tiny_stage1", "--step", 7, "--data_parallel", 2, "--json", *overrides
     )
     assert (result.returncode, result.stderr) == (0, "")
     sampler = open_training_sampler(load_config("tiny_stage1", overrides), load_tokenizer().fingerprint)

@@ -36,7 +36,7 @@ exit "$code"
 
 PYTHON = """
 case "$*" in
-  *--print-value*) place=configure ;;
+  *--print_value*) place=configure ;;
   *preflight.py*) place=preflight ;;
   *) place=work ;;
 esac

@@ -319,8 +319,8 @@ def test_arguments_arrive_as_they_were_given(site: Site) -> None:
     assert site.run("stage1_pretrain.sbatch", *HARD) == 0
     configure, preflight, work = site.calls
     given = ["--recipe", "stage1", *HARD]
-    assert configure[1:] == ["-m", "megatron_qwenvl.train", *given, "--print-value", "run_dir"]
-    assert preflight[2:] == [*given, "--bad-nodes", f"{site.run_dir}/bad_nodes.txt"]
+    assert configure[1:] == ["-m", "megatron_qwenvl.train", *given, "--print_value", "run_dir"]
+    assert preflight[2:] == [*given, "--bad_nodes", f"{site.run_dir}/bad_nodes.txt"]
     assert work[1:] == ["-m", "megatron_qwenvl.train", *given]
     assert site.run("next_stage.sbatch", *HARD) == 0
     assert site.calls[-1][2:] == ["next-stage", *HARD]

@@ -101,7 +101,7 @@ def test_damage_that_cannot_be_read_is_named_by_digest(checkpoint: Path, tmp_pat
 
 
 def test_a_truncated_file_is_refused_before_anything_is_written(checkpoint: Path) -> None:
-    """What `--dry-run` promises: sizes are checked."""
+    """What `--dry_run` promises: sizes are checked."""
     weights = next((checkpoint / "model").glob("*.distcp"))
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"\.distcp: expected \d+ bytes, found"):

@@ -122,7 +122,7 @@ def test_a_trained_table_is_taken_on_request_alone(tmp_path: Path, dtype: torch.
     drift[1, 3], drift[2] = 0.25, -0.03125
     hf = with_drift(tmp_path, drift, dtype)
     far = r"by 0.25 at most and 0.009\d? on average"
-    with pytest.raises(CheckpointError, match=rf"{far}.*--accept-drift"):
+    with pytest.raises(CheckpointError, match=rf"{far}.*--accept_drift"):
         plan_qwenvl(hf)
     plan = plan_qwenvl(hf, accept_drift=True)
     assert any("the imported model has the constant table" in note for note in plan.notes)

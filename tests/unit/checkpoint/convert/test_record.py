@@ -64,7 +64,7 @@ def test_repeated_it_is_a_success_that_says_so(
     assert run(monkeypatch, *arguments) == 0
     before = content(place / "out")
     capsys.readouterr()
-    for more in ((), ("--dry-run",)):
+    for more in ((), ("--dry_run",)):
         assert run(monkeypatch, *arguments, *more) == 0
         assert f"{place}/out: complete, made before by the same command" in capsys.readouterr().out
     assert content(place / "out") == before

@@ -131,7 +131,7 @@ def test_dry_run_writes_nothing_and_nothing_is_overwritten(
     }
     out = tmp_path / "out"
     arguments = (command, *sources[command], "--out", out)
-    assert run(monkeypatch, *arguments, "--dry-run") == 0
+    assert run(monkeypatch, *arguments, "--dry_run") == 0
     assert "would write 0.00" in capsys.readouterr().out
     assert not list(tmp_path.glob("out*"))
     assert run(monkeypatch, *arguments) == 0
@@ -202,7 +202,7 @@ def test_a_wrong_path_is_one_line_without_traceback(tmp_path: Path) -> None:
         ("next-stage", "--from", "a", "--to", "stage1", "--out", "b"),
         ("export-qwenvl", "--from", "a"),
         ("compare", "a", "b", "--tolerance", "small"),
-        ("verify", "a", "--dry-run"),
+        ("verify", "a", "--dry_run"),
     ],
 )
 def test_wrong_usage_exits_2(

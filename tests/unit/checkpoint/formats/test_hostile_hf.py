@@ -221,7 +221,7 @@ def test_a_strict_terminal_is_told_strange_names(tmp_path: Path) -> None:
     (hf / "config.json").write_text(json.dumps(config))
     tool = Path(__file__).parents[4] / "tools/convert_checkpoint.py"
     done = subprocess.run(
-        [sys.executable, tool, "import-qwenvl", "--from", hf, "--out", tmp_path / "out", "--dry-run"],
+        [sys.executable, tool, "import-qwenvl", "--from", hf, "--out", tmp_path / "out", "--dry_run"],
         env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "LC_ALL": "C.UTF-8"},
         capture_output=True,
         text=True,

@@ -42,7 +42,7 @@ def test_a_step_without_a_checkpoint_is_refused(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     assert of_step(checkpoints_of_run(folder), 4).name == "step_00000004"
-    with pytest.raises(CheckpointError, match="--from-step 5: expected the step of .* found 2, 4, 6"):
+    with pytest.raises(CheckpointError, match="--from_step 5: expected the step of .* found 2, 4, 6"):
         of_step(checkpoints_of_run(folder), 5)
     with pytest.raises(CheckpointError, match="found no checkpoint"):
         of_step([], 5)

@@ -90,7 +90,7 @@ def test_the_commands_refuse_it(
     source = hf if command == "import-qwenvl" else tmp_path / "megatron"
     before = sorted(source.rglob("*"))
     extra = ["--to", "stage2"] if command == "next-stage" else []
-    arguments = [command, "--from", str(source), *extra, "--out", str(source / "x"), *["--dry-run"] * dry]
+    arguments = [command, "--from", str(source), *extra, "--out", str(source / "x"), *["--dry_run"] * dry]
     monkeypatch.setattr(sys, "argv", ["x", *arguments])
     assert convert_checkpoint.main() == 1
     assert "lies inside" in capsys.readouterr().err

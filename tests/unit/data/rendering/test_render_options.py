@@ -57,7 +57,7 @@ def test_options_are_told_with_the_index_and_at_a_start(
 
     text, notes = told()
     assert "indexed with" not in text and "left out: markup" in notes[0] and len(notes) == 1
-    text, notes = told("--ref-blank", "inside", "--unparsed-markup", "keep")
+    text, notes = told("--ref_blank", "inside", "--unparsed_markup", "keep")
     assert "indexed with unparsed_markup keep, ref_blank inside" in text
     assert notes == ["data data: indexed with unparsed_markup keep, ref_blank inside"]
 
@@ -82,7 +82,7 @@ def test_attempts_at_markup_are_left_out_and_told(
 def test_attempts_at_markup_can_be_kept_as_text(
     shards: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run_tool(monkeypatch, shards, "--unparsed-markup", "keep") == 0
+    assert run_tool(monkeypatch, shards, "--unparsed_markup", "keep") == 0
     assert f"At {ATTEMPT}<|im_end|>" in texts(shards, byte_level)
 
 
@@ -102,13 +102,13 @@ def test_options_stay_until_they_are_changed(shards: Path, monkeypatch: pytest.M
 
     keep, both = RenderOptions(unparsed_markup="keep"), RenderOptions("keep", "inside")
     assert indexed() == (RenderOptions(), True)
-    assert indexed("--unparsed-markup", "keep") == (keep, True)
+    assert indexed("--unparsed_markup", "keep") == (keep, True)
     assert indexed() == (keep, False)
     assert indexed("--force") == (keep, True)
-    assert indexed("--ref-blank", "inside") == (both, True)
+    assert indexed("--ref_blank", "inside") == (both, True)
     (shards / CATALOG_NAME).write_text("{")
     assert indexed() == (both, False)
-    assert indexed("--unparsed-markup", "leave_out", "--ref-blank", "outside") == (RenderOptions(), True)
+    assert indexed("--unparsed_markup", "leave_out", "--ref_blank", "outside") == (RenderOptions(), True)
 
 
 def test_an_index_with_other_options_is_noticed_and_the_command_helps(

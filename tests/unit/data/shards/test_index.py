@@ -432,7 +432,7 @@ def test_left_out_samples_are_counted_by_kind_of_reason(
         f"{root}: 3 left out: box (3.0, 1.0, 3.0, 2.0)" in printed
         and "for example 000000.tar:box0" in printed
     )
-    monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), "--list-skipped"])
+    monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), "--list_skipped"])
     assert index_shards.main() == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in listed] == [
@@ -447,7 +447,7 @@ def test_listing_goes_on_over_shards_that_could_not_be_indexed(
     (root / "000000.tar").write_bytes(b"<html>" * 200)
     (root / "000002.tar.lz4").write_bytes(b"")
     (root / "000003.tar").write_bytes((root / "000001.tar").read_bytes())
-    for options, code in (["--workers", "1"], 1), (["--list-skipped"], 0):
+    for options, code in (["--workers", "1"], 1), (["--list_skipped"], 0):
         monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), *options])
         assert index_shards.main() == code
     listed = capsys.readouterr().out.splitlines()[-4:]
@@ -468,7 +468,7 @@ def test_names_of_the_data_cannot_forge_lines_of_a_report(
     key = "x\n2026 error: all lost\x1b[2J"
     root = write_source(tmp_path / "s", [*mixed_samples(1), sample(key, b"{")])
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), "--list-skipped"])
+    monkeypatch.setattr(sys, "argv", ["index_shards.py", str(root), "--list_skipped"])
     assert index_shards.main() == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{root}/000000.tar:x\\n2026 error: all lost\\x1b[2J: malformed json")

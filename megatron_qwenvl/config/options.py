@@ -1,0 +1,42 @@
+"""Options of the command-line programs, written like fields: words are joined by underscores."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def current_spelling(option: str) -> str:
+    """Give the name of an option, `--dry_run` for `--dry-run`."""
+    return option[:2] + option[2:].replace("-", "_")
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser that also takes the dashed spelling of an option (`--dry-run`), with a warning on standard error.
+
+    Until version 0.2 the words of an option were joined by dashes and those of a field by underscores.
+    """
+
+    quiet = False
+    """Say nothing about a spelling: for all processes of a run but the first."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Parse as the base class does, after old spellings were replaced."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._current_spelling(argument) for argument in given], namespace)
+
+    def _current_spelling(self, argument: str) -> str:
+        option, equals, value = argument.partition("=")
+        current = current_spelling(option)
+        if not option.startswith("--") or option == current or current not in self._option_string_actions:
+            return argument
+        if not self.quiet:
+            print(
+                f"{self.prog}: {option} is written {current}; the next version takes that alone",
+                file=sys.stderr,
+            )
+        return current + equals + value
