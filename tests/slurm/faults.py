@@ -14,18 +14,22 @@ from .jobs import STEPS, chain_jobs, pipeline
 
 
 def processes_of(cluster: Cluster, job: str, *words: bytes) -> list[int]:
-    """Processes of a job of this cluster whose command line holds one of the words."""
+    """Processes of a job of this cluster whose command line holds one of the words, without their own helpers.
+
+    A loader's workers have the command line of their rank, and ignore stop signals.
+    """
     marks = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={cluster.folder}/slurm.conf".encode()}
-    found = []
+    found: dict[int, int] = {}  # process and its parent
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes()
             variables = (folder / "environ").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
         if marks <= set(variables) and any(word in command for word in words):
-            found.append(int(folder.name))
-    return sorted(found)
+            found[int(folder.name)] = parent
+    return sorted(process for process, parent in found.items() if parent not in found)
 
 
 class Faults:
