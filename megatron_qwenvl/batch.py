@@ -29,7 +29,8 @@ class Batch:
         tokens: int64 `[T]`; image slots hold `<imgpad>`. Needed where the word embedding lives.
         labels: int64 `[T]`, the next token of each position; needed where the loss is.
         loss_mask: float32 `[T]`, 1 where the position's label is supervised.
-        task_ids: uint8 `[T]`, index into `data.tasks.TASKS` of a supervised position, else `IGNORED_TASK`.
+        task_ids: uint8 `[T]`, index into `TASKS` (`data/records/tasks.py`) of a supervised position, else
+            `IGNORED_TASK`.
         sample_ids: int32 `[T]`, ordinal of the sample within the micro-batch, -1 for padding. Lets the loss
             be taken out for a sample whose image turned out to be unreadable.
         pixels: uint8 RGB `[num_images, 3, S, S]`, resized but not normalised (a quarter of the bytes between
@@ -88,7 +89,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class DataNeeds:
-    """What the pipeline stage of a rank reads from a sample."""
+    """Fields of a sample that a rank's pipeline stage needs."""
 
     pixels: bool = True
     """The stage holds the patch embedding."""

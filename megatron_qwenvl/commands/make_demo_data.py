@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.train,
             arguments.held_out,
             arguments.seed,
-            on_part=lambda part, count: print(f"{arguments.out / part}: {count} samples", flush=True),
+            on_subset=lambda subset, count: print(f"{arguments.out / subset}: {count} samples", flush=True),
         )
     except OSError as error:
         print(f"{arguments.out}: cannot write the data: {error.strerror or error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The two ways in which data can be bad, and the command that mends an index."""
+"""The two kinds of bad data: one stops the run, the other costs a sample."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class SampleError(Exception):
 
 @contextmanager
 def only_this_sample() -> Iterator[None]:
-    """Turn what no one foresaw into a SampleError: whatever a library makes of the bytes of one sample, it must end
-    neither a run nor the indexing of a million others."""
+    """Turn any unforeseen exception into a SampleError.
+
+    Whatever a library does with the bytes of one sample must end neither a run nor the indexing of a million others.
+    """
     try:
         yield
     except (DataError, SampleError):
@@ -27,5 +29,5 @@ def only_this_sample() -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The type and the message of a library's exception, whose message may be empty or long."""
+    """Write type and message of a library's exception in one line; its message may be empty or long."""
     return " ".join(f"{type(error).__name__}: {str(error)[:200]}".split()).removesuffix(":")

@@ -38,11 +38,11 @@ _UNKNOWN_RANGE = {"I": "32-bit or signed integer grey", "F": "floating-point gre
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What is known of an image without decoding it.
+    """Header of an image, read without decoding it.
 
     Attributes:
         width, height: pixels of the image as it is decoded.
-        notes: where the decoded pixels may differ from what another viewer shows.
+        notes: why the decoded pixels may differ from those that another viewer shows.
     """
 
     width: int
@@ -51,7 +51,7 @@ class ImageHeader:
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """Size and notes from the header, without decoding.
+    """Read size and notes from the header, without decoding.
 
     Raises:
         SampleError: not an image of `FORMATS`, damaged, or of values whose colours are unknown.
@@ -61,7 +61,7 @@ def read_header(data: bytes) -> ImageHeader:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height; errors as `read_header`."""
+    """Return width and height; errors as `read_header`."""
     header = read_header(data)
     return header.width, header.height
 
@@ -86,7 +86,7 @@ def load_pixels(data: bytes, side: int, max_pixels: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """An image whose header has been read; whatever Pillow makes of the header costs this image only."""
+    """Open an image and read its header; whatever Pillow makes of the header costs this image only."""
     with _errors("not a readable image"), Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
         _refuse_unknown_colours(image)
         yield image
@@ -113,9 +113,9 @@ def _refuse_unknown_colours(image: Image.Image) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as Pillow and the published code do, where that makes sense.
+    """Convert to RGB as Pillow and the published code do, except for grey of more than 8 bits.
 
-    It does not for grey of more than 8 bits: Pillow makes every value above 255 white.
+    Of that Pillow makes every value above 255 white.
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray(_upper_byte(image)).convert("RGB")
@@ -123,7 +123,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upper_byte(image: Image.Image) -> NDArray[np.uint8]:
-    """The upper 8 bits of unsigned grey, as Pillow takes them of 16-bit colours, `[height, width]`."""
+    """Take the upper 8 bits of unsigned grey, as Pillow does of 16-bit colours, `[height, width]`."""
     bits, white_is_zero = 16, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         (bits,) = image.tag_v2[TiffImagePlugin.BITSPERSAMPLE]

@@ -1,4 +1,4 @@
-"""A small cache that, unlike `functools.lru_cache`, belongs to one object and closes what it drops."""
+"""A small cache that, unlike `functools.lru_cache`, belongs to one object and closes the values that it drops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class LruCache(Generic[T]):
-    """The most recently used values; what falls out is given to `drop`."""
+    """Keeps the most recently used values; a value that falls out is given to `drop`."""
 
     def __init__(self, size: int, drop: Callable[[T], None] | None = None) -> None:
         self._size = size
@@ -25,7 +25,7 @@ class LruCache(Generic[T]):
                 self._drop(value)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of `key`, made if it is not there."""
+        """Return the value of `key`, made if it is not there."""
         if key not in self._values:
             value = make()
             if len(self._values) >= self._size:

@@ -38,7 +38,7 @@ def make_demo_data(
     train: int,
     held_out: int,
     seed: int,
-    on_part: Callable[[str, int], None] = lambda part, count: None,
+    on_subset: Callable[[str, int], None] = lambda subset, count: None,
 ) -> None:
     """Write the whole data set; the same arguments give the same bytes.
 
@@ -47,19 +47,19 @@ def make_demo_data(
         train: training samples over all sources.
         held_out: validation samples of every source, and test samples of every task.
         seed: seed of everything that is drawn.
-        on_part: told the directory and the number of samples of each part when it is written.
+        on_subset: told the directory and the number of samples of each subset when it is written.
 
     Raises:
         OSError: the directory cannot be written.
     """
-    for part, samples, count in _parts(train, held_out, seed):
-        shards = _TRAINING_SHARDS if "/" not in part else 1
-        _write_part(out / part, islice(samples, count), samples_per_shard=-(-count // shards))
-        on_part(part, count)
+    for subset, samples, count in _subsets(train, held_out, seed):
+        shards = _TRAINING_SHARDS if "/" not in subset else 1
+        _write_subset(out / subset, islice(samples, count), samples_per_shard=-(-count // shards))
+        on_subset(subset, count)
 
 
-def _parts(train: int, held_out: int, seed: int) -> Iterator[tuple[str, Iterator[Drawn], int]]:
-    """Directory, endless samples, and number of samples of every part, each with random numbers of its own."""
+def _subsets(train: int, held_out: int, seed: int) -> Iterator[tuple[str, Iterator[Drawn], int]]:
+    """Directory, endless samples, and number of samples of every subset, each with random numbers of its own."""
     for source, (tasks, share) in SOURCES.items():
         yield source, _endless(tasks, Random(f"{seed}/{source}")), round(train * share)
         yield f"val/{source}", _endless(tasks, Random(f"{seed}/val/{source}")), held_out
@@ -88,7 +88,7 @@ def balanced_vqa(task: str, rng: Random) -> Iterator[Drawn]:
         yield record, scenes
 
 
-def _write_part(directory: Path, samples: Iterable[Drawn], samples_per_shard: int) -> None:
+def _write_subset(directory: Path, samples: Iterable[Drawn], samples_per_shard: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for old in matching_entries(directory, "*.tar"):
         old.unlink()

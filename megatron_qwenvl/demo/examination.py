@@ -1,4 +1,4 @@
-"""What the demo's model has learned to see: scores on held-out drawn images."""
+"""Scores of a model's answers about held-out drawn images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Question:
     """A sample to be answered.
 
     Attributes:
-        record: what is asked; without the answer when it is given to a model.
+        record: the question; without its answer when a model is asked.
         images: file name (`png`, `0.png`) and encoded bytes of each image.
     """
 
@@ -42,7 +42,7 @@ AnswerFunction = Callable[[Sequence[Question]], list[str]]
 
 
 def read_questions(directory: Path) -> list[Question]:
-    """The samples of a directory of shards that hold one image each, in order.
+    """Read the samples of a directory of shards, in their order.
 
     Raises:
         DataError: no such directory, no shard in it, or a damaged shard.
@@ -131,7 +131,7 @@ def _asked(questions: Sequence[Question]) -> tuple[list[str], list[str]]:
 
 
 def _unanswered(questions: Sequence[Question]) -> list[Question]:
-    """The questions without anything that a model could copy."""
+    """Remove the answers from questions, so that a model cannot copy them."""
     keys: dict[type[TaskRecord], str] = {VQA: "answer", Caption: "caption", Referring: "boxes"}
     return [
         replace(question, record=question.record.model_copy(update={keys[type(question.record)]: None}))
@@ -140,7 +140,7 @@ def _unanswered(questions: Sequence[Question]) -> list[Question]:
 
 
 def _expected_box(question: Question) -> Box:
-    """The only box of a referring sample in thousandths of its image."""
+    """Return the only box of a referring sample in thousandths of its image."""
     record = question.record
     if not isinstance(record, Referring) or not record.boxes:
         raise ValueError(f"expected a referring sample with a box, found {record}")

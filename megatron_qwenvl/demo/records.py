@@ -1,6 +1,6 @@
 """Records over drawn images: the seven task formats and ChatML dialogues, in English and Chinese.
 
-What is asked for is independent of everything but the image (see `scenes.py`), and every kind of
+The answer is independent of everything but the image (see `scenes.py`), and every kind of
 question is asked equally often, so that an answer without a look at the image is right by chance only.
 """
 
@@ -27,7 +27,7 @@ QUESTIONS: dict[str, dict[str, str]] = {
     "place": {"en": "Where is it?", "zh": "位置？"},
     "digit": {"en": "What digit?", "zh": "数字？"},
 }
-"""What is asked about an image with one shape and one digit."""
+"""Questions about an image with one shape and one digit."""
 
 _ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
     "color": {"en": tuple(_COLORS), "zh": tuple(_COLORS.values())},
@@ -43,7 +43,7 @@ POSSIBLE_ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def answer(kind: str, scene: Scene, language: str) -> str:
-    """The answer to a question of `QUESTIONS` about an image with one shape."""
+    """Answer a question of `QUESTIONS` about an image with one shape."""
     (figure,) = scene.figures
     zh = language == "zh"
     answers = {
@@ -56,14 +56,14 @@ def answer(kind: str, scene: Scene, language: str) -> str:
 
 
 def describe(figure: Figure, language: str) -> str:
-    """`red star`, `红星`."""
+    """Name colour and shape: `red star`, `红星`."""
     if language == "zh":
         return _COLORS[figure.color] + _SHAPES[figure.shape]
     return f"{figure.color} {figure.shape}"
 
 
 def caption(rng: Random) -> Drawn:
-    """Shape, place and digit of an image."""
+    """Draw a caption with shape, place and digit of an image."""
     scene, language = shape_scene(rng), _language(rng)
     (figure,) = scene.figures
     if language == "zh":
@@ -74,7 +74,7 @@ def caption(rng: Random) -> Drawn:
 
 
 def vqa(rng: Random) -> Drawn:
-    """A question about the shape, or one about the drawn digit (`ocr_vqa`)."""
+    """Draw a question about the shape, or one about the drawn digit (`ocr_vqa`)."""
     scene, language = shape_scene(rng), _language(rng)
     kind = rng.choice(list(QUESTIONS))
     record = {
@@ -86,7 +86,7 @@ def vqa(rng: Random) -> Drawn:
 
 
 def grounded_caption(rng: Random) -> Drawn:
-    """One or two shapes with their boxes."""
+    """Draw a caption of one or two shapes with their boxes."""
     scene, language = _crowded(rng), _language(rng)
     parts: list[str | Record] = []
     for figure in scene.figures:
@@ -96,21 +96,21 @@ def grounded_caption(rng: Random) -> Drawn:
 
 
 def referring(rng: Random) -> Drawn:
-    """The box of one of one or two shapes."""
+    """Draw a phrase that names one of one or two shapes, and its box."""
     scene, language = _crowded(rng), _language(rng)
     figure = rng.choice(scene.figures)
     return {"task": "referring", "phrase": describe(figure, language), "boxes": [figure.box]}, (scene,)
 
 
 def region_caption(rng: Random) -> Drawn:
-    """What a box around one of one or two shapes shows."""
+    """Draw the caption of a box around one of one or two shapes."""
     scene, language = _crowded(rng), _language(rng)
     figure = rng.choice(scene.figures)
     return {"task": "region_caption", "box": figure.box, "caption": describe(figure, language)}, (scene,)
 
 
 def ocr(rng: Random) -> Drawn:
-    """Two drawn numbers with their corners."""
+    """Draw two numbers with their corners."""
     scene = text_scene(rng)
     return {"task": "ocr", "lines": [{"text": text.text, "quad": text.quad} for text in scene.texts]}, (
         scene,
@@ -118,7 +118,7 @@ def ocr(rng: Random) -> Drawn:
 
 
 def text(rng: Random) -> Drawn:
-    """A sentence without an image."""
+    """Draw a sentence without an image."""
     color, shape = rng.choice(list(_COLORS)), rng.choice(list(_SHAPES))
     a, b = rng.randint(0, 4), rng.randint(0, 5)
     sentences = (
@@ -131,7 +131,7 @@ def text(rng: Random) -> Drawn:
 
 
 def chat(rng: Random) -> Drawn:
-    """A dialogue: mostly several questions about one image, sometimes two images, or none."""
+    """Draw a dialogue: mostly several questions about one image, sometimes two images, or none."""
     make = rng.choices((_image_dialogue, _two_image_dialogue, _text_dialogue), weights=(16, 1, 1))[0]
     turns, scenes = make(rng, _language(rng))
     speakers = ("user", "assistant")
@@ -140,7 +140,7 @@ def chat(rng: Random) -> Drawn:
 
 
 def dialogue_question(question: str) -> str:
-    """A question about the only image `png` as the first turn of a dialogue."""
+    """Write a question about the only image `png` as the first turn of a dialogue."""
     return f"Picture 1: <img>png</img>\n{question}"
 
 
@@ -154,7 +154,7 @@ def _image_dialogue(rng: Random, language: str) -> tuple[list[str], tuple[Scene,
 
 
 def _two_image_dialogue(rng: Random, language: str) -> tuple[list[str], tuple[Scene, ...]]:
-    """The second image comes with the second question."""
+    """Draw a dialogue whose second image comes with the second question."""
     turns: list[str] = []
     scenes = (shape_scene(rng), shape_scene(rng))
     for i, scene in enumerate(scenes):

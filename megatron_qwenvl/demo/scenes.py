@@ -81,7 +81,7 @@ class Lettering:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image of `width` x `height` pixels shows, figures in raster order of their quarters."""
+    """The content of an image of `width` x `height` pixels, figures in raster order of their quarters."""
 
     width: int
     height: int
@@ -91,12 +91,12 @@ class Scene:
 
     @property
     def digit(self) -> str:
-        """The first text."""
+        """The text of the first lettering."""
         return self.texts[0].text
 
 
 def shape_scene(rng: Random, figures: int = 1) -> Scene:
-    """Shapes that differ in shape and colour, and one digit.
+    """Draw a scene of shapes that differ in shape and colour, and one digit.
 
     Every attribute is drawn uniformly and independently of the others, so that none tells another.
     """
@@ -121,7 +121,7 @@ def shape_scene(rng: Random, figures: int = 1) -> Scene:
 
 
 def text_scene(rng: Random) -> Scene:
-    """Two numbers of one or two digits, one above the other."""
+    """Draw a scene of two numbers of one or two digits, one above the other."""
     width, height = rng.choice(SIDES), rng.choice(SIDES)
     numbers = ("".join(rng.choices(DIGITS, k=rng.randint(1, 2))) for _ in range(2))
     lines = tuple(
@@ -132,7 +132,7 @@ def text_scene(rng: Random) -> Scene:
 
 
 def _place(rng: Random, quarter: int, width: int, height: int, jitter: float) -> tuple[float, float]:
-    """A point near the middle of a quarter."""
+    """Draw a point near the middle of a quarter."""
     column, row = quarter % 2, quarter // 2
     x, y = (0.25 + 0.5 * at + rng.uniform(-jitter, jitter) for at in (column, row))
     return x * width, y * height
@@ -147,7 +147,7 @@ def _font_size(width: int, height: int) -> int:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The image of a scene, RGB."""
+    """Draw the image of a scene, RGB."""
     image = Image.new("RGB", (scene.width, scene.height), scene.background)
     pen = ImageDraw.Draw(image)
     for figure in scene.figures:
@@ -164,7 +164,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def _draw_figure(pen: ImageDraw.ImageDraw, figure: Figure) -> None:
-    """Filled with the figure's colour and outlined in white, so that form and colour are seen apart."""
+    """Draw a figure filled with its colour and outlined in white, so that form and colour are seen apart."""
     x1, y1, x2, y2 = figure.box
     style: dict[str, Any] = {"fill": COLORS[figure.color], "outline": _INK, "width": _OUTLINE}
     if figure.shape == "circle":
@@ -178,14 +178,14 @@ def _draw_figure(pen: ImageDraw.ImageDraw, figure: Figure) -> None:
 
 
 def _star(figure: Figure) -> list[tuple[float, float]]:
-    """Five points, alternating with the inner corners."""
+    """Return five points, alternating with the inner corners."""
     spokes = [(math.pi * k / 5, figure.radius * (0.45 if k % 2 else 1)) for k in range(10)]
     return [(figure.x + r * math.sin(a), figure.y - r * math.cos(a)) for a, r in spokes]
 
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own scalable font, so that images do not depend on the machine."""
+    """Load Pillow's own scalable font, so that images do not depend on the machine."""
     loaded = ImageFont.load_default(size)
     if not isinstance(loaded, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow lacks FreeType, which draws the demo's text")

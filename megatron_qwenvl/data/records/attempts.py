@@ -1,4 +1,4 @@
-"""Text that looks like grounding markup and is none: an *attempt*, which would be learned letter by letter.
+"""Text that looks like grounding markup and is none: an *attempt*, which would be trained on letter by letter.
 
 Looked at is the text as a reader sees it: without invisible characters, with full-width letters as plain ones and with
 HTML's `&lt;` as `<`. Tags count in any case, with blanks inside, and as `bbox`. An attempt is

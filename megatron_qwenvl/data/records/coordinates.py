@@ -1,4 +1,4 @@
-"""Boxes and quadrilaterals: pixels of an image to the model's thousandths, and the checks of both."""
+"""Boxes and quadrilaterals: from pixels of an image to the model's thousandths, and the checks of both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Corner = tuple[int, int]
 
 
 def normalise(point: Point, width: int, height: int) -> Corner:
-    """Pixels to integers in [0, 1000): floor(1000 x / width), what lies outside moved to the border."""
+    """Convert pixels to integers in [0, 1000): floor(1000 x / width); points outside move to the border."""
     x, y = (
         min(math.floor(1000 * min(max(at, 0), size) / size), 999)
         for at, size in zip(point, (width, height), strict=True)
@@ -23,7 +23,7 @@ def normalise(point: Point, width: int, height: int) -> Corner:
 
 
 def box_corners(box: Box, width: int, height: int) -> list[Corner]:
-    """Top-left and bottom-right corner of a box in pixels.
+    """Return the top-left and bottom-right corner of a box given in pixels.
 
     Raises:
         SampleError: the box is empty, reversed, or wholly outside of the image.
@@ -35,7 +35,7 @@ def box_corners(box: Box, width: int, height: int) -> list[Corner]:
 
 
 def quad_corners(quad: Quad, width: int, height: int) -> list[Corner]:
-    """Four corners of a quadrilateral in pixels.
+    """Return the four corners of a quadrilateral given in pixels.
 
     Raises:
         SampleError: it is empty, counter-clockwise, crosses itself, or lies wholly outside of the image.
@@ -49,7 +49,7 @@ def quad_corners(quad: Quad, width: int, height: int) -> list[Corner]:
 
 
 def box_problem(corners: Sequence[Corner]) -> str | None:
-    """Say why two corners in thousandths are no box; they may coincide in x or y, as they are rounded."""
+    """Explain why two corners in thousandths are no box; they may coincide in x or y, as they are rounded."""
     (x1, y1), (x2, y2) = corners
     if x1 > x2 or y1 > y2:
         return "has reversed corners"
@@ -57,19 +57,19 @@ def box_problem(corners: Sequence[Corner]) -> str | None:
 
 
 def quad_problem(corners: Sequence[Corner]) -> str | None:
-    """Say why four corners in thousandths are no quadrilateral; they may lie on a line, as they are rounded."""
+    """Explain why four corners in thousandths are no quadrilateral; they may lie on a line, as they are rounded."""
     if len(set(corners)) == 1:
         return "is a single point"
     return "has corners that are not clockwise" if _area(corners) < 0 or _crosses_itself(corners) else None
 
 
 def write_corners(corners: Sequence[Corner]) -> str:
-    """`(x,y),(x,y)..` as the model reads and writes them."""
+    """Write corners as the model reads and writes them: `(x,y),(x,y)..`."""
     return ",".join(f"({x},{y})" for x, y in corners)
 
 
 def _area(points: Sequence[Point] | Sequence[Corner]) -> float:
-    """Twice the area; positive when clockwise, as y points down."""
+    """Compute twice the area; positive when clockwise, as y points down."""
     following = [*points[1:], points[0]]
     area: float = sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in zip(points, following, strict=True))
     return area

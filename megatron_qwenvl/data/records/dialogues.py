@@ -1,4 +1,4 @@
-"""Dialogues: which ones are accepted, and how they are understood.
+"""Dialogues: which ones are accepted, and how they are read.
 
 The published fine-tuning code takes a list of turns of `user` and `assistant` in any order. The rules here, each with
 its reason in `docs/samples.md`:
@@ -42,7 +42,7 @@ class Turn(Record):
 
 
 class Chat(Record):
-    """A dialogue as its record has it; `turns` and `system_text` are how it is understood."""
+    """A dialogue as its record has it; `turns` and `system_text` as it is read."""
 
     task: Literal["chat"] = "chat"
     system: AnyText | None = None
@@ -50,7 +50,7 @@ class Chat(Record):
 
     @property
     def system_text(self) -> str:
-        """The text of the system turn."""
+        """Text of the system turn."""
         first = self.conversations[0]
         if first.speaker == "system":
             return first.value
@@ -58,7 +58,7 @@ class Chat(Record):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """Turns of user and assistant by turns, the user's first."""
+        """Turns of user and assistant in alternation, the user's first."""
         return self.conversations[self._leading :]
 
     @property

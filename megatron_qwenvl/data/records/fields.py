@@ -24,19 +24,19 @@ def is_blank(text: str) -> bool:
 
 
 def visible(text: str) -> str:
-    """A text without its invisible characters; blanks and line ends stay."""
+    """Remove invisible characters from a text; blanks and line ends stay."""
     if text.isascii():
         return text
     return "".join(character for character in text if unicodedata.category(character) != "Cf")
 
 
 def excerpt(text: str, length: int = 40) -> str:
-    """The beginning of a text in one line, for a message that may quote it."""
+    """Quote the beginning of a text in one line, for a message."""
     return " ".join(text[:length].split())
 
 
 def _clean(value: Any) -> Any:
-    """Drop a byte-order mark at the start; refuse what is no text."""
+    """Drop a byte-order mark at the start; refuse a string that is no text."""
     if not isinstance(value, str):
         return value  # the field's own type explains
     if "\0" in value:

@@ -43,7 +43,7 @@ class Piece:
 
     Attributes:
         kind: `text`, or the tag.
-        text: the text; between a pair of tags what stands between them, coordinates as the model writes them.
+        text: the text; of a pair of tags the text between them, coordinates as the model writes them.
         number: of an `img`, the number that the text gives it.
     """
 
@@ -57,7 +57,7 @@ def parse_markup(value: str, keep: bool = False) -> list[Piece]:
 
     Args:
         value: the text.
-        keep: take attempts for the text that they are.
+        keep: treat attempts as text.
 
     Raises:
         SampleError: an attempt at markup that does not parse, unless `keep`.
@@ -83,7 +83,7 @@ def _split(value: str, keep: bool) -> Iterator[Piece]:
 
 
 def _parse(match: re.Match[str], keep: bool) -> Piece | None:
-    """The markup of a pair of tags, or None when it is text."""
+    """Parse the markup of a pair of tags; None if it is text."""
     if match["img"] is not None:
         return Piece("img", match["img"], int(match["number"][:9]) if match["number"] else None)
     if match["ref"] is not None:

@@ -151,7 +151,7 @@ def parse_record(record: Any) -> TaskRecord:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a record; Python would take the last of two values without a word."""
+    """Build an object of a record; of two values for a key Python would silently take the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -161,7 +161,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def decode_record(suffix: str, data: bytes) -> TaskRecord:
-    """The record of a `json` member, or the plain caption of a `txt` member; both UTF-8.
+    """Decode the record of a `json` file, or the plain caption of a `txt` file; both UTF-8.
 
     Raises:
         SampleError: malformed.

@@ -214,7 +214,7 @@ class StepSampler:
         return [[tuple(packs[number::count]) for number in range(count)] for packs in dealt]
 
     def source_notes(self) -> list[str]:
-        """Say in one line each why the indices leave samples out, and which rendering options are not the default."""
+        """Explain in one line each why indices leave samples out, and name rendering options that are not default."""
         notes = []
         for source in self.sources:
             catalog = source.directory.catalog

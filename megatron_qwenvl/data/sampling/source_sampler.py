@@ -104,8 +104,10 @@ class SourceSampler:
         return self._windows.get((number, at), make)
 
     def _next_usable(self, number: int, at: int) -> SampleTable:
-        """What stands in for a window without a usable sample: the nearest following window that has one; of the next
-        epoch if there is none in the rest of this one."""
+        """Find the stand-in for a window without a usable sample: the nearest following window that has one.
+
+        If there is none in the rest of this epoch, one of the next.
+        """
         windows = self._epoch(number).windows
         following = [(number, (at + step) % windows) for step in range(1, windows)]
         if self._epoch(number).places < self._editions[self._edition].shards.total:
@@ -121,7 +123,7 @@ class SourceSampler:
         return epoch.rows.get(shard, np.arange(count))
 
     def _index(self, shard: int, rows: NDArray[np.int64]) -> ShardIndex:
-        """The index of a shard of the edition, which must still have these rows.
+        """Load the index of a shard of the edition, which must still have these rows.
 
         Raises:
             DataError: the shard has gone since, or lost samples.

@@ -1,4 +1,4 @@
-"""The index of one shard: everything that planning and reading need, without opening the samples.
+"""The index of one shard: all that sampling and reading need, without opening the samples.
 
 It lies beside its shard (`000000.tar` -> `000000.index.npz`) as compressed plain arrays, no pickles. Text
 lengths leave the image slots out, so one index serves every image length and resolution.
@@ -59,7 +59,7 @@ class ShardIndex:
             `image_first` int64 [N + 1], rows of a sample in the image arrays; `image_suffixes`,
             `image_offsets`, `image_sizes`, `widths`, `heights` [I], in the order in which the text shows
             them; `skipped_keys`, `skipped_reasons` of samples that cannot be used; `noted_keys`, `notes` of images
-            whose pixels may differ from what another viewer shows (`images.py`).
+            whose pixels may differ from those that another viewer shows (`images.py`).
     """
 
     shard: str
@@ -91,17 +91,17 @@ class ShardIndex:
         )
 
     def key(self, row: int) -> str:
-        """Key of a sample."""
+        """Return the key of a sample."""
         return str(self.arrays["keys"][row].decode())
 
     def text_member(self, row: int) -> tuple[str, Member]:
-        """File name and place of a sample's record or plain caption."""
+        """Return file name and place of a sample's record or plain caption."""
         arrays = self.arrays
         name = f"{self.key(row)}.{arrays['text_suffixes'][row].decode()}"
         return name, Member(int(arrays["text_offsets"][row]), int(arrays["text_sizes"][row]))
 
     def images(self, row: int) -> list[tuple[ImageInfo, Member]]:
-        """Name, size and place of a sample's images."""
+        """Return name, size and place of a sample's images."""
         arrays = self.arrays
         return [
             (
@@ -115,7 +115,7 @@ class ShardIndex:
 
 
 def index_path(shard: Path) -> Path:
-    """Where the index of a shard lies."""
+    """Return the path of a shard's index."""
     return shard.with_name(f"{shard.name.removesuffix('.tar')}.index.npz")
 
 
@@ -132,7 +132,7 @@ def index_command(directory: Path, vocabulary: str | None = None, *options: str)
 
 
 def file_digest(file: BinaryIO) -> str:
-    """BLAKE2b-128 of a file from its start; the position is left at the start."""
+    """Compute BLAKE2b-128 of a file from its start; the position is left at the start."""
     digest = hashlib.blake2b(digest_size=16)
     file.seek(0)
     while chunk := file.read(1 << 20):
@@ -205,7 +205,7 @@ def check_versions(path: Path, format_: object, rendering: object, remedy: str) 
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write aside, flush to the disk, rename."""
+    """Write to a temporary file, flush it to the disk, rename it."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -1,4 +1,4 @@
-"""Files that show or play something and that this package does not read: known by their suffix or first bytes."""
+"""Images, films and sound that this package does not read, known by their suffix or first bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def has_media_suffix(name: str) -> bool:
 
 
 def without_compression(name: str) -> str:
-    """The suffix below those of compression: `0.jpg` of `0.jpg.gz`; the name itself when it has none."""
+    """Return the suffix below those of compression: `0.jpg` of `0.jpg.gz`; the name itself if it has none."""
     stem, _, last = name.rpartition(".")
     return without_compression(stem) if stem and last.lower() in COMPRESSED_SUFFIXES else name
 

@@ -1,4 +1,4 @@
-"""Which files of a sample are its text and its images, and in which order the images come."""
+"""The text and the images among the files of a sample, and the order of the images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GAP = "a number is missing before this image: another may be lost"
 
 
 def text_suffix(sample: ShardSample, read: Callable[[Member], bytes]) -> str:
-    """The suffix of the record with a task (`json`), or of the caption as img2dataset writes it (`txt`)."""
+    """Find the suffix of the record with a task (`json`), or of the caption as img2dataset writes it (`txt`)."""
     found = {suffix.lower(): suffix for suffix in sample.members if suffix.lower() in _TEXT_SUFFIXES}
     if "json" not in found and "txt" not in found:
         raise SampleError(f"neither .json nor .txt, only {', '.join(sample.members)}")
@@ -61,7 +61,7 @@ def refuse_other_media(sample: ShardSample, read: Callable[[Member], bytes]) -> 
 
 
 def image_names(sample: ShardSample, ordered: bool) -> list[str]:
-    """Image members in the order of their numbers, whatever their suffixes.
+    """List the image files in the order of their numbers, whatever their suffixes.
 
     Raises:
         SampleError: two images with one place, and their order matters.
@@ -74,7 +74,7 @@ def image_names(sample: ShardSample, ordered: bool) -> list[str]:
 
 
 def images_behind_gaps(names: Sequence[str]) -> list[str]:
-    """The images before whose number another is missing, as a lost file leaves it: `2.jpg` behind `0.jpg`.
+    """List the images before whose number another is missing, as after a lost file: `2.jpg` after `0.jpg`.
 
     Args:
         names: images in their order.
@@ -94,7 +94,10 @@ def images_behind_gaps(names: Sequence[str]) -> list[str]:
 
 
 def _place(name: str) -> list[tuple[int, int, str]]:
-    """Sorts `jpg`, `2.png`, `10.jpg`, and `a.jpg`, `b.jpg`, `aa.jpg`: numbers by value, words by length first."""
+    """Make a sort key: numbers by value, words by length first.
+
+    It sorts `jpg`, `2.png`, `10.jpg`, and `a.jpg`, `b.jpg`, `aa.jpg`.
+    """
     parts = re.findall(r"[0-9]+|[^0-9]+", name.rpartition(".")[0])
     return [
         (0, int(part[:18]), part[18:]) if part[0] in string.digits else (1, len(part), part) for part in parts

@@ -1,4 +1,4 @@
-"""WebDataset shards: which files of a tar are one sample, and reading one of them by its offset."""
+"""The samples of a WebDataset shard, each a group of files in a tar, and reading one file by its offset."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ShardSample:
 
 
 def scan_shard(file: BinaryIO, path: Path, joints: list[int] | None = None) -> Iterator[ShardSample]:
-    """The samples of a tar in the order of their first files, then the files that belong to none.
+    """Yield the samples of a tar in the order of their first files, then the files that belong to none.
 
     The files of a sample may stand anywhere in the tar. Links are followed to the file that holds the bytes.
 
@@ -94,7 +94,7 @@ def scan_shard(file: BinaryIO, path: Path, joints: list[int] | None = None) -> I
 
 
 def _name_problem(name: str) -> str:
-    """Why a file belongs to no sample."""
+    """Explain why a file belongs to no sample; empty if it may."""
     directory, base = posixpath.split(name)
     if base.startswith("._") or directory.split("/", 1)[0] == "__MACOSX":
         return "a companion file of macOS, not a sample"
@@ -106,7 +106,7 @@ def _name_problem(name: str) -> str:
 
 
 def _unusable_name(name: str) -> str:
-    """Why a sample with a file of this name cannot be used."""
+    """Explain why a sample with a file of this name cannot be used; empty if it can."""
     if len(name) > _MAX_NAME:
         return f"a file name of more than {_MAX_NAME} characters"
     try:
@@ -133,19 +133,19 @@ def _resolve(links: list[tuple[ShardSample, str, Entry]], files: dict[str, Membe
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`a/b.0.jpg` to `("a/b", "0.jpg")`, as webdataset splits names."""
+    """Split `a/b.0.jpg` into `("a/b", "0.jpg")`, as webdataset does."""
     directory, base = os.path.split(name)
     stem, _, suffix = base.partition(".")
     return os.path.join(directory, stem), suffix
 
 
 def checksum(pieces: Iterable[bytes]) -> int:
-    """CRC-32 of bytes that come one after the other."""
+    """Compute the CRC-32 of pieces that follow one another."""
     return functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
 
 
 def read_member(descriptor: int, member: Member) -> bytes:
-    """The bytes of one file of a tar; fewer where the tar ends before.
+    """Read the bytes of one file of a tar; fewer where the tar ends before.
 
     Raises:
         OSError: it cannot be read.

@@ -1,4 +1,4 @@
-"""What an index leaves out, counted by kind of reason, so that a few lines speak for a million samples."""
+"""Samples that an index leaves out, counted by kind of reason, so that a few lines describe a million samples."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tally(shard: str, keys: Iterable[bytes], reasons: Iterable[bytes]) -> tuple[
 
 
 def printable(text: str) -> str:
-    """A text of the data in one line of a report: what moves a cursor or cannot be encoded is escaped."""
+    """Escape the characters of a text that move a cursor or cannot be encoded, for one line of a report."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
