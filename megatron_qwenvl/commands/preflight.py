@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_qwenvl.config.cli import HEAD_START_SECONDS, RunArguments, parse_start_arguments
 from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
-from megatron_qwenvl.preflight.rules import Finding, bad_nodes, warning
+from megatron_qwenvl.preflight.findings import Finding, bad_nodes, warning
 from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR, USAGE_ERROR
 from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
 from megatron_qwenvl.runtime.leave import leave

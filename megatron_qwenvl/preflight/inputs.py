@@ -15,7 +15,7 @@ from megatron_qwenvl.data.sampling.resume import resume_data
 from megatron_qwenvl.data.sampling.sampler import StepSampler, open_validation_sampler, training_sampler
 from megatron_qwenvl.data.sampling.sources import open_training_sources
 
-from .rules import Finding, ok, run_failure, warning
+from .findings import Finding, ok, run_failure, warning
 
 
 def check_inputs(run: RunArguments) -> list[Finding]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from . import rules
+from .findings import Finding, Slow, by_node, count, name_ranks, node_failure, ok
 from .probes import MESSAGE_BYTES, MachineReport, NetworkReport, WriteReport
-from .rules import Finding, Slow, node_failure, ok
 
 Nodes = Mapping[int, str]
 
@@ -23,10 +23,8 @@ def judge_facts(facts: Mapping[int, Mapping[str, str]], nodes: Nodes) -> list[Fi
 def silent_ranks(check: str, answered: Sequence[int], seconds: float, nodes: Nodes) -> list[Finding]:
     """Names ranks that had reported before and have stopped or hang."""
     return [
-        node_failure(
-            check, f"{rules.name_ranks(ranks)} stopped or hangs: no answer within {seconds:.0f} s", node
-        )
-        for node, ranks in rules.by_node(nodes.keys() - set(answered), nodes).items()
+        node_failure(check, f"{name_ranks(ranks)} stopped or hangs: no answer within {seconds:.0f} s", node)
+        for node, ranks in by_node(nodes.keys() - set(answered), nodes).items()
     ]
 
 
@@ -163,5 +161,5 @@ def describe_bandwidth(size: int, seconds: float, ranks: int) -> str:
     """
     algorithm = size / seconds / 1e9
     bus = algorithm * 2 * (ranks - 1) / ranks
-    what = f"{size / 2**20:.0f} MiB over {rules.count(ranks, 'rank')} in {seconds * 1e3:.1f} ms"
+    what = f"{size / 2**20:.0f} MiB over {count(ranks, 'rank')} in {seconds * 1e3:.1f} ms"
     return f"{what}: algorithm bandwidth {algorithm:.2f} GB/s (size / time), bus bandwidth {bus:.2f} GB/s (x 2(n-1)/n)"

@@ -21,6 +21,7 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 
 from . import rules
 from .exchange import Exchange, open_store
+from .findings import Finding, Slow, count, exit_code, ok, run_failure, warning
 from .judge import can_meet, judge_facts, judge_machines, judge_network, judge_written, silent_ranks
 from .placement import Seat, place_ranks
 from .probes import (
@@ -37,7 +38,6 @@ from .probes import (
     within,
     write_own_file,
 )
-from .rules import Finding, Slow, ok, run_failure
 
 _GRACE_SECONDS = 2.0
 """What rank 0 waits beyond the time that it gave to all."""
@@ -180,7 +180,7 @@ class _Preflight:
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         self._add(
             missing
-            or [ok("ranks", f"{world} on {rules.count(len(names), 'node')} ({shown}) after {seconds:.1f} s")]
+            or [ok("ranks", f"{world} on {count(len(names), 'node')} ({shown}) after {seconds:.1f} s")]
         )
         self._add(judge_facts({rank: value["facts"] for rank, value in values.items()}, self.nodes))
         return None if missing else {"token": uuid.uuid4().hex[:12], "seconds": self._left()}
@@ -212,7 +212,7 @@ class _Preflight:
         try:
             self._add(within(seconds, self.checklist.own_checks))
         except OverdueError as error:
-            self._add([rules.warning("start", f"data and weights: {error}; the run will look itself")])
+            self._add([warning("start", f"data and weights: {error}; the run will look itself")])
         except Exception as error:
             self._add([run_failure("start", describe_error(error))])
 
@@ -285,7 +285,7 @@ class _Preflight:
     def _conclude(self) -> Verdict:
         if self.process.rank == 0:
             self.conclude(self.findings)
-            code = rules.exit_code(self.findings)
+            code = exit_code(self.findings)
             self.exchange.tell("verdict", code)
         else:
             code = self.exchange.hear("verdict", 2 * self.checklist.deadline)

@@ -178,6 +178,6 @@ def write_table(folder: Path, header: dict[str, Any], rows: Sequence[Row]) -> No
 
 
 def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

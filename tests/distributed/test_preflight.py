@@ -20,8 +20,8 @@ import torch.distributed as dist
 from megatron_qwenvl.config.schema import RuntimeConfig
 from megatron_qwenvl.preflight import probes
 from megatron_qwenvl.preflight.exchange import Exchange
+from megatron_qwenvl.preflight.findings import Finding, bad_nodes
 from megatron_qwenvl.preflight.probes import NetworkReport
-from megatron_qwenvl.preflight.rules import Finding, bad_nodes
 from megatron_qwenvl.preflight.run import Checklist, run_preflight
 from megatron_qwenvl.runtime.environment import common_facts, describe_environment
 from megatron_qwenvl.runtime.processes import ProcessInfo

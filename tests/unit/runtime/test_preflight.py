@@ -9,6 +9,15 @@ import pytest
 import torch
 
 from megatron_qwenvl.preflight import placement, probes, rules
+from megatron_qwenvl.preflight.findings import (
+    Finding,
+    bad_nodes,
+    exit_code,
+    node_failure,
+    ok,
+    run_failure,
+    warning,
+)
 from megatron_qwenvl.preflight.judge import (
     can_meet,
     describe_bandwidth,
@@ -26,7 +35,6 @@ from megatron_qwenvl.preflight.probes import (
     multiply,
     within,
 )
-from megatron_qwenvl.preflight.rules import Finding
 from megatron_qwenvl.runtime.processes import ProcessInfo, expand_counts
 
 FOUR = {0: "a", 1: "a", 2: "b", 3: "b"}
@@ -46,29 +54,29 @@ def judged(machines: dict[int, MachineReport], nodes: dict[int, str] = SIX) -> l
 
 
 def test_nodes_at_fault_come_before_the_run() -> None:
-    run, node = rules.run_failure("data", "gone"), rules.node_failure("device", "gone", "b")
-    assert rules.exit_code([rules.ok("a", "b"), rules.warning("a", "b", "c")]) == 0
-    assert rules.exit_code([run]) == 1
-    assert rules.exit_code([run, node]) == 3
-    assert rules.bad_nodes([run, node, rules.warning("a", "b", "c")]) == ["b"]
+    run, node = run_failure("data", "gone"), node_failure("device", "gone", "b")
+    assert exit_code([ok("a", "b"), warning("a", "b", "c")]) == 0
+    assert exit_code([run]) == 1
+    assert exit_code([run, node]) == 3
+    assert bad_nodes([run, node, warning("a", "b", "c")]) == ["b"]
 
 
 def test_an_unknown_bad_node_has_no_name_but_its_code() -> None:
-    finding = rules.node_failure("ranks", "rank 5 did not report", None)
-    assert rules.exit_code([finding]) == 3
-    assert rules.bad_nodes([finding]) == []
+    finding = node_failure("ranks", "rank 5 did not report", None)
+    assert exit_code([finding]) == 3
+    assert bad_nodes([finding]) == []
 
 
 def test_what_is_wrong_everywhere_is_the_runs_fault() -> None:
     everywhere = rules.spread("run directory", {0: "no", 2: "no", 4: "no"}, SIX)
-    assert rules.exit_code(everywhere) == 1
+    assert exit_code(everywhere) == 1
     assert "all 3 nodes" in everywhere[0].text
     assert failed(rules.spread("run directory", {0: "no", 2: "no"}, SIX)) == ["a", "b"]
 
 
 def test_one_node_by_itself() -> None:
     alone = {0: "a", 1: "a"}
-    assert rules.exit_code(rules.spread("run directory", {0: "no"}, alone)) == 1
+    assert exit_code(rules.spread("run directory", {0: "no"}, alone)) == 1
     assert failed(rules.spread("device", {0: "no"}, alone, alone="node")) == ["a"]
 
 
@@ -87,7 +95,7 @@ def test_a_missing_rank_is_placed_beside_its_neighbour() -> None:
         ("b", "rank 3 did not report within 30 s"),
         (None, "ranks 4, 5 did not report within 30 s"),
     ]
-    assert rules.exit_code(findings) == 3
+    assert exit_code(findings) == 3
 
 
 def test_neighbours_are_not_guessed_where_ranks_go_round_the_nodes() -> None:
@@ -178,13 +186,13 @@ def test_occupied_memory_is_told_and_a_shared_gpu_refused() -> None:
         ("warning", "a")
     ]
     shared = judged({0: gpu("x", 79), 1: gpu("x", 79)}, {0: "a", 1: "a"})
-    assert rules.exit_code(shared) == 1
+    assert exit_code(shared) == 1
     assert "ranks 0, 1 on a have one GPU" in shared[0].text
 
 
 def test_kernels_that_no_node_has_are_the_runs_fault() -> None:
     without = MachineReport(device="cpu", seconds=0.01, kernel_problem="te cannot be used")
-    assert rules.exit_code(judged(dict.fromkeys(SIX, without))) == 1
+    assert exit_code(judged(dict.fromkeys(SIX, without))) == 1
     assert failed(judged({**dict.fromkeys(SIX, GOOD), 5: without})) == ["c"]
 
 
@@ -213,7 +221,7 @@ def test_a_node_that_cannot_write() -> None:
     written = {rank: WriteReport("read-only" if SIX[rank] == "c" else "") for rank in SIX}
     assert failed(judge_written(written, SIX)) == ["c"]
     nowhere = judge_written({rank: WriteReport("read-only") for rank in SIX}, SIX)
-    assert rules.exit_code(nowhere) == 1
+    assert exit_code(nowhere) == 1
 
 
 def test_a_node_that_lacks_a_path() -> None:
@@ -242,7 +250,7 @@ def test_a_node_that_does_not_see_the_others_or_is_not_seen() -> None:
 def test_a_directory_that_no_node_shares_is_the_runs_fault() -> None:
     seen = {rank: [other for other in SIX if SIX[other] == SIX[rank]] for rank in SIX}
     (finding,) = rules.not_shared(seen, SIX, "/tmp/run")
-    assert rules.exit_code([finding]) == 1
+    assert exit_code([finding]) == 1
     assert "every node sees its own files only" in finding.text
 
 
@@ -303,7 +311,7 @@ def test_a_wrong_sum() -> None:
     right, wrong = NetworkReport(stage=2, seconds=0.01), NetworkReport(stage=2, seconds=0.01, wrong=3)
     assert failed(judge_network({**dict.fromkeys(SIX, right), 4: wrong}, "cpu", SIX, 2.0, "warning")) == ["c"]
     everywhere = judge_network(dict.fromkeys(SIX, wrong), "cpu", SIX, 2.0, "warning")
-    assert (failed(everywhere), rules.exit_code(everywhere)) == ([None], 3)
+    assert (failed(everywhere), exit_code(everywhere)) == ([None], 3)
 
 
 def test_bandwidths_of_an_all_reduce() -> None:
