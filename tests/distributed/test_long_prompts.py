@@ -11,12 +11,12 @@ import torch
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
 from megatron_qwenvl.inference.generate import Generator, Prompt
-from megatron_qwenvl.model.long_context import LongContext, ntk_alpha
+from megatron_qwenvl.model.long_context import LongContext, long_context, ntk_alpha
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.reference_generation import PublishedGeneration
 
 from .harness import run_ranks
-from .model_cases import small_config
+from .model_cases import SMALL, SMALL_QWEN2, small_config
 from .test_model_equals_reference import build_both
 
 NEW = 12
@@ -102,3 +102,10 @@ def test_query_scale_follows_the_position() -> None:
     assert scale is not None
     torch.testing.assert_close(scale, torch.tensor([1.0, 1.0, math.log(2049, 2048), 12 / 11, 2.0]))
     assert LongContext().extension_for(10).query_scale(torch.arange(2048)) is None
+
+
+def test_a_family_without_extension_goes_on_with_plain_positions() -> None:
+    """Whatever the metadata of the weights say."""
+    context = long_context(SMALL_QWEN2.decoder, LongContext(16))
+    assert context == LongContext(16, dynamic_ntk=False, logn=False)
+    assert long_context(SMALL.decoder, LongContext(16)) == LongContext(16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .engine import TOUCH_POINTS
+from .families import FAMILIES
 from .jobs import JOBS
 from .model import INITIALIZATION, MODEL
 from .mutant import Mutant
@@ -18,5 +19,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *DATA,
     *INFERENCE,
     *TOUCH_POINTS,
+    *FAMILIES,
     *JOBS,
 )

@@ -66,7 +66,8 @@ class InterleavedHeads:
         whole = torch.cat(hf) if self.hf_tensors > 1 else hf[0]
         groups, heads = self._groups, self.heads
         parts = whole.unflatten(0, (heads + 2 * groups, -1)).split((heads, groups, groups))
-        return [torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 2)]
+        parts = [part.unflatten(0, (groups, -1)) for part in parts]
+        return [torch.cat(parts, dim=1).flatten(0, 2)]
 
     def to_hf(self, megatron: list[Tensor]) -> list[Tensor]:
         """Order rows as `[q; k; v]`."""
