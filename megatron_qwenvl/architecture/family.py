@@ -1,4 +1,4 @@
-"""What a decoder family is: how a configuration becomes a tower, and what else differs between families."""
+"""Interface of a decoder family: how a configuration becomes a tower, and the other differences between families."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def family_of(decoder: DecoderConfig) -> DecoderFamily:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Towers and what lies between and around them."""
+    """Both towers, the adapter and the vocabulary."""
 
     vision: VisionConfig
     """Sizes of patches and positions."""

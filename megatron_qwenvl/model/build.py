@@ -1,4 +1,4 @@
-"""Building a rank's pipeline stage: modules, freezing, tags that the optimizer reads, initial weights."""
+"""Construction of a rank's pipeline stage: modules, freezing, tags that the optimizer reads, initial weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .stage import QwenVLStage
 
 
 def build_stage(config: RunConfig, runtime: Runtime, partition: Partition) -> QwenVLStage:
-    """This rank's pipeline stage on its device, with frozen parts frozen; weights are uninitialised."""
+    """Build this rank's pipeline stage on its device, with frozen parts frozen; its weights are uninitialized."""
     configs = build_engine_configs(config, runtime.kernels, runtime.on_gpu)
     with runtime.device:
         stage = QwenVLStage(
@@ -67,7 +67,7 @@ def freeze(stage: QwenVLStage, config: RunConfig) -> None:
 def mark_tensor_parallel(stage: QwenVLStage) -> None:
     """Mark sharded weights, which the global gradient norm must count on every tensor-parallel rank.
 
-    megatron-core sets the marks while initialising weights, which is left out here.
+    megatron-core sets the marks while initializing weights, which is left out here.
     """
     for module in stage.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):
@@ -78,7 +78,7 @@ def mark_tensor_parallel(stage: QwenVLStage) -> None:
 
 @torch.no_grad()
 def initialize_weights(stage: QwenVLStage, model: ModelConfig, seed: int) -> None:
-    """Fresh weights that depend on the seed and the tensor's checkpoint key only, not on the layout.
+    """Initialize weights as a function of seed and checkpoint key alone, whatever the parallel layout.
 
     Linear layers and embeddings are normal with `init_std`, the projections into the residual stream scaled
     down by sqrt(2 x layers) of their tower, adapter queries truncated-normal 0.02, norms 1, biases 0. The patch
@@ -92,7 +92,7 @@ def initialize_weights(stage: QwenVLStage, model: ModelConfig, seed: int) -> Non
 
 
 def fresh_tensor(key: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
-    """The whole fresh tensor of a checkpoint key, float32; see `initialize_weights`."""
+    """Initialize the whole float32 tensor of a checkpoint key; see `initialize_weights`."""
     if key.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:

@@ -26,7 +26,7 @@ class EngineConfigs:
     """Also the configuration that the pipeline schedule and DDP read."""
 
 
-def _common(config: RunConfig, kernels: LayerBackend, on_gpu: bool) -> dict[str, Any]:
+def _common(config: RunConfig, backend: LayerBackend, on_gpu: bool) -> dict[str, Any]:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     recompute: dict[str, Any] = {"recompute_granularity": None}
     if config.train.recompute == "full":
@@ -56,15 +56,15 @@ def _common(config: RunConfig, kernels: LayerBackend, on_gpu: bool) -> dict[str,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": on_gpu,
-        "apply_rope_fusion": kernels.name == "te",
+        "apply_rope_fusion": backend.name == "te",
         "attention_softmax_in_fp32": True,
         **recompute,
     }
 
 
-def build_engine_configs(config: RunConfig, kernels: LayerBackend, on_gpu: bool) -> EngineConfigs:
-    """Configurations of ViT, adapter and decoder for a run on the given kernels."""
-    architecture, common = describe(config.model), _common(config, kernels, on_gpu)
+def build_engine_configs(config: RunConfig, backend: LayerBackend, on_gpu: bool) -> EngineConfigs:
+    """Configurations of ViT, adapter and decoder for a run on the given layer backend."""
+    architecture, common = describe(config.model), _common(config, backend, on_gpu)
     full_sequence = TransformerConfig(
         num_layers=1,
         hidden_size=architecture.adapter.hidden,

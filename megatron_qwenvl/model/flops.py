@@ -22,11 +22,11 @@ class Workload:
     """The work of a micro-batch (or of a step)."""
 
     images: float
-    """Images."""
+    """Number of images."""
     patches: int
-    """Patches of one image."""
+    """Patches per image."""
     tokens: float
-    """Decoder positions."""
+    """Number of decoder positions."""
     attention_pairs: float
     """Sum over attention segments of length^2."""
     loss_tokens: float
@@ -65,8 +65,11 @@ class _Products:
         return self.first + self.inner + self.attention
 
     def backward(self, trained: bool, trained_below: bool) -> float:
-        """A weight gradient costs as much as its product, and so does an input gradient; inside a trained layer
-        input gradients lead to its earlier weights. Attention has a gradient for each of its two factors."""
+        """FLOPs of the backward pass.
+
+        A weight gradient costs as much as its product, and so does an input gradient; inside a trained layer input
+        gradients lead to its earlier weights. Attention has a gradient for each of its two factors.
+        """
         passed_on = trained or trained_below
         weights = (self.first + self.inner) if trained else 0.0
         inputs = (self.inner if passed_on else 0.0) + (self.first if trained_below else 0.0)

@@ -76,7 +76,7 @@ def layer_of(key: str) -> Layer:
 
 
 def is_adapter_output(key: str) -> bool:
-    """True for the adapter's final norm and projection (frozen in the published SFT code)."""
+    """Whether a tensor is of the adapter's final norm or projection (frozen in the published SFT code)."""
     return key.startswith(("adapter.ln_post.", "adapter.proj."))
 
 

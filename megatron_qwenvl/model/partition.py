@@ -1,4 +1,4 @@
-"""Cutting the layer list into pipeline stages of nearly equal cost."""
+"""Partition of the layer list into pipeline stages of nearly equal cost."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Partition:
 
     layers: tuple[Layer, ...]
     starts: tuple[int, ...]
-    """Index of the first layer of every stage; the first is 0."""
+    """Index of the first layer of every pipeline stage; the first is 0."""
     costs: tuple[float, ...]
-    """Expected FLOPs of every stage."""
+    """Expected FLOPs of every pipeline stage."""
 
     def stage(self, index: int) -> tuple[Layer, ...]:
         """Layers of a pipeline stage."""
@@ -27,7 +27,7 @@ class Partition:
         return self.layers[bounds[index] : bounds[index + 1]]
 
     def describe(self) -> str:
-        """One line per stage: its layers and its share of the slowest stage's cost."""
+        """One line per pipeline stage: its layers and its cost relative to the slowest one."""
         slowest = max(self.costs) or 1.0
         lines = []
         for index, cost in enumerate(self.costs):

@@ -17,7 +17,7 @@ from .positions import resize_grid
 
 
 def normalize_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale uint8 RGB `[n, 3, S, S]` to [0, 1] and normalise by CLIP's mean and deviation, in float32."""
+    """Scale uint8 RGB `[n, 3, S, S]` to [0, 1] and normalize by CLIP's mean and deviation, in float32."""
     mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
     return ((pixels.float() / 255 - mean) / std).to(dtype)

@@ -37,9 +37,9 @@ class StateBytes:
     weights: int
     """Weights in the training precision."""
     gradients: int
-    """fp32 gradients of what is trained."""
+    """fp32 gradients of the trained parameters."""
     optimizer: int
-    """Two fp32 moments of what is trained and its fp32 master weights, which unsharded fp32 weights are themselves."""
+    """Two fp32 moments and the fp32 master weights of the trained parameters; unsharded fp32 weights need no master."""
 
 
 def state_bytes(config: RunConfig) -> StateBytes:

@@ -164,21 +164,21 @@ def _transformer_engine_layer(mask: AttnMaskType, qk_norm: Any) -> ModuleSpec:
     )
 
 
-def norm_module(config: TransformerConfig, kernels: LayerBackend) -> Any:
-    """The class that builds a free-standing norm of a tower on the given kernels."""
-    if kernels.name == "te":
+def norm_module(config: TransformerConfig, backend: LayerBackend) -> Any:
+    """The class that builds a free-standing norm of a tower on the given layer backend."""
+    if backend.name == "te":
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    return ApexNorm if kernels.name == "apex" and config.normalization == "LayerNorm" else Norm
+    return ApexNorm if backend.name == "apex" and config.normalization == "LayerNorm" else Norm
 
 
 def block_spec(
-    config: TransformerConfig, kernels: LayerBackend, layers: int, causal: bool
+    config: TransformerConfig, backend: LayerBackend, layers: int, causal: bool
 ) -> TransformerBlockSubmodules:
     """Spec of `layers` consecutive layers of a tower and of its final norm (built only where the tower ends)."""
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
-    norm = norm_module(config, kernels)
+    norm = norm_module(config, backend)
     qk_norm = norm if config.qk_layernorm else IdentityOp
-    make_layer = _transformer_engine_layer if kernels.name == "te" else partial(_local_layer, norm)
+    make_layer = _transformer_engine_layer if backend.name == "te" else partial(_local_layer, norm)
     return TransformerBlockSubmodules(layer_specs=[make_layer(mask, qk_norm)] * layers, layer_norm=norm)

@@ -1,4 +1,4 @@
-"""The model as one pipeline stage: whatever contiguous slice of ViT, adapter and decoder a rank holds."""
+"""The model as one pipeline stage: any contiguous slice of ViT, adapter and decoder."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class WordEmbedding(MegatronModule):
 class QwenVLStage(MegatronModule):
     """A contiguous slice of the layer list, run by megatron-core's pipeline schedules.
 
-    Between stages travels one 3-D tensor: `[patches, images, width]` inside the ViT, `[slots, images, hidden]`
+    Between pipeline stages travels one 3-D tensor: `[patches, images, width]` inside the ViT, `[slots, images, hidden]`
     after the adapter, `[T, 1, hidden]` inside the decoder; the first and the last divided by the tensor-parallel
     size under sequence parallelism. A micro-batch without images sends `[1, 1, 1]` zeros through the vision
     layers instead, connected to their parameters so that every expected gradient message and bucket fires.
 
     Args:
-        layers: this stage's slice of `list_layers(model)`.
-        trained_before: whether a parameter on an earlier stage is trained; if not, the received tensor is
+        layers: this pipeline stage's slice of `list_layers(model)`.
+        trained_before: whether a parameter on an earlier pipeline stage is trained; if not, the received tensor is
             detached and no gradient is sent back.
     """
 
@@ -85,7 +85,7 @@ class QwenVLStage(MegatronModule):
         model: ModelConfig,
         configs: EngineConfigs,
         layers: tuple[Layer, ...],
-        kernels: LayerBackend,
+        backend: LayerBackend,
         groups: ProcessGroupCollection,
         trained_before: bool = True,
     ) -> None:
@@ -95,7 +95,7 @@ class QwenVLStage(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.trained_before = trained_before
         self.input_tensor: Tensor | None = None
-        self._groups, self._kernels = groups, kernels
+        self._groups, self._backend = groups, backend
         kinds = {layer.kind for layer in layers}
         self.pre_process = "patch_embed" in kinds
         self.post_process = "head" in kinds
@@ -123,7 +123,7 @@ class QwenVLStage(MegatronModule):
         config.pipeline_model_parallel_layout = StageLayers(own[0] if own else config.num_layers, len(own))
         block = TransformerBlock(
             config,
-            block_spec(config, self._kernels, len(own), causal),
+            block_spec(config, self._backend, len(own), causal),
             post_layer_norm=ends_here,
             pre_process=True,
             post_process=ends_here,
@@ -147,7 +147,7 @@ class QwenVLStage(MegatronModule):
         )
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
-        """Take the tensor received from the previous stage; called by the schedule."""
+        """Take the tensor received from the previous pipeline stage; called by the schedule."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if received is not None and not self.trained_before:
             received = received.detach()
@@ -160,7 +160,7 @@ class QwenVLStage(MegatronModule):
         features: Tensor | None = None,
         extension: ContextExtension | None = None,
     ) -> Tensor:
-        """Run this stage's layers.
+        """Run the layers of this pipeline stage.
 
         Args:
             batch: the micro-batch on the device.
@@ -192,7 +192,7 @@ class QwenVLStage(MegatronModule):
         return self.encode_images(batch, x) if batch.num_images else self._without_images(x)
 
     def encode_images(self, batch: Batch, x: Tensor | None = None) -> Tensor:
-        """Run this stage's vision layers on the batch's pixels, or on what the previous stage sent."""
+        """Run the vision layers of this pipeline stage on the batch's pixels or on the previous stage's output."""
         if self.patch_embed is not None:
             x = self.patch_embed(batch.pixels)
         assert x is not None, "vision layers without pixels follow another pipeline stage"
@@ -206,7 +206,7 @@ class QwenVLStage(MegatronModule):
         return x
 
     def _without_images(self, x: Tensor | None) -> Tensor:
-        """Zeros that depend on the received tensor and on every trained vision parameter of this stage."""
+        """Zeros that depend on the received tensor and on every trained vision parameter of this pipeline stage."""
         reference = next(self.parameters())
         nothing = torch.zeros(1, 1, 1, dtype=self.config.params_dtype, device=reference.device)
         if x is not None:
@@ -240,7 +240,7 @@ class QwenVLStage(MegatronModule):
     def _attention_inputs(
         self, batch: Batch, extension: ContextExtension | None = None
     ) -> tuple[Segments, Tensor]:
-        """Segments and rotary angles in the form of the kernels in use.
+        """Segments and rotary angles in the form that the layer backend needs.
 
         Transformer Engine's fused kernels restart positions at every segment by themselves. The local attention
         takes one angle per token; it is given the plain sequence layout so that megatron-core does not split
@@ -249,7 +249,7 @@ class QwenVLStage(MegatronModule):
         tower = describe(self.model).decoder
         assert tower.rotary_base is not None, "every decoder family so far has rotary positions"
         head_dim, base = tower.head_size, float(tower.rotary_base)
-        fused = self._kernels.name == "te"
+        fused = self._backend.name == "te"
         positions = (
             torch.arange(batch.length, device=batch.position_ids.device) if fused else batch.position_ids
         )
