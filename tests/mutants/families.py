@@ -14,7 +14,13 @@ LOGITS = ("tests/distributed/test_decoders_equal_transformers.py",)
 CONVERSION = ("tests/unit/checkpoint/test_qwen2.py",)
 COUNTS = ("tests/unit/model/test_qwen2_counts.py",)
 BYTES = ("tests/distributed/test_qwen2_layouts.py::test_a_run_holds_the_bytes_that_are_counted",)
-VOCABULARY = ("tests/unit/data/test_hf_tokenizer.py",)
+_HF_TOKENIZER = "tests/unit/data/rendering/test_hf_tokenizer.py::"
+IN_TEXT = (
+    f"{_HF_TOKENIZER}test_text_never_becomes_an_added_token",
+    f"{_HF_TOKENIZER}test_an_added_token_that_is_in_the_vocabulary_too_is_not_found_in_text",
+)
+FINGERPRINT = (f"{_HF_TOKENIZER}test_the_fingerprint_knows_what_decides_the_ids",)
+SAMPLES = (f"{_HF_TOKENIZER}test_samples_differ_from_qwens_in_the_special_tokens_alone",)
 GENERATION = ("tests/distributed/test_long_prompts.py",)
 
 FAMILIES = [
@@ -72,19 +78,19 @@ FAMILIES = [
     ),
     Mutant(
         "vocabulary: added tokens are found in text", HF_TOKENIZER,
-        '"added_tokens": [], "post_processor"', '"post_processor"', VOCABULARY,
+        '"added_tokens": [], "post_processor"', '"post_processor"', IN_TEXT,
     ),
     Mutant(
         "vocabulary: an added token stays in the vocabulary", HF_TOKENIZER,
-        'content["model"]["vocab"] = text_ids', "pass", VOCABULARY,
+        'content["model"]["vocab"] = text_ids', "pass", IN_TEXT,
     ),
     Mutant(
         "vocabulary: the fingerprint does not know the merges", HF_TOKENIZER,
         '("normalizer", "pre_tokenizer", "model", "added_tokens")', '("normalizer", "pre_tokenizer", "added_tokens")',
-        VOCABULARY,
+        FINGERPRINT,
     ),
     Mutant(
         "vocabulary: boxes between the tokens of references", SPECIAL_TOKENS,
-        'box=("<|box_start|>", "<|box_end|>")', 'box=("<|object_ref_start|>", "<|object_ref_end|>")', VOCABULARY,
+        'box=("<|box_start|>", "<|box_end|>")', 'box=("<|object_ref_start|>", "<|object_ref_end|>")', SAMPLES,
     ),
 ]  # fmt: skip
