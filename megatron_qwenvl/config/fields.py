@@ -69,7 +69,7 @@ def split_source_path(path: str) -> tuple[str, str, str] | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known name most like `name`, or an empty string where none is alike.
+    """`; did you mean X?` for the known name most like `name`, or an empty string where none is similar.
 
     A bare field name finds its dotted path: `steps` finds `train.steps`.
     """

@@ -87,7 +87,7 @@ class ModelConfig(Section):
     decoder: DecoderConfig = DecoderConfig()
     """The decoder."""
     init_std: float = Field(0.02, gt=0)
-    """Standard deviation of freshly initialised linear layers and embeddings."""
+    """Standard deviation of freshly initialized linear layers and embeddings."""
 
     @property
     def image_tokens(self) -> int:
@@ -295,7 +295,7 @@ class RunConfig(Section):
     run_dir: str = "runs/stage1"
     """Directory for the resolved configuration, metrics and checkpoints."""
     seed: int = Field(1234, ge=0)
-    """Seed of initialisation and of the data order."""
+    """Seed of initialization and of the data order."""
     model: ModelConfig = ModelConfig()
     """Shape of the model."""
     data: DataConfig = DataConfig()

@@ -11,7 +11,7 @@ class DataError(Exception):
 
 
 class SampleError(Exception):
-    """Skips one sample: the message is the reason; whoever catches it knows the sample's key."""
+    """Skips one sample: the message is the reason; the caller that catches it knows the sample's key."""
 
 
 @contextmanager

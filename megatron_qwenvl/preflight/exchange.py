@@ -1,6 +1,7 @@
 """Messages between ranks before there is a process group: JSON values over the rendezvous store.
 
-A process group hangs, or fails on every rank alike, where one rank is missing or broken. The store knows who came.
+A process group hangs, or fails on every rank in the same way, where one rank is missing or broken. The store knows who
+came.
 """
 
 from __future__ import annotations

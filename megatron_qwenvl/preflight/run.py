@@ -71,7 +71,7 @@ class Checklist:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The end of the checks, alike on all ranks."""
+    """The end of the checks, the same on all ranks."""
 
     code: int
     """0: passed, 1: the run cannot work, 3: nodes are bad."""
@@ -91,7 +91,7 @@ def run_preflight(
     Args:
         process: the place of this process.
         environment: where it runs.
-        checklist: what to check; alike on all ranks but for `own_checks`.
+        checklist: what to check; the same on all ranks but for `own_checks`.
         say: told every finding on rank 0, as it is made.
         conclude: told all of them on rank 0 before any rank learns the verdict: launchers end all processes once one
             has failed.
@@ -162,7 +162,7 @@ class _Preflight:
             self.say(finding)
 
     def _arrive(self) -> float | None:
-        """Who is there, and are they alike? Answers with the seconds for the next step."""
+        """Who is there, and are they equal? Answers with the seconds for the next step."""
         seat = self.environment.node, self.process.local_rank, self.process.local_world_size
         value = {"seat": seat, "facts": common_facts(self.environment)}
         answer = self._step("ranks", value, self.checklist.deadline, self._judge_arrival)

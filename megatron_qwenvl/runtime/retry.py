@@ -105,4 +105,4 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
 
 
 reads = PatientReads()
-"""Of this process. A file system is away for all of a process, whoever reads."""
+"""Of this process. A file system is away for every reader of a process."""

@@ -15,7 +15,7 @@ from .exit_codes import HUNG
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
-"""Between the stacks and the end: launchers kill all ranks once one has ended, and every rank is to tell."""
+"""Between the stacks and the end: launchers kill all ranks once one has ended, and every rank has to report."""
 
 
 class Watchdog:

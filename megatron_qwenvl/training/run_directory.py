@@ -76,7 +76,7 @@ def record_start(config: RunConfig, process: ProcessInfo) -> None:
 
 
 def _tell_changes(folder: Path, config: RunConfig) -> None:
-    """Say in what a run that is started again differs from before, layout and machine aside."""
+    """Say in what a run that is started again differs from before, except in layout and machine."""
     before = _configuration_before(folder)
     if before is None:
         return

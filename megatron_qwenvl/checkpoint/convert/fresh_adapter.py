@@ -13,7 +13,7 @@ from megatron_qwenvl.model.shapes import tensor_shapes
 
 
 class FreshAdapter:
-    """The tensors of a newly initialised adapter, as the model itself would initialize them."""
+    """The tensors of a newly initialized adapter, as the model itself would initialize them."""
 
     def __init__(self, model: ModelConfig, seed: int, dtype: torch.dtype) -> None:
         self._model = model

@@ -87,7 +87,7 @@ def find_image(name: str, number: int | None, names: Sequence[str], shown: Seque
 
     An image is named by its member's suffix, perhaps with blanks around it, and shown once; numbers, where there are
     any, count over the whole dialogue. The published code shows an image that is named twice twice and does not look
-    at numbers; here either is taken for a mistake of whoever made the dialogue, as the answers rely on the right
+    at numbers; here either is taken for a mistake in the dialogue, as the answers rely on the right
     numbers.
 
     Args:

@@ -22,7 +22,7 @@ Grounding markup there is described in `markup.py`. In all other fields tags are
 
 Text is UTF-8 and rules for it hold in every field (`fields.py`): a byte-order mark at the start of a member or a field
 is dropped; a lone surrogate, a NUL or a text that shows nothing leaves the sample out. Only strings are text: how a
-number, a boolean or a list of answers is to be spelled is for whoever writes the record.
+number, a boolean or a list of answers is spelled is for the author of the record.
 
 Answers (`answer`, `caption`, the `boxes` of `referring`, `lines`, a last assistant turn) may be left out of a
 record that is only asked about; training needs them.
@@ -174,5 +174,5 @@ def decode_record(suffix: str, data: bytes) -> TaskRecord:
     except UnicodeDecodeError as error:
         raise SampleError(f"malformed {suffix}: not UTF-8 at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
-        reason = str(error).partition("; use sys.")[0]  # a remedy for whoever writes programs
+        reason = str(error).partition("; use sys.")[0]  # advice for programmers
         raise SampleError(f"malformed {suffix}: {reason}") from error

@@ -209,9 +209,9 @@ class StepSampler:
         """Divide a batch into the micro-batches of each data-parallel rank, `[ranks][micro_batches]`."""
         costs = pack_costs(batch.packs, batch.samples, CostWeights.at(self.data.image_size))
         count = self.micro_batches(batch, ranks)
-        dealt = balance_across_ranks(batch.packs, costs, ranks, count * self.rows(ranks))
+        by_rank = balance_across_ranks(batch.packs, costs, ranks, count * self.rows(ranks))
         # Rows come by falling cost: taking every `count`-th one balances the micro-batches.
-        return [[tuple(packs[number::count]) for number in range(count)] for packs in dealt]
+        return [[tuple(packs[number::count]) for number in range(count)] for packs in by_rank]
 
     def source_notes(self) -> list[str]:
         """Explain in one line each why indices leave samples out, and name rendering options that are not default."""
