@@ -22,7 +22,7 @@ ENGINE_TESTS := tests/distributed tests/unit/engine tests/engines tests/unit/tes
   tests/end_to_end/test_saving.py tests/end_to_end/test_stages.py
 # What `make test-fast` runs beside the unit tests that are not marked slow: a training run, a generation, real ranks.
 SMOKE_TESTS := tests/distributed/test_model_equals_reference.py tests/recipe/test_generation_ends.py \
-  tests/end_to_end/test_metrics.py
+  tests/end_to_end/test_metrics.py::test_only_logged_steps_are_recorded
 
 .PHONY: demo test test-fast test-engines test-engine docs mutants test-slurm slurm-packages lint setup gpu-check bench-convert clean
 .DEFAULT_GOAL := help

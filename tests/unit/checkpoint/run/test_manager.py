@@ -186,7 +186,7 @@ def without_memory(process: ProcessInfo, folder: Path) -> list[str]:
 
 
 def test_a_rank_without_memory_fails_the_save_everywhere(tmp_path: Path) -> None:
-    for first, second, left, third in run_ranks(2, without_memory, tmp_path, timeout=30):
+    for first, second, left, third in run_ranks(2, without_memory, tmp_path):
         assert (first, third) == ("", "")
         assert "cannot be copied to host memory: rank 1: MemoryError: no room" in second
         assert left == "latest step_00000001"

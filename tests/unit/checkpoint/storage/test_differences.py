@@ -81,6 +81,7 @@ print(*(peak(2.0, tolerance) - equal for tolerance in (0.0, 1e-3, 2.0)))
 """
 
 
+@pytest.mark.slow
 def test_differing_tensors_need_no_more_memory_than_equal_ones() -> None:
     """64 MB each; copies in float32 would be 128 MB each, and 9.5 GB at full size."""
     command = [sys.executable, "-c", MEMORY]

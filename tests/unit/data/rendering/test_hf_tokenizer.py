@@ -26,6 +26,7 @@ from .test_formats import CASES, render
 from .test_tokenizer import TEXTS
 
 
+@pytest.mark.slow
 def test_full_size_ids_are_those_of_qwen2_5(tmp_path: Path, qwen: Tokenizer) -> None:
     """Qwen2.5 has Qwen's byte pairs, and other special tokens behind them."""
     path = write_vocabulary(tmp_path / "tokenizer.json", tokenizer_json(_read_ranks(Path(QWEN_VOCABULARY))))
