@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_qwenvl.runtime.exit_codes import CRASHED
+from megatron_qwenvl.runtime.exit_codes import CRASHED, RUN_ERROR
 from megatron_qwenvl.runtime.interrupt import STUCK_SECONDS, end_at_stop_signals
 
 
@@ -22,7 +24,19 @@ def run_program(name: str, main: Callable[[], int], seconds: float = STUCK_SECON
     end_at_stop_signals(name, seconds)
     try:
         code = main()
-    except Exception:
-        traceback.print_exc()
-        code = CRASHED
+        sys.stdout.flush()
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+            code = RUN_ERROR
+        else:
+            traceback.print_exc()
+            code = CRASHED
     sys.exit(code)
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of a pipe has ended, as `head` does once it has seen enough."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))

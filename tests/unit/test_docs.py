@@ -129,3 +129,15 @@ def test_the_house_is_drawn_and_listed_as_it_is() -> None:
         room for _, text in table for room in re.findall(r"`(\w+)` \(", text)
     }
     assert listed == drawn
+
+
+def test_the_map_in_the_readme_is_the_tree() -> None:
+    package = ROOT / "megatron_qwenvl"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"^```\nmegatron_qwenvl/\n(.*?)^```", readme, re.M | re.S)
+    inside = set(re.findall(r"^  ([\w.]+)/? ", tree, re.M))
+    assert inside == rooms | modules
+    for folder in re.findall(r"^(\w+)/ ", tree, re.M):
+        assert (ROOT / folder).is_dir()
