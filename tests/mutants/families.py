@@ -34,7 +34,7 @@ FAMILIES = [
     ),
     Mutant(
         "families: groups do not limit tensor parallelism", TOWER,
-        "if self.query_groups != self.heads:", "if False:", COUNTS,
+        "if self.query_groups != self.heads:", "if False:", ("tests/unit/config/test_validate.py",),
     ),
     Mutant(
         "families: FLOPs of attention by the width of the stream", f"{PACKAGE}/model/flops.py",
