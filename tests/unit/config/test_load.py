@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from megatron_qwenvl.config.fields import plain
 from megatron_qwenvl.config.load import ConfigError, dump_yaml, load_config
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.config.schema import RunConfig
@@ -32,6 +34,16 @@ def test_a_dumped_configuration_reads_back_equal(name: str, write) -> None:
     config = load_config(name, ["--parallel.layout", "[3]", "--parallel.pipeline", "2", "--name", "漢字"])
     assert load_config(write(dump_yaml(config))) == config
     assert config != RECIPES[name]()
+
+
+def test_a_configuration_from_before_the_families_is_qwen_7b(tmp_path: Path) -> None:
+    saved = plain(load_config("stage1"))
+    for name in ("family", "query_groups"):
+        del saved["model"]["decoder"][name]
+    path = tmp_path / "old.yaml"
+    path.write_text(json.dumps(saved))
+    assert load_config(str(path)) == load_config("stage1")
+    assert load_config(str(path)).model.decoder.family == "qwen"
 
 
 def test_overrides_in_both_forms_and_the_last_one_wins() -> None:
