@@ -23,8 +23,7 @@ from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata, read_manifest
 from megatron_qwenvl.config.schema import DecoderConfig, RunConfig
 from tests.distributed.model_cases import SMALL_QWEN2
-
-from .qwen2_cases import RUN, change_config, write_qwen2_parts
+from tests.unit.checkpoint.qwen2_cases import RUN, change_config, write_qwen2_parts
 
 REAL_CONFIG = {  # the keys of the published config.json of Qwen2.5-7B, with this test's sizes
     "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
