@@ -50,7 +50,7 @@ class Machine:
 
     def plan(self, *arguments: str) -> str:
         """What make would do."""
-        done = self.run("make", "--dry_run", *arguments)
+        done = self.run("make", "--dry-run", *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
