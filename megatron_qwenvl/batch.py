@@ -39,7 +39,7 @@ class Batch:
             must be masked on every rank.
         bad_reasons: name of the sample and reason, for each of `bad_samples`.
         bad_names: shard and key of each of them, as this rank found them.
-        read_again: reads of this micro-batch, or of indices for it, that had to be repeated, one line each.
+        repeated_reads: reads of this micro-batch, or of indices for it, that had to be repeated, one line each.
         real_tokens: positions that are not padding.
         max_segment: length of the longest segment; found from `cu_seqlens` while that is on the CPU.
     """
@@ -58,7 +58,7 @@ class Batch:
     bad_samples: tuple[int, ...] = ()
     bad_reasons: tuple[str, ...] = ()
     bad_names: tuple[tuple[str, str], ...] = ()
-    read_again: tuple[str, ...] = ()
+    repeated_reads: tuple[str, ...] = ()
     real_tokens: int = 0
     max_segment: int = 0
 

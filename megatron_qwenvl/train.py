@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_qwenvl.runtime.exit_codes import CRASHED, INTERRUPTED, RUN_ERROR, SUCCESS, USAGE_ERROR
-from megatron_qwenvl.runtime.interrupt import StopRequest
-from megatron_qwenvl.runtime.leave import leave
+from megatron_qwenvl.runtime.exit_process import exit_process
+from megatron_qwenvl.runtime.stop_signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
         quiet=process.rank > 0,
     )
     config = arguments.config
-    stop.limit_start(START_SECONDS, lambda name: leave(_stopped_early(name)))
+    stop.limit_start(START_SECONDS, lambda name: exit_process(_stopped_early(name)))
     if stop.received():
         return _stopped_early(stop.name)
 
@@ -96,7 +96,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
         logger.error("FAILED (error) %s: %s", type(error).__name__, error)
         return RUN_ERROR
     except Exception as error:
-        if stop.came_early and is_lost_peer(error):  # which got the signal, too, and was faster
+        if stop.received_before_start and is_lost_peer(error):  # which got the signal, too, and was faster
             return _stopped_early(stop.name)
         if is_lost_peer(error):
             logger.error("FAILED (lost peer) %s", " ".join(str(error).split()))
@@ -113,7 +113,7 @@ def _stopped_early(signal_name: str) -> int:
 
 def run() -> NoReturn:
     """Run the program and end the process with its code."""
-    leave(main())
+    exit_process(main())
 
 
 if __name__ == "__main__":

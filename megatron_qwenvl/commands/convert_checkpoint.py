@@ -25,8 +25,8 @@ from typing import NoReturn
 
 from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.config.recipes import RECIPES
+from megatron_qwenvl.runtime.console import escape_undecodable_names
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR
-from megatron_qwenvl.runtime.output import print_any_name
 
 from .entry import run_program
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from .conversions import COMMANDS
 
-    print_any_name()
+    escape_undecodable_names()
     try:
         return COMMANDS[arguments.command](arguments)
     except (CheckpointError, OSError) as error:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_qwenvl.runtime.exit_codes import CRASHED, RUN_ERROR
-from megatron_qwenvl.runtime.interrupt import STUCK_SECONDS, end_at_stop_signals
+from megatron_qwenvl.runtime.stop_signals import CLEANUP_SECONDS, exit_on_stop_signals
 
 
-def run_program(name: str, main: Callable[[], int], seconds: float = STUCK_SECONDS) -> NoReturn:
+def run_program(name: str, main: Callable[[], int], seconds: float = CLEANUP_SECONDS) -> NoReturn:
     """Run `main` so that a stop signal ends it cleanly, and exit with its code.
 
     Args:
@@ -21,7 +21,7 @@ def run_program(name: str, main: Callable[[], int], seconds: float = STUCK_SECON
         main: returns one of `runtime.exit_codes`; an exception that it lets through is a crash.
         seconds: time to clean up after a stop signal.
     """
-    end_at_stop_signals(name, seconds)
+    exit_on_stop_signals(name, seconds)
     try:
         code = main()
         sys.stdout.flush()

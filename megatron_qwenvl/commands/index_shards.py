@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_qwenvl.config.options import OptionParser
+from megatron_qwenvl.runtime.console import escape_undecodable_names
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS, USAGE_ERROR
-from megatron_qwenvl.runtime.output import print_any_name
 
 from .entry import run_program
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from .indexing import check_directory, index_directories, list_skipped
 
-    print_any_name()
+    escape_undecodable_names()
     try:
         if arguments.list_skipped:
             return RUN_ERROR if sum(map(list_skipped, arguments.directories)) else SUCCESS

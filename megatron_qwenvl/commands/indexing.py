@@ -24,9 +24,9 @@ from megatron_qwenvl.data.shards.index_builder import JOINT
 from megatron_qwenvl.data.shards.indexing import IndexJob, ShardResult, index_directory
 from megatron_qwenvl.data.shards.listing import list_shards
 from megatron_qwenvl.data.shards.skipped import merge, printable
-from megatron_qwenvl.runtime.helpers import prepare_worker, start_resource_tracker
-from megatron_qwenvl.runtime.interrupt import blocked_stop_signals
 from megatron_qwenvl.runtime.processes import LaunchError, ProcessInfo, detect_process, load_mpi
+from megatron_qwenvl.runtime.stop_signals import blocked_stop_signals
+from megatron_qwenvl.runtime.worker_processes import prepare_worker, start_resource_tracker
 
 SIGNAL_SECONDS = 0.5
 """A signal that ended a worker may be on its way to this process, too."""

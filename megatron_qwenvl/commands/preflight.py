@@ -29,9 +29,9 @@ from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
 from megatron_qwenvl.preflight.findings import Finding, bad_nodes, warning
 from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR, USAGE_ERROR
-from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
-from megatron_qwenvl.runtime.leave import leave
+from megatron_qwenvl.runtime.exit_process import exit_process
 from megatron_qwenvl.runtime.processes import LaunchError, detect_process
+from megatron_qwenvl.runtime.stop_signals import exit_on_stop_signals
 
 if TYPE_CHECKING:
     from megatron_qwenvl.preflight.run import Checklist
@@ -157,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """Run the program and exit with its code."""
-    end_at_stop_signals("preflight")
-    leave(main())  # a thread that hangs in a file system or a network must not hold up the end
+    exit_on_stop_signals("preflight")
+    exit_process(main())  # a thread that hangs in a file system or a network must not hold up the end
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_qwenvl.config.load import ConfigError, load_config
 from megatron_qwenvl.config.options import OptionParser
+from megatron_qwenvl.runtime.console import escape_undecodable_names
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS, USAGE_ERROR
-from megatron_qwenvl.runtime.output import print_any_name
 
 from .entry import run_program
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_qwenvl.data.errors import DataError
     from megatron_qwenvl.data.sampling.step_description import describe_step
 
-    print_any_name()
+    escape_undecodable_names()
     try:
         described = describe_step(make_sampler(arguments, overrides), arguments.step, arguments.data_parallel)
     except ConfigError as error:

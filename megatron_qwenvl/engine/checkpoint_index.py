@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.reading import FileSlice, open_whole
 from megatron_qwenvl.checkpoint.storage.writing import FileRecord, write_bytes
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 INDEX_NAME = ".metadata"
 COMMON_NAME = "common.pt"
@@ -77,7 +77,7 @@ def read_index(folder: Path) -> Metadata:
     """
     path = folder / INDEX_NAME
     try:
-        index = _IndexUnpickler(io.BytesIO(reads(path, path.read_bytes))).load()
+        index = _IndexUnpickler(io.BytesIO(retry_read(path, path.read_bytes))).load()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged pickle can raise almost anything

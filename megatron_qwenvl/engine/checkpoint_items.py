@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.reading import FileSlice
 from megatron_qwenvl.checkpoint.storage.writing import DigestWriter, FileRecord, write_bytes
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .checkpoint_index import INDEX_NAME, load_data
 
@@ -81,7 +81,7 @@ def read_item(folder: Path, where: StoredPlace) -> Tensor:
     path = folder / where.relative_path
     end = where.offset + where.length
     try:
-        if reads(path, lambda: os.stat(path)).st_size < end:
+        if retry_read(path, lambda: os.stat(path)).st_size < end:
             raise CheckpointError(f"{path}: truncated: expected {end} bytes or more")
         with FileSlice(path, where.offset, where.length) as content:
             tensor = load_data(path, content)

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing import core, serialization, validation
 from torch.distributed.checkpoint import filesystem
 
 from megatron_qwenvl.checkpoint.storage.reading import open_whole
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .replacements import Replacements
 from .versions import engine_is_at_least
@@ -67,7 +67,7 @@ def _open(path: Any, mode: str = "r", *more: Any, **options: Any) -> IO[Any]:
 def _stat(path: Any) -> os.stat_result | None:
     """Status of the path; None: it does not exist. `os.path` would take any error for that."""
     try:
-        return reads(Path(path), lambda: os.stat(path))
+        return retry_read(Path(path), lambda: os.stat(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
 

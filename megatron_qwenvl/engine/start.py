@@ -22,8 +22,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.devices import choose_device
 from megatron_qwenvl.runtime.processes import ProcessInfo, detect_process
-from megatron_qwenvl.runtime.retry import reads
-from megatron_qwenvl.runtime.temporary import choose_temporary_directory
+from megatron_qwenvl.runtime.retry import retry_read
+from megatron_qwenvl.runtime.temporary_directory import choose_temporary_directory
 
 from . import adamw
 from .backends import LayerBackend, choose_backend
@@ -132,7 +132,7 @@ def start_engine(config: RunConfig, process: ProcessInfo | None = None) -> Runti
     process = process or detect_process()
     if (change := choose_temporary_directory()) and process.rank == 0:
         logger.warning(change)
-    reads.seconds = config.runtime.patience_seconds
+    retry_read.seconds = config.runtime.patience_seconds
     device = choose_device(config.runtime.device, process.local_rank, process.launcher)
     check_version(on_gpu=device.type == "cuda", log=process.rank == 0)
     kernels = choose_backend(config.runtime.kernels, on_gpu=device.type == "cuda")

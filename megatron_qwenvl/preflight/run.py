@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_qwenvl.config.schema import RuntimeConfig
 from megatron_qwenvl.runtime.devices import choose_device
-from megatron_qwenvl.runtime.environment import Environment, common_facts
+from megatron_qwenvl.runtime.environment import Environment, facts_equal_on_all_ranks
 from megatron_qwenvl.runtime.processes import ProcessInfo
 
 from . import rules
@@ -164,7 +164,7 @@ class _Preflight:
     def _arrive(self) -> float | None:
         """Who is there, and are they equal? Answers with the seconds for the next step."""
         seat = self.environment.node, self.process.local_rank, self.process.local_world_size
-        value = {"seat": seat, "facts": common_facts(self.environment)}
+        value = {"seat": seat, "facts": facts_equal_on_all_ranks(self.environment)}
         answer = self._step("ranks", value, self.checklist.deadline, self._judge_arrival)
         if answer is None:
             return None

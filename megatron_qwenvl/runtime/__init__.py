@@ -1,4 +1,5 @@
-"""Processes, devices and kernels: the only place that knows CUDA, gloo, Slurm, MPI, Transformer Engine and apex.
+"""Processes, devices, signals, retries and Slurm queries.
 
-Import from the modules: `processes` and `kernels` are light, `engine` loads torch and megatron-core.
+Only this package and `engine/` know CUDA, gloo, Slurm and MPI. Nothing here imports megatron-core, and most modules do
+not import torch: `devices` does, and `environment` when it is called.
 """

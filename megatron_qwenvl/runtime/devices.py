@@ -1,4 +1,4 @@
-"""Which device this process computes on."""
+"""Choice of the device that this process computes on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .processes import LaunchError
 
 
 def choose_device(wanted: str, local_rank: int, launcher: str = "single") -> torch.device:
-    """`auto`: CUDA where a GPU is visible, else CPU.
+    """Choose the device: with `auto` CUDA if a GPU is visible, otherwise the CPU.
 
-    A GPU is chosen by local rank, unless Slurm or MPI shows every task only its own.
+    The local rank selects the GPU, unless Slurm or MPI exposes only one GPU to each task.
 
     Raises:
-        LaunchError: CUDA was asked for and is not there, or there are fewer GPUs than local ranks.
+        LaunchError: CUDA was requested but no GPU is visible, or there are fewer GPUs than local ranks.
     """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:

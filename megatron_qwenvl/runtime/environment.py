@@ -1,7 +1,7 @@
-"""Where a process runs: node, versions, GPUs, code and the variables that matter.
+"""Description of the environment of a process: node, versions, GPUs, code revision and relevant variables.
 
-Saved with every run, and compared between ranks before one starts. Nothing here fails where a tool is missing: what
-cannot be found out is None.
+It is saved with every run, and preflight compares it between ranks. Nothing here fails because a tool is missing: facts
+that cannot be determined are None.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PACKAGES = (
     "pydantic",
     "mpi4py",
 )
-"""Packages whose version can change what a run computes or reads."""
+"""Packages whose version can change the results or the input of a run."""
 
 VARIABLE_PREFIXES = (
     "CUDA_ CUBLAS_ FI_ GLOO_ KMP_ MASTER_ MEGATRON_QWENVL_ MKL_ NCCL_ NVIDIA_ NVTE_ OMP_ OMPI_ PMI_ PMIX_ PYTORCH_ "
@@ -55,56 +55,56 @@ _TOOL_SECONDS = 10
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU that this process sees."""
+    """One GPU that is visible to this process."""
 
     name: str
     """Model, such as `NVIDIA H100 80GB HBM3`."""
     memory_bytes: int
-    """Its whole memory."""
+    """Total memory of the GPU."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Everything about the place of one process that can matter to its run."""
+    """Machine, software, command and variables of one process, as far as they can affect its run."""
 
     host: str
     """Name of the machine."""
     node: str
-    """Name by which the scheduler knows it; the host's where there is none."""
+    """Slurm's name of the machine; the host name outside of Slurm."""
     platform: str
     """Operating system, kernel and processor."""
     python: str
     """Version of Python."""
     packages: dict[str, str]
-    """Versions of this package and of those of `PACKAGES` that are installed."""
+    """Versions of this package and of the installed ones of `PACKAGES`."""
     cuda: str | None
     """CUDA version that torch was built for."""
     driver: str | None
     """Version of the GPU driver."""
     gpus: tuple[Gpu, ...]
-    """The GPUs that this process sees, in its order."""
+    """The GPUs that are visible to this process, by device index."""
     git_revision: str | None
-    """Commit of the code, where it is a git checkout."""
+    """Commit of the code; None outside of a git checkout."""
     git_dirty: bool | None
-    """Whether tracked files differ from that commit."""
+    """Whether tracked files differ from that commit; None outside of a git checkout."""
     command: tuple[str, ...]
     """The command line."""
     launcher: str
-    """Who started the process, as in `ProcessInfo`."""
+    """The program that started the process, as in `ProcessInfo`."""
     variables: dict[str, str]
-    """The environment variables that matter, without secrets."""
+    """Environment variables that can affect a run, without secrets."""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, field by field."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def describe_environment(process: ProcessInfo, env: Mapping[str, str] | None = None) -> Environment:
-    """Describe where this process runs; imports torch, needs no process group and takes no GPU memory.
+    """Describe the environment of this process; imports torch, needs no process group and allocates no GPU memory.
 
     Args:
-        process: the place of this process in its run.
-        env: environment variables; left out, this process's.
+        process: rank and launcher of this process.
+        env: environment variables; default: those of this process.
     """
     env = os.environ if env is None else env
     revision, dirty = git_state(Path(__file__).resolve().parents[2])
@@ -122,12 +122,12 @@ def describe_environment(process: ProcessInfo, env: Mapping[str, str] | None = N
         git_dirty=dirty,
         command=(sys.executable, *sys.argv),
         launcher=process.launcher,
-        variables=chosen_variables(env),
+        variables=recorded_variables(env),
     )
 
 
-def common_facts(environment: Environment) -> dict[str, str]:
-    """What must be equal on all ranks of a run, by the name to call it by."""
+def facts_equal_on_all_ranks(environment: Environment) -> dict[str, str]:
+    """Facts that must be equal on all ranks of a run, by their name in messages."""
     facts = {"python": environment.python, **environment.packages}
     facts["CUDA"] = str(environment.cuda)
     facts["GPU driver"] = str(environment.driver)
@@ -143,7 +143,7 @@ def _code(environment: Environment) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions, this package first."""
+    """Installed version of each package, this package first."""
     found = {"megatron-qwenvl": __version__}
     for name in PACKAGES:
         try:
@@ -153,8 +153,8 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def chosen_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that matter, sorted by name, without any that could hold a secret."""
+def recorded_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables that can affect a run, sorted by name, without any that may hold a secret."""
     return {
         name: env[name]
         for name in sorted(env)
@@ -164,8 +164,8 @@ def chosen_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """Commit of the checkout at `root`, and whether its tracked files were changed; (None, None) if it is none."""
-    if not (root / ".git").exists():  # installed, perhaps below somebody else's checkout
+    """Commit of the checkout at `root`, and whether its tracked files were changed; (None, None) without a checkout."""
+    if not (root / ".git").exists():  # installed, perhaps below another project's checkout
         return None, None
     git = ("git", "--no-optional-locks", "-C", str(root))
     revision = _output([*git, "rev-parse", "HEAD"])
@@ -174,13 +174,13 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def driver_version() -> str | None:
-    """Version of NVIDIA's driver on this machine, or None without one."""
+    """Version of the NVIDIA driver of this machine; None without one."""
     found = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return found.splitlines()[0].strip() if found else None
 
 
 def _output(command: Sequence[str]) -> str | None:
-    """What a tool prints, stripped; None where it is missing, fails or hangs."""
+    """Standard output of a command, stripped; None if the command is missing, fails or hangs."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,21 +1,21 @@
 """Exit codes of the trainer and of every command-line program.
 
-Batch scripts decide by the code, and by the `FAILED` lines of the log, what comes next.
+Batch scripts choose their next action by the exit code and by the `FAILED` lines of the log.
 """
 
 SUCCESS = 0
-"""Done; of a question (`verify`, `compare`, `run_progress --finished`) the answer yes."""
+"""Finished; `verify`, `compare` and `run_progress --finished`: yes."""
 RUN_ERROR = 1
-"""Refused or failed for a reason that the last line names and that will not go away by itself; of a question, no."""
+"""Refused or failed for a persistent reason, which the last line names; `verify`, `compare` and `--finished`: no."""
 USAGE_ERROR = 2
-"""Arguments, a configuration or a launcher's environment that cannot be used; nothing was started."""
+"""Invalid arguments, configuration or launcher environment; nothing was started."""
 BAD_NODES = 3
 """Preflight found bad nodes; without them the run may work."""
 CRASHED = 70
-"""An unexpected error, or a lost peer."""
+"""An unexpected error, or the connection to another rank was lost."""
 HUNG = 71
 """No step within `runtime.hang_minutes`."""
 INTERRUPTED = 75
-"""Stopped by a signal, with everything saved that there was to save: started again it goes on."""
+"""Stopped by a signal after saving; the same command resumes."""
 INTERRUPTED_BY_USER = 130
-"""A tool was ended by Ctrl-C, as shells report it; a run saves at Ctrl-C and ends with `INTERRUPTED`."""
+"""A tool was ended by Ctrl-C, with the code that shells use; a run saves at Ctrl-C and ends with `INTERRUPTED`."""

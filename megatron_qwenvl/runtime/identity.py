@@ -1,4 +1,4 @@
-"""Which process this is among all that ever ran (host, boot, number, start, Slurm job), and whether it lives."""
+"""Unique identity of a process (host, boot, pid, start time, Slurm job), and a check of whether it is still alive."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from .slurm import own_job
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _COMMON_HOSTS = frozenset({"", "localhost", "localhost.localdomain"})
-"""Names that say nothing of which machine it is."""
+"""Host names that do not identify a machine."""
 
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """One process, told from every other one on any machine, also from later ones with the same number."""
+    """Identity of one process, different from that of every other process on any machine, also with a reused pid."""
 
     host: str
     """Name of the machine or container."""
     boot_id: str
-    """The machine's boot, the same in all its containers; empty where it is not known."""
+    """Boot id of the machine, the same in all its containers; empty if unknown."""
     pid: int
-    """Number of the process in its namespace."""
+    """Process id within `pid_namespace`."""
     started: str
-    """Clock ticks from the boot to its start; empty where that is not known."""
+    """Clock ticks from the boot of the machine to the start of the process; empty if unknown."""
     pid_namespace: str
-    """Within which `pid` counts: containers have their own."""
+    """Namespace of `pid`: every container has its own."""
     job: str | None = None
-    """Slurm's number of the job; None outside of one."""
+    """Slurm job id; None outside of a job."""
     restarts: int = 0
-    """How often Slurm had requeued the job."""
+    """Number of times that Slurm had requeued the job."""
 
     @classmethod
     def of_this_process(cls, env: Mapping[str, str] | None = None) -> ProcessIdentity:
-        """The identity of the calling process; `env` is its environment, unless given."""
+        """Identity of the calling process; `env` replaces its environment."""
         job = own_job(env)
         return cls(
             host=socket.gethostname(),
@@ -49,16 +49,20 @@ class ProcessIdentity:
         )
 
     def is_alive(self, asker: ProcessIdentity) -> bool | None:
-        """Whether the process still runs, as far as `asker`, which is the calling process, can find out by itself; None
-        where it cannot: on another machine, or in another container of this one."""
+        """Return whether the process is still running; None if that cannot be determined from here.
+
+        Args:
+            asker: identity of the calling process. Processes on another machine, or in another container of the same
+                machine, cannot be examined from it.
+        """
         if self.job and self.job == asker.job and self.restarts < asker.restarts:
-            return False  # Slurm ends all of a job before it starts it again
+            return False  # Slurm ends all processes of a job before it requeues it
         if self.boot_id and self.boot_id == asker.boot_id:
             if self.pid_namespace != asker.pid_namespace:
                 return None
             return bool(self.started) and _start_of(self.pid) == self.started
         if self.boot_id and asker.boot_id and self.host == asker.host and self.host not in _COMMON_HOSTS:
-            return False  # the machine was started anew since
+            return False  # the machine has been rebooted since
         return None
 
     def __str__(self) -> str:
@@ -67,10 +71,9 @@ class ProcessIdentity:
 
 
 def _start_of(pid: int) -> str:
-    """When a process started, in clock ticks since the boot; empty if it does not run (any more)."""
-    fields = (
-        _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    )  # the name may hold blanks and brackets
+    """Start time of a process in clock ticks since the boot; empty if it is not running."""
+    # The process name, in parentheses, may itself contain blanks and parentheses.
+    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X", "x") else ""
 
 

@@ -1,7 +1,7 @@
-"""A file of JSON records, one a line, that survives what interrupts its writing.
+"""File of JSON records, one per line, that stays readable when a write is interrupted.
 
-A full disk or a kill can leave the start of a record. Nothing is ever appended to such a line: it is completed or cut
-off before the next record, and readers pass over it.
+A full disk or a kill can leave an incomplete last record. Nothing is ever appended to such a line: it is completed or
+truncated before the next record, and readers skip it.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ _TAIL_BYTES = 1 << 16
 
 
 class RecordFile:
-    """Appends records to a file; one process at a time.
+    """Writer that appends records to a file; one process at a time.
 
     Args:
-        path: the file; made if it is missing, mended if its last line is torn.
+        path: the file; created if it is missing, repaired if its last line is incomplete.
 
     Raises:
-        OSError: it cannot be opened or mended.
+        OSError: it cannot be opened or repaired.
     """
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._torn = False
         try:
-            self._end = _mend(self._descriptor)
+            self._end = _repair(self._descriptor)
         except OSError:
             os.close(self._descriptor)
             raise
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record whole. What a failed write left is overwritten by the next one.
+        """Write one complete record. The next record overwrites the remains of a failed write.
 
         Raises:
-            OSError: it was not written whole.
+            OSError: it was not written completely.
         """
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         self._cut_off()
@@ -49,7 +49,7 @@ class RecordFile:
         self._end += len(line)
 
     def close(self) -> None:
-        """Close the file after cutting off what a failed write left."""
+        """Truncate the remains of a failed write and close the file."""
         try:
             self._cut_off()
         finally:
@@ -61,8 +61,8 @@ class RecordFile:
             self._torn = False
 
 
-def _mend(descriptor: int) -> int:
-    """Complete or cut off a torn last line; returns the size of the file."""
+def _repair(descriptor: int) -> int:
+    """Complete or truncate an incomplete last line; returns the size of the file."""
     size = os.fstat(descriptor).st_size
     start, torn = size, b""
     while start > 0 and b"\n" not in torn:
@@ -70,7 +70,7 @@ def _mend(descriptor: int) -> int:
         torn = os.pread(descriptor, size - start, start)
     start += torn.rfind(b"\n") + 1
     torn = torn[torn.rfind(b"\n") + 1 :]
-    if torn and _parse(torn) is not None:  # all but the end of the line is there
+    if torn and _parse(torn) is not None:  # only the newline is missing
         os.pwrite(descriptor, b"\n", size)
         return size + 1
     os.ftruncate(descriptor, start)
@@ -78,7 +78,7 @@ def _mend(descriptor: int) -> int:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole records of a file, in their order; torn lines are left out.
+    """Yield the records of a file in order; incomplete lines are skipped.
 
     Raises:
         OSError: it cannot be read.

@@ -1,7 +1,7 @@
-"""Listing folders so that a file system that refuses is noticed.
+"""Directory listings that raise file-system errors.
 
-`Path.glob` and `Path.rglob` of Python 3.12 and later treat every error of the system as an empty folder: a run whose
-folder could not be read for a moment would seem to have no checkpoints.
+`Path.glob` and `Path.rglob` of Python 3.12 and later treat every error of the system as an empty directory: a run whose
+directory could not be read for a moment would seem to have no checkpoints.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def matching_entries(directory: Path, pattern: str) -> list[Path]:
-    """Entries of a directory whose names match a shell pattern; none if the directory does not exist.
+    """List the entries of a directory whose names match a shell pattern; empty if the directory does not exist.
 
     Raises:
         OSError: the directory cannot be listed.
@@ -25,10 +25,10 @@ def matching_entries(directory: Path, pattern: str) -> list[Path]:
 
 
 def entries_below(directory: Path) -> list[Path]:
-    """Files and folders at any depth below a directory, links not followed.
+    """List files and directories at any depth below a directory; symbolic links are not followed.
 
     Raises:
-        OSError: a folder cannot be listed.
+        OSError: a directory cannot be listed.
     """
 
     def refuse(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""What a process of a run logs, and how its lines look."""
+"""Log levels and line format of the processes of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 class _RankFormatter(logging.Formatter):
-    """`time [rank N] message` on every line, tracebacks included; rank 0 is named in errors only."""
+    """Formatter of lines `time [rank N] message`, tracebacks included; rank 0 is named in errors only."""
 
     def __init__(self, rank: int) -> None:
         super().__init__("%(message)s")
@@ -23,7 +23,7 @@ class _RankFormatter(logging.Formatter):
 def configure_logging(rank: int) -> None:
     """Log to stderr: rank 0 from INFO, other ranks from WARNING; errors name their rank.
 
-    Libraries speak from WARNING on. Set MEGATRON_QWENVL_LOG to another level for this package.
+    Other packages log from WARNING, megatron-core from ERROR. MEGATRON_QWENVL_LOG sets another level for this package.
     """
     level = os.environ.get("MEGATRON_QWENVL_LOG", "INFO" if rank == 0 else "WARNING")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, force=True)

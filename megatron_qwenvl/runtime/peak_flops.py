@@ -1,4 +1,4 @@
-"""Peak rates of NVIDIA's data-centre GPUs, the yardstick of model FLOPs utilisation (MFU)."""
+"""Peak FLOP/s of NVIDIA's data-center GPUs, the reference of model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which process this is: rank, world size and rendezvous, from torchrun, Slurm or MPI.
+"""Rank, world size and rendezvous of this process, as set by torchrun, Slurm or MPI.
 
-Every launcher leaves its own variables. The innermost launcher decides; nothing is guessed: numbers that are missing
-or that contradict each other are an error.
+Every launcher sets its own variables. The innermost launcher is used; nothing is guessed: missing or contradictory
+numbers are an error.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 
 class LaunchError(RuntimeError):
-    """The environment does not say, or contradicts itself on, which process this is."""
+    """The environment does not define rank and world size of this process, or defines them contradictorily."""
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Place of this process among all processes of the run."""
+    """Rank of this process in the run and on its node, with the rendezvous."""
 
     rank: int
     """Global rank."""
@@ -34,22 +34,22 @@ class ProcessInfo:
     init_method: str
     """Rendezvous for torch.distributed: `tcp://host:port`, `file://path`, or empty for one process by itself."""
     launcher: str
-    """Who said so: torchrun, slurm, mpi, environment (RANK and its like, exported by hand) or single."""
+    """Source of these values: torchrun, slurm, mpi, environment (RANK etc., exported by hand) or single."""
     node_rank: int | None = None
-    """Number of this node among the run's nodes; None where the launcher does not say."""
+    """Index of this node among the run's nodes; None if the launcher does not define it."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What a launcher says, and the names it says it by."""
+class _LaunchedProcess:
+    """Process as a launcher defines it, with the variables that define it."""
 
     process: ProcessInfo
     names: tuple[str, str, str, str]
-    """Where rank, world size, local rank and local world size come from."""
-    complaints: tuple[str, ...] = ()
-    """What contradicts it among the launcher's own variables."""
+    """Sources of rank, world size, local rank and local world size, for messages."""
+    contradictions: tuple[str, ...] = ()
+    """Contradictions among the launcher's own variables, one line each."""
     communicator: Any = None
-    """mpi4py's COMM_WORLD where it was asked."""
+    """mpi4py's COMM_WORLD if the values come from it."""
 
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -72,37 +72,41 @@ _COMMUNICATOR = (
 def detect_process(env: Mapping[str, str] | None = None, *, rendezvous: bool = True) -> ProcessInfo:
     """Read rank, world size and rendezvous from the environment.
 
-    The innermost launcher decides: torchrun, also below a task of another launcher; Open MPI, MPICH, Intel MPI or
+    The innermost launcher is used: torchrun, also below a task of another launcher; Open MPI, MPICH, Intel MPI or
     prrte, also below Slurm, whose tasks are then their daemons; a Slurm step (a batch script itself is one process);
-    RANK and its like, exported by hand. Without any of them this is a run of one process.
+    RANK etc., exported by hand. Without any of them this is a run of one process.
 
     Args:
-        env: the environment; left out, this process's.
-        rendezvous: whether the processes are to meet; `init_method` is empty otherwise.
+        env: the environment; default: that of this process.
+        rendezvous: whether the processes need a rendezvous; `init_method` is empty otherwise.
 
     Raises:
-        LaunchError: on malformed or missing numbers, on numbers that contradict each other, on a missing rendezvous
-            address, and where MPI must be asked and mpi4py is missing.
+        LaunchError: malformed, missing or contradictory numbers; no rendezvous address; or mpi4py is needed and
+            missing.
     """
     env = os.environ if env is None else env
-    address = _given_address(env) if rendezvous else None
-    place = _find_place(env)
-    complaints = [*place.complaints, *_out_of_range(place), *_against_exported(env, place)]
-    if place.communicator is not None:
-        # On all ranks or on none: one that leaves alone would wait for the others in MPI's shutdown.
-        complaints = next(filter(None, place.communicator.allgather(complaints)), [])
-    if complaints:
-        raise LaunchError("; ".join(complaints))
-    if not rendezvous or place.process.launcher == "single":
-        return place.process
-    return replace(place.process, init_method=_rendezvous(place, address))
+    address = _exported_address(env) if rendezvous else None
+    launched = _find_launcher(env)
+    contradictions = [
+        *launched.contradictions,
+        *_range_contradictions(launched),
+        *_exported_contradictions(env, launched),
+    ]
+    if launched.communicator is not None:
+        # Raise on all ranks or on none: a single rank would wait for the others in MPI's shutdown.
+        contradictions = next(filter(None, launched.communicator.allgather(contradictions)), [])
+    if contradictions:
+        raise LaunchError("; ".join(contradictions))
+    if not rendezvous or launched.process.launcher == "single":
+        return launched.process
+    return replace(launched.process, init_method=_rendezvous(launched, address))
 
 
 def load_mpi(reason: str) -> Any:
-    """mpi4py's `MPI` module; importing it starts MPI.
+    """Import mpi4py's `MPI` module, which initializes MPI.
 
     Raises:
-        LaunchError: mpi4py or an MPI library for it is missing; `reason` says what needs it.
+        LaunchError: mpi4py or an MPI library for it is missing; the message starts with `reason`.
     """
     try:
         from mpi4py import MPI
@@ -113,75 +117,75 @@ def load_mpi(reason: str) -> Any:
     return MPI
 
 
-def _find_place(env: Mapping[str, str]) -> _Place:
+def _find_launcher(env: Mapping[str, str]) -> _LaunchedProcess:
     if env.get("TORCHELASTIC_RUN_ID"):
-        return _torchrun(env, "torchrun")
-    if _any(env, _OPEN_MPI):
-        return _open_mpi(env)
-    # Other MPI launchers start their daemons through srun, as Open MPI does: Slurm's variables are then the daemon's.
-    if env.get("SLURM_STEP_ID") and not _below_own_launcher(env):
-        return _slurm(env)
-    if _any(env, _PMI + _PMIX):
-        return _ask_mpi(env)
-    if _any(env, _TORCHRUN):
-        return _torchrun(env, "environment")
-    return _Place(ProcessInfo(0, 1, 0, 1, "", "single"), _TORCHRUN)
+        return _from_torchrun(env, "torchrun")
+    if _any_set(env, _OPEN_MPI):
+        return _from_open_mpi(env)
+    # MPI launchers start their daemons through srun: Slurm's variables are then those of the daemon.
+    if env.get("SLURM_STEP_ID") and not _has_mpi_launcher(env):
+        return _from_slurm(env)
+    if _any_set(env, _PMI + _PMIX):
+        return _from_mpi_library(env)
+    if _any_set(env, _TORCHRUN):
+        return _from_torchrun(env, "environment")
+    return _LaunchedProcess(ProcessInfo(0, 1, 0, 1, "", "single"), _TORCHRUN)
 
 
-def _torchrun(env: Mapping[str, str], launcher: str) -> _Place:
+def _from_torchrun(env: Mapping[str, str], launcher: str) -> _LaunchedProcess:
     rank, world, local_rank, local_world = _numbers(env, _TORCHRUN)
     node = _number(env, "GROUP_RANK") if env.get("GROUP_RANK") else None
     process = ProcessInfo(rank, world, local_rank, local_world, "", launcher, node)
-    return _Place(process, _TORCHRUN, tuple(_outside_group(env, process)))
+    return _LaunchedProcess(process, _TORCHRUN, tuple(_node_contradictions(env, process)))
 
 
-def _outside_group(env: Mapping[str, str], process: ProcessInfo) -> list[str]:
-    """Complains of a rank that is not among its node's, where all nodes have as many processes."""
+def _node_contradictions(env: Mapping[str, str], process: ProcessInfo) -> list[str]:
+    """Contradictions of rank and node rank, if all nodes have the same number of processes."""
     if process.node_rank is None or not env.get("GROUP_WORLD_SIZE"):
         return []
     if _number(env, "GROUP_WORLD_SIZE") * process.local_world_size != process.world_size:
         return []
-    place = process.rank - process.node_rank * process.local_world_size
-    # torchrun --virtual-local-rank shows every process one GPU, under local rank 0.
+    expected_local = process.rank - process.node_rank * process.local_world_size
+    # torchrun --virtual-local-rank exposes one GPU to every process, as local rank 0.
     virtual = process.local_rank == 0 and len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
-    if place == process.local_rank or (virtual and 0 <= place < process.local_world_size):
+    if expected_local == process.local_rank or (virtual and 0 <= expected_local < process.local_world_size):
         return []
     found = ", ".join(f"{name}={env[name]}" for name in ("GROUP_RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"))
     return [f"RANK={env['RANK']} contradicts {found}: expected GROUP_RANK x LOCAL_WORLD_SIZE + LOCAL_RANK"]
 
 
-def _open_mpi(env: Mapping[str, str]) -> _Place:
+def _from_open_mpi(env: Mapping[str, str]) -> _LaunchedProcess:
     rank, world, local_rank, local_world = _numbers(env, _OPEN_MPI)
-    return _Place(ProcessInfo(rank, world, local_rank, local_world, "", "mpi"), _OPEN_MPI)
+    return _LaunchedProcess(ProcessInfo(rank, world, local_rank, local_world, "", "mpi"), _OPEN_MPI)
 
 
-def _slurm(env: Mapping[str, str]) -> _Place:
-    """A task of a step.
+def _from_slurm(env: Mapping[str, str]) -> _LaunchedProcess:
+    """Read the variables of a task of a Slurm step.
 
-    The step's own variables are read: in an interactive step the others are the allocation's, and
-    SLURM_NTASKS_PER_NODE is what was asked for, not what was given.
+    The step's own variables are used: in an interactive step the others describe the allocation, and
+    SLURM_NTASKS_PER_NODE holds the requested number, not the actual one.
     """
     step = bool(env.get("SLURM_STEP_NUM_TASKS"))
     tasks = "SLURM_STEP_NUM_TASKS" if step else "SLURM_NTASKS"
     per_node = "SLURM_STEP_TASKS_PER_NODE" if step else "SLURM_TASKS_PER_NODE"
-    _all_or_error(env, ("SLURM_STEP_ID", per_node))
-    _refuse_component(env)
+    _require_all(env, ("SLURM_STEP_ID", per_node))
+    _refuse_heterogeneous_job(env)
     rank, world, local_rank, node = _numbers(env, ("SLURM_PROCID", tasks, "SLURM_LOCALID", "SLURM_NODEID"))
     counts = _tasks_per_node(env, per_node)
     if not 0 <= node < len(counts):
         raise LaunchError(f"SLURM_NODEID={node} contradicts {per_node}={env[per_node]}")
-    complaints = _against(env, dict.fromkeys(("PMI_RANK", *_PMIX), ("SLURM_PROCID", rank)))
-    complaints += _against(env, {"PMI_SIZE": (tasks, world)})
+    contradictions = _contradictions(env, dict.fromkeys(("PMI_RANK", *_PMIX), ("SLURM_PROCID", rank)))
+    contradictions += _contradictions(env, {"PMI_SIZE": (tasks, world)})
     if sum(counts) != world:
-        complaints.append(f"{tasks}={world} contradicts {per_node}={env[per_node]}")
+        contradictions.append(f"{tasks}={world} contradicts {per_node}={env[per_node]}")
     process = ProcessInfo(rank, world, local_rank, counts[node], "", "slurm", node)
     names = ("SLURM_PROCID", tasks, "SLURM_LOCALID", f"{per_node}[{node}]")
-    return _Place(process, names, tuple(complaints))
+    return _LaunchedProcess(process, names, tuple(contradictions))
 
 
-def _refuse_component(env: Mapping[str, str]) -> None:
-    """Refuse a task of a heterogeneous job: where a step's numbers are those of one component, the tasks of each would
-    take themselves for the whole run, and meet at one rendezvous.
+def _refuse_heterogeneous_job(env: Mapping[str, str]) -> None:
+    """Refuse a heterogeneous job: if ranks are counted per component, the tasks of each component would take
+    themselves for the whole run, at the same rendezvous.
 
     Raises:
         LaunchError: the job has more than one component.
@@ -203,7 +207,7 @@ def _tasks_per_node(env: Mapping[str, str], name: str) -> list[int]:
 
 
 def expand_counts(text: str) -> list[int]:
-    """Tasks of every node: `2(x3),1` is 2, 2, 2 and 1; empty for anything else."""
+    """Expand Slurm's tasks per node: `2(x3),1` to 2, 2, 2, 1; empty if malformed."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -213,70 +217,69 @@ def expand_counts(text: str) -> list[int]:
     return counts
 
 
-def _below_own_launcher(env: Mapping[str, str]) -> bool:
-    """Whether an MPI launcher set PMI's numbers, which differ from Slurm's; Slurm's own plugins for PMI set the same.
+def _has_mpi_launcher(env: Mapping[str, str]) -> bool:
+    """Return whether an MPI launcher set the PMI variables, and not Slurm's own PMI plugins.
 
-    Hydra, the launcher of MPICH and Intel MPI, says MPI_LOCALRANKID. PMIx names who set its rank; Slurm's name is
-    slurm.pmix.JOB.STEP.
+    Hydra, the launcher of MPICH and Intel MPI, sets MPI_LOCALRANKID. Slurm's PMIx namespace is slurm.pmix.JOB.STEP.
     """
-    if _hydra(env):
+    if _has_hydra(env):
         return True
-    return _any(env, _PMIX) and not env.get("PMIX_NAMESPACE", "slurm.pmix.").startswith("slurm.pmix.")
+    return _any_set(env, _PMIX) and not env.get("PMIX_NAMESPACE", "slurm.pmix.").startswith("slurm.pmix.")
 
 
-def _hydra(env: Mapping[str, str]) -> bool:
-    return "MPI_LOCALRANKID" in env and _any(env, _PMI)
+def _has_hydra(env: Mapping[str, str]) -> bool:
+    return "MPI_LOCALRANKID" in env and _any_set(env, _PMI)
 
 
-def _ask_mpi(env: Mapping[str, str]) -> _Place:
-    """PMI has no numbers for a node, and PMIx no size: the MPI library knows them."""
-    # A launcher below Slurm's plugin leaves the plugin's variables of the other kind as they are: the daemon's.
-    said: Sequence[str] = _PMI if _hydra(env) or not _any(env, _PMIX) else _PMIX
-    _numbers(env, said)  # malformed or half set: an error before MPI starts
-    mpi = load_mpi(f"{' and '.join(said)} come from an MPI launcher, whose ranks are asked through mpi4py")
+def _from_mpi_library(env: Mapping[str, str]) -> _LaunchedProcess:
+    """Ask the MPI library: PMI does not define local ranks, and PMIx no sizes."""
+    # A launcher below Slurm's plugin keeps the plugin's variables of the other kind, which describe its daemon.
+    names: Sequence[str] = _PMI if _has_hydra(env) or not _any_set(env, _PMIX) else _PMIX
+    _numbers(env, names)  # malformed or half set: an error before MPI starts
+    mpi = load_mpi(f"{' and '.join(names)} come from an MPI launcher, whose ranks are asked through mpi4py")
     world = mpi.COMM_WORLD
     node = world.Split_type(mpi.COMM_TYPE_SHARED)
     first = node.bcast(world.rank)
     node_rank = sorted(set(world.allgather(first))).index(first)
     process = ProcessInfo(world.rank, world.size, node.rank, node.size, "", "mpi", node_rank)
     truth = zip(_COMMUNICATOR, (process.rank, process.world_size), strict=False)
-    complaints = _against(env, dict(zip(said, truth, strict=False)))
-    if complaints:  # typically every rank is alone in a world of its own
-        complaints[-1] += " (mpi4py may load another MPI library than the launcher's)"
-    return _Place(process, _COMMUNICATOR, tuple(complaints), world)
+    contradictions = _contradictions(env, dict(zip(names, truth, strict=False)))
+    if contradictions:  # typically every rank is alone in its own MPI_COMM_WORLD
+        contradictions[-1] += " (mpi4py may load another MPI library than the launcher's)"
+    return _LaunchedProcess(process, _COMMUNICATOR, tuple(contradictions), world)
 
 
-def _out_of_range(place: _Place) -> list[str]:
-    process, (rank, world, local_rank, local_world) = place.process, place.names
+def _range_contradictions(launched: _LaunchedProcess) -> list[str]:
+    process, (rank, world, local_rank, local_world) = launched.process, launched.names
     pairs = (
         (rank, process.rank, world, process.world_size),
         (local_rank, process.local_rank, local_world, process.local_world_size),
     )
-    complaints = [
+    contradictions = [
         f"{name}={value} contradicts {of}={size}: expected 0 <= {value} < {size}"
         for name, value, of, size in pairs
         if not 0 <= value < size
     ]
     if process.local_world_size > process.world_size:
-        complaints.append(
+        contradictions.append(
             f"{local_world}={process.local_world_size} contradicts {world}={process.world_size}: more processes "
             "on this node than in all"
         )
-    return complaints
+    return contradictions
 
 
-def _against_exported(env: Mapping[str, str], place: _Place) -> list[str]:
-    """Complains of RANK and its like where they were exported by hand and the launcher says otherwise."""
-    process = place.process
+def _exported_contradictions(env: Mapping[str, str], launched: _LaunchedProcess) -> list[str]:
+    """Contradictions between RANK etc., exported by hand, and the launcher's variables."""
+    process = launched.process
     if process.launcher in ("torchrun", "environment", "single"):
         return []
     values = (process.rank, process.world_size, process.local_rank, process.local_world_size)
-    expected = {name: (place.names[i], values[i]) for i, name in enumerate(_TORCHRUN)}
-    return [f"{complaint} (exported by hand?)" for complaint in _against(env, expected)]
+    expected = {name: (launched.names[i], values[i]) for i, name in enumerate(_TORCHRUN)}
+    return [f"{contradiction} (exported by hand?)" for contradiction in _contradictions(env, expected)]
 
 
-def _against(env: Mapping[str, str], expected: Mapping[str, tuple[str, int]]) -> list[str]:
-    """Complains of each variable that is set to another value than a second source has: {variable: (source, value)}."""
+def _contradictions(env: Mapping[str, str], expected: Mapping[str, tuple[str, int]]) -> list[str]:
+    """Describe each variable that differs from a second source; `expected` is {variable: (source, value)}."""
     return [
         f"{name}={env[name]} contradicts {source}={value}"
         for name, (source, value) in expected.items()
@@ -284,7 +287,7 @@ def _against(env: Mapping[str, str], expected: Mapping[str, tuple[str, int]]) ->
     ]
 
 
-def _given_address(env: Mapping[str, str]) -> str | None:
+def _exported_address(env: Mapping[str, str]) -> str | None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
     if len(missing) == 2:
         return None
@@ -293,11 +296,11 @@ def _given_address(env: Mapping[str, str]) -> str | None:
         raise LaunchError(f"{given}={env[given]} is set but {missing[0]} is not set: export both or neither")
     if not 1 <= _number(env, "MASTER_PORT") <= 65535:
         raise LaunchError(f"MASTER_PORT: expected a port in 1..65535, found {env['MASTER_PORT']!r}")
-    return f"tcp://{_host_of_url(env['MASTER_ADDR'])}:{_number(env, 'MASTER_PORT')}"
+    return f"tcp://{_url_host(env['MASTER_ADDR'])}:{_number(env, 'MASTER_PORT')}"
 
 
-def _host_of_url(address: str) -> str:
-    """A host's name or address as a URL holds it: IPv6 addresses, whose colons would end it, in brackets."""
+def _url_host(address: str) -> str:
+    """Format a host name or address for a URL: IPv6 addresses in brackets."""
     bare = address[1:-1] if address.startswith("[") and address.endswith("]") else address
     if ":" not in bare and bare == address:
         return address
@@ -308,10 +311,10 @@ def _host_of_url(address: str) -> str:
     return f"[{bare}]"
 
 
-def _rendezvous(place: _Place, address: str | None) -> str:
-    process = place.process
-    if place.communicator is not None and process.world_size > 1:
-        return _agree_on_address(place, address)
+def _rendezvous(launched: _LaunchedProcess, address: str | None) -> str:
+    process = launched.process
+    if launched.communicator is not None and process.world_size > 1:
+        return _share_address(launched, address)
     if address is None and process.world_size > 1:
         raise LaunchError(
             f"{process.launcher}: {process.world_size} processes need a rendezvous but MASTER_ADDR and MASTER_PORT are "
@@ -320,13 +323,13 @@ def _rendezvous(place: _Place, address: str | None) -> str:
     return address or ""
 
 
-def _agree_on_address(place: _Place, address: str | None) -> str:
-    """Rank 0's address on all ranks: the exported one, else its host and a free port."""
-    process = place.process
+def _share_address(launched: _LaunchedProcess, address: str | None) -> str:
+    """Share rank 0's address with all ranks: the exported one, otherwise its host name and a free port."""
+    process = launched.process
     if address is None and process.rank == 0:
         alone = process.local_world_size == process.world_size
         address = f"tcp://{'127.0.0.1' if alone else socket.gethostname()}:{_free_port()}"
-    addresses: list[str | None] = place.communicator.allgather(address)
+    addresses: list[str | None] = launched.communicator.allgather(address)
     for rank, other in enumerate(addresses):
         if other not in (None, addresses[0]):
             raise LaunchError(
@@ -341,11 +344,11 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _any(env: Mapping[str, str], names: Sequence[str]) -> bool:
+def _any_set(env: Mapping[str, str], names: Sequence[str]) -> bool:
     return any(env.get(name) for name in names)
 
 
-def _all_or_error(env: Mapping[str, str], names: Sequence[str]) -> None:
+def _require_all(env: Mapping[str, str], names: Sequence[str]) -> None:
     missing = [name for name in names if not env.get(name)]
     if missing:
         given = [f"{name}={env[name]}" for name in names if env.get(name)]
@@ -353,7 +356,7 @@ def _all_or_error(env: Mapping[str, str], names: Sequence[str]) -> None:
 
 
 def _numbers(env: Mapping[str, str], names: Sequence[str]) -> list[int]:
-    _all_or_error(env, names)
+    _require_all(env, names)
     return [_number(env, name) for name in names]
 
 

@@ -1,8 +1,7 @@
-"""Reads that outlast a file system that is away for a while: a server that restarts, a network that stumbles.
+"""Retries of reads from a file system that is temporarily unavailable, because of a server restart or a network error.
 
-An error that such a file system gives is no reason to end a run of many nodes: the read is repeated, at growing
-intervals, for as long as `runtime.retry_minutes` allows. A file that does not exist, may not be read or is shorter than
-it should be is final at once.
+A transient error does not end a run of many nodes: the read is repeated, at growing intervals, for as long as
+`runtime.retry_minutes` allows. A missing file, missing permission or a file that is too short is an error at once.
 """
 
 from __future__ import annotations
@@ -30,32 +29,32 @@ TRANSIENT = frozenset(
     ).split()
     if hasattr(errno, name)
 )
-"""Errors that may go away by themselves. NFS gives the first three; Lustre ESHUTDOWN; FUSE ENOTCONN."""
+"""Errors that may go away without intervention. NFS gives the first three; Lustre ESHUTDOWN; FUSE ENOTCONN."""
 DEFAULT_MINUTES = 10.0
 FIRST_SECONDS, LONGEST_SECONDS = 0.1, 10.0
 """Pause before the first repetition, doubled before each later one up to the longest."""
 
 
-class PatientReads:
-    """Repeats reads, and remembers which; safe for threads. One for each process: `reads`."""
+class RetriedReads:
+    """Callable that retries reads and records which were repeated; thread-safe. `retry_read` is the process's own."""
 
     def __init__(self) -> None:
         self.seconds = 60 * DEFAULT_MINUTES
-        """How long a read is repeated before its error counts."""
-        self._told: list[str] = []
+        """Time for which a read is repeated before its error is raised."""
+        self._repeated: list[str] = []
         self._lock = threading.Lock()
 
     def __call__(self, path: Path, read: Callable[[], T], folder: Path | None = None) -> T:
-        """Do `read`, which starts from the beginning each time, until it works.
+        """Call `read`, which starts from the beginning each time, until it succeeds.
 
         Args:
-            path: what is read, for messages.
-            read: opens and reads.
-            folder: a directory known to exist: while it does not, a missing file is away with it (an unmounted file
-                system shows an empty directory).
+            path: the file or directory that is read, for messages.
+            read: opens and reads it.
+            folder: a directory known to exist: while it is missing, a missing file counts as a transient error (an
+                unmounted file system shows an empty directory).
 
         Raises:
-            OSError: the error is final, or was still there after `seconds`.
+            OSError: the error is not transient, or persisted for `seconds`.
         """
         began, pause, count = time.monotonic(), FIRST_SECONDS, 0
         while True:
@@ -73,27 +72,27 @@ class PatientReads:
                 continue
             if count:
                 with self._lock:
-                    self._told.append(
+                    self._repeated.append(
                         f"{path}: read after {count} repetitions in {time.monotonic() - began:.1f} s ({reason})"
                     )
             return result
 
     def take(self) -> tuple[str, ...]:
-        """What was repeated since the last call, one line for each read."""
+        """Return a line for each read that was repeated since the last call, and forget them."""
         with self._lock:
-            told, self._told = tuple(self._told), []
-        return told
+            repeated, self._repeated = tuple(self._repeated), []
+        return repeated
 
 
 def is_transient(error: OSError, folder: Path | None = None) -> bool:
-    """Whether an error may go away by itself; `folder` as in `PatientReads`."""
+    """Return whether an error may go away without intervention; `folder` as in `RetriedReads`."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and folder is not None:
         return not os.path.isdir(folder)
     return error.errno in TRANSIENT
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """Read a range of an open file; fewer bytes only where the file ends. One `pread` may give fewer.
+    """Read a range of an open file; fewer bytes only at the end of the file. A single `pread` may return fewer.
 
     Raises:
         OSError: it cannot be read.
@@ -104,5 +103,5 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-reads = PatientReads()
-"""Of this process. A file system is away for every reader of a process."""
+retry_read = RetriedReads()
+"""Retries of this process. A file system is unavailable to all readers of a process at once."""

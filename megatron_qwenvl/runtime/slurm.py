@@ -1,4 +1,4 @@
-"""Questions to Slurm. A client that fails, or says nothing, is no answer: its controller may be away for a while."""
+"""Queries to Slurm. A failed or empty reply means unknown: the controller may be temporarily unavailable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LIVE_STATES = frozenset(
     "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING STOPPED SIGNALING RESIZING STAGE_OUT REQUEUED REQUEUE_HOLD "
     "REQUEUE_FED SPECIAL_EXIT".split()
 )
-"""States of a job that runs, still ends, or will run; as squeue's `%T` names them."""
+"""States of a job that is running, ending or yet to run, as in squeue's `%T`."""
 
 _SECONDS = 60.0
 
@@ -22,18 +22,18 @@ class Job:
 
     id: str
     restarts: int
-    """How often Slurm has started it again."""
+    """Number of times that Slurm has requeued it."""
 
 
 def own_job(env: Mapping[str, str] | None = None) -> Job | None:
-    """The job of this process, whose environment is `env` if given; None outside Slurm."""
+    """Slurm job of this process; None outside of Slurm. `env` replaces the process's environment."""
     env = os.environ if env is None else env
     job, restarts = env.get("SLURM_JOB_ID"), env.get("SLURM_RESTART_COUNT", "")
     return Job(job, int(restarts) if restarts.isdecimal() else 0) if job else None
 
 
 def is_job_over(job: str) -> bool | None:
-    """Whether a job has ended for good; None where Slurm does not answer (no squeue, no controller, a time-out)."""
+    """Return whether a job has finally ended; None if Slurm does not answer (no squeue, no controller, a timeout)."""
     command = ["squeue", "--noheader", "--states=all", "--job", job, "--format", "%T"]
     try:
         done = subprocess.run(

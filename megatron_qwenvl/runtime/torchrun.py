@@ -1,9 +1,9 @@
-"""Run torchrun, with the exit code of the process that failed first and with time to save.
+"""Run torchrun with the exit code of the process that failed first, and let the processes save at a stop signal.
 
     python -m megatron_qwenvl.runtime.torchrun --standalone --nproc-per-node 4 -m megatron_qwenvl.train --recipe ...
 
-torchrun's own exit code is always 1. It kills its processes 30 s after a SIGTERM, and at SIGUSR1 it dies and leaves
-them running. This launcher passes stop signals on to the processes, which end when they have saved.
+torchrun itself always exits with 1 on failure, kills its processes 30 s after a SIGTERM, and on SIGUSR1 dies and leaves
+them running. This launcher forwards stop signals to the processes, which end when they have saved.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from types import FrameType
 from typing import NoReturn
 
 from .exit_codes import INTERRUPTED
-from .interrupt import STOP_SIGNALS
+from .stop_signals import STOP_SIGNALS
 
 
 def local_command(processes: int, *program: str) -> list[str]:
-    """Command that starts `program` (a script, or `-m` and a module, with arguments) in processes of this machine."""
+    """Command that runs `program` (a script, or `-m` and a module, with arguments) as processes on this machine."""
     local = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
     return [sys.executable, "-m", __name__, *local, *program]
 
 
-def pass_on(number: int, _: FrameType | None) -> None:
-    """Send a signal to all processes; die of it if there are none."""
+def forward_signal(number: int, _: FrameType | None) -> None:
+    """Send a signal to all child processes; without any, let it end this process."""
     import psutil
 
     processes = psutil.Process().children()
@@ -38,7 +38,7 @@ def pass_on(number: int, _: FrameType | None) -> None:
 
 
 def main() -> int:
-    """Run torchrun's own program; returns the exit code."""
+    """Run torchrun; returns the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -46,13 +46,13 @@ def main() -> int:
     try:
         # torchrun would leave a log directory of its own behind.
         with tempfile.TemporaryDirectory(prefix="torchelastic_") as logs:
-            # It ends its processes at these two signals.
+            # torchrun itself ends its processes at these two signals.
             torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", "--log-dir", logs, *sys.argv[1:]])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode != INTERRUPTED:
             print(error, file=sys.stderr)
-        # A negative code is a signal; shells report it so.
+        # A negative exit code is a signal; shells report 128 + the signal.
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
@@ -63,7 +63,7 @@ def run() -> NoReturn:
     """Run the program and exit with its code."""
     for stop in STOP_SIGNALS:
         if signal.getsignal(stop) != signal.SIG_IGN:  # a shell lets its background jobs ignore Ctrl-C
-            signal.signal(stop, pass_on)
+            signal.signal(stop, forward_signal)
     sys.exit(main())
 
 

@@ -1,4 +1,4 @@
-"""Ends a run that no longer makes steps, and leaves behind where every thread of every rank was."""
+"""Watchdog of a run: ends it when it makes no more steps, and writes the stack of every thread of every rank."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .exit_codes import HUNG
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
-"""Between the stacks and the end: launchers kill all ranks once one has ended, and every rank has to report."""
+"""Time between the stacks and the exit: launchers kill all ranks once one has ended, and every rank has to report."""
 
 
 class Watchdog:
-    """Counts the time since the last sign of life of a run.
+    """Timer of the seconds since the last progress of a run.
 
-    When it exceeds the limit the stacks of all threads go to a file, `FAILED (hang)` to the log, and the process
-    ends. A thread does this, also while the main thread waits in a collective; should that hold Python's lock, a
-    timer in C writes the stacks and ends the process a little later.
+    Beyond the limit, the stacks of all threads are written to a file, `FAILED (hang)` to the log, and the process
+    exits. A thread does this, also while the main thread waits in a collective; if that call holds the GIL, a timer in
+    C writes the stacks and ends the process a little later.
 
     Args:
-        limit: seconds without a sign of life; 0: never.
-        folder: where the stacks go; created when it is needed.
-        rank: names this process's file.
+        limit: seconds without progress; 0: no limit.
+        folder: directory of the stacks; created when it is needed.
+        rank: global rank, in the name of the file.
     """
 
     def __init__(self, limit: float, folder: Path, rank: int) -> None:
@@ -47,15 +47,19 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def alive(self, doing: str, limit: float | None = None) -> None:
-        """A sign of life; `doing` names what comes next, for the message, and `limit` is what that may take, where it
-        is not the usual limit."""
+        """Restart the timer.
+
+        Args:
+            doing: name of the activity that begins, for the message.
+            limit: seconds that it may take; None: the usual limit.
+        """
         self._alive_at, self._doing = time.monotonic(), doing
         self._limit_now = self._limit if limit is None else limit
         if self._limit > 0:
             faulthandler.dump_traceback_later(self._limit_now + 3 * GRACE_SECONDS, exit=True)
 
     def seconds_left(self) -> float:
-        """Seconds until the run counts as hanging, unless it shows a sign of life."""
+        """Seconds until the run counts as hanging if it makes no progress."""
         return self._alive_at + self._limit_now - time.monotonic()
 
     def stop(self) -> None:
@@ -72,10 +76,10 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             with stacks.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:  # a full disk, or the file system is what hangs; the end must not depend on it
+        except OSError:  # the disk is full or the file system hangs; the exit must not depend on it
             faulthandler.dump_traceback(all_threads=True)
-        what = f"no sign of life for {self._limit_now:.0f} s in {self._doing}"
-        logger.error("FAILED (hang) %s; stacks of all threads: %s", what, stacks)
+        reason = f"no sign of life for {self._limit_now:.0f} s in {self._doing}"
+        logger.error("FAILED (hang) %s; stacks of all threads: %s", reason, stacks)
         sys.stderr.flush()
         time.sleep(GRACE_SECONDS)
         os._exit(HUNG)

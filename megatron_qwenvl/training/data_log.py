@@ -7,7 +7,7 @@ import logging
 from megatron_qwenvl.batch import Batch
 from megatron_qwenvl.data.loading.loader import Step
 from megatron_qwenvl.engine.start import Runtime
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class DataLog:
 
     def _log_repeated_reads(self, number: int, batches: list[Batch]) -> None:
         """Log one line for all such reads of a step, here or in a worker."""
-        repeated = [line for batch in batches for line in batch.read_again] + list(reads.take())
+        repeated = [line for batch in batches for line in batch.repeated_reads] + list(retry_read.take())
         if repeated:
             more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
             logger.warning("step %d: the file system refused reads: %s%s", number, repeated[0], more)

@@ -18,7 +18,7 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import StepLoader
 from megatron_qwenvl.engine.start import Runtime
-from megatron_qwenvl.runtime.interrupt import StopRequest
+from megatron_qwenvl.runtime.stop_signals import StopRequest
 from megatron_qwenvl.runtime.watchdog import Watchdog
 
 from .data_log import DataLog

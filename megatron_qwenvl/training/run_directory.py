@@ -19,7 +19,7 @@ from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.environment import describe_environment
 from megatron_qwenvl.runtime.listing import matching_entries
 from megatron_qwenvl.runtime.processes import ProcessInfo
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +98,9 @@ def _configuration_before(folder: Path) -> dict[Any, Any] | None:
     """Read the configuration of the previous start; None if there was none, or if its file is lost, which is logged."""
     path = folder / CONFIG
     try:
-        found = yaml.safe_load(reads(path, lambda: path.read_text(encoding="utf-8")))
+        found = yaml.safe_load(retry_read(path, lambda: path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        if reads(folder, lambda: matching_entries(folder / "checkpoints", "step_*")):
+        if retry_read(folder, lambda: matching_entries(folder / "checkpoints", "step_*")):
             logger.warning("%s is missing: changes since the last start are not known", path)
         return None
     except (OSError, ValueError, yaml.YAMLError) as error:

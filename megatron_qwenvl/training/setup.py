@@ -33,7 +33,7 @@ from megatron_qwenvl.model.build import build_stage, initialize_weights
 from megatron_qwenvl.model.partition import make_partition
 from megatron_qwenvl.model.shapes import describe_parameters
 from megatron_qwenvl.model.stage import QwenVLStage
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .loaders import make_loaders
 from .metrics import MetricsLog
@@ -106,9 +106,9 @@ def look_at_run_directory(config: RunConfig) -> tuple[CheckpointManager, RunOwne
     """
     folder = Path(config.run_dir)
     checkpoints = CheckpointManager(folder / "checkpoints", config)
-    checkpoints.ranks.run_on_rank0(lambda: reads(folder, lambda: check_run_directory(folder)), "refused")
+    checkpoints.ranks.run_on_rank0(lambda: retry_read(folder, lambda: check_run_directory(folder)), "refused")
     owner = RunOwner(folder, 60 * config.runtime.takeover_minutes)
-    checkpoints.ranks.run_on_rank0(lambda: reads(folder, owner.wait_until_free), "refused")
+    checkpoints.ranks.run_on_rank0(lambda: retry_read(folder, owner.wait_until_free), "refused")
     return checkpoints, owner
 
 
@@ -124,9 +124,9 @@ def take_over_run(config: RunConfig, runtime: Runtime, run: PreparedRun) -> tupl
     folder, ranks = Path(config.run_dir), run.checkpoints.ranks
     hold = take_together(run.owner, ranks)
     with released_on_error(run.owner):
-        run.checkpoints.prepare(lambda: reads(folder, hold.check))
+        run.checkpoints.prepare(lambda: retry_read(folder, hold.check))
         ranks.run_on_rank0(
-            lambda: reads(folder, lambda: record_start(config, runtime.process)),
+            lambda: retry_read(folder, lambda: record_start(config, runtime.process)),
             f"{folder}: the start cannot be recorded",
         )
         rewind = move_newer_checkpoints(run.checkpoints, run.progress.step) if run.rewinds else None

@@ -23,7 +23,7 @@ from megatron_qwenvl.preflight.exchange import Exchange
 from megatron_qwenvl.preflight.findings import Finding, bad_nodes
 from megatron_qwenvl.preflight.probes import NetworkReport
 from megatron_qwenvl.preflight.run import Checklist, run_preflight
-from megatron_qwenvl.runtime.environment import common_facts, describe_environment
+from megatron_qwenvl.runtime.environment import describe_environment, facts_equal_on_all_ranks
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.unit.data.data_cases import png_image, random_record, sample, write_source
 
@@ -155,7 +155,7 @@ def test_a_rank_that_dies_on_the_way_is_named(tmp_path: Path, deadline: float) -
 def with_a_death(process: ProcessInfo, run_dir: Path, deadline: float) -> tuple[int, list[Finding]]:
     """Rank 1 reports and is not heard of again."""
     if process.rank == 1:
-        facts = common_facts(describe_environment(process))
+        facts = facts_equal_on_all_ranks(describe_environment(process))
         Exchange(process, 120).put("ranks", {"seat": ("n1", 0, 1), "facts": facts})
         return 0, []
 

@@ -17,7 +17,7 @@ import torch
 import megatron_qwenvl.training.loop  # noqa: F401  (imports the engine before forking)
 from megatron_qwenvl import train
 from megatron_qwenvl.runtime import processes
-from megatron_qwenvl.runtime.leave import leave
+from megatron_qwenvl.runtime.exit_process import exit_process
 from megatron_qwenvl.runtime.processes import ProcessInfo
 
 Prepare = Callable[[], None]
@@ -65,7 +65,7 @@ def start(
         if process is not None:
             processes.detect_process = lambda: process  # type: ignore[assignment, misc]
         prepare()
-        leave(train.main(arguments))
+        exit_process(train.main(arguments))
     except BaseException:
         traceback.print_exc()
     os._exit(99)

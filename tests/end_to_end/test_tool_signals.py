@@ -19,9 +19,9 @@ from megatron_qwenvl.checkpoint.convert import next_stage
 from megatron_qwenvl.commands import convert_checkpoint, preflight
 from megatron_qwenvl.data.shards.index import index_path
 from megatron_qwenvl.runtime.exit_codes import INTERRUPTED, INTERRUPTED_BY_USER
-from megatron_qwenvl.runtime.helpers import start_resource_tracker
-from megatron_qwenvl.runtime.interrupt import end_at_stop_signals
-from megatron_qwenvl.runtime.leave import leave
+from megatron_qwenvl.runtime.exit_process import exit_process
+from megatron_qwenvl.runtime.stop_signals import exit_on_stop_signals
+from megatron_qwenvl.runtime.worker_processes import start_resource_tracker
 from tests.distributed.harness import run_ranks
 from tests.unit.data.data_cases import sample, write_shard
 
@@ -146,14 +146,14 @@ def in_a_fork(main: Callable[[], int], log: Path) -> tuple[int, str]:
         try:
             os.setsid()
             redirect(log)
-            end_at_stop_signals("tool")
+            exit_on_stop_signals("tool")
             code = main()
         except SystemExit as end:
             code = int(end.code or 0)
         except BaseException:
             traceback.print_exc()
             code = 99
-        leave(code)
+        exit_process(code)
     return wait(child), log.read_text()
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes
-from megatron_qwenvl.runtime.helpers import prepare_worker, start_resource_tracker
-from megatron_qwenvl.runtime.interrupt import blocked_stop_signals
+from megatron_qwenvl.runtime.stop_signals import blocked_stop_signals
+from megatron_qwenvl.runtime.worker_processes import prepare_worker, start_resource_tracker
 
 WORKERS = 3
 """Processes of a conversion. Two cores keep up with a disk; one more works while others wait for it. Each holds some

@@ -23,7 +23,7 @@ from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata, Manifest
 from megatron_qwenvl.checkpoint.storage.writing import FileRecord
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.engine.checkpoint_state import ShardedState
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .checkpoints_folder import CheckpointsFolder
 from .load import Loaded, load_training
@@ -70,7 +70,8 @@ class CheckpointManager:
         """
         self._folder.guard = guard
         self.ranks.run_on_rank0(
-            lambda: reads(self._directory, self._folder.prepare), f"{self._directory}: cannot be prepared"
+            lambda: retry_read(self._directory, self._folder.prepare),
+            f"{self._directory}: cannot be prepared",
         )
 
     def save(

@@ -20,7 +20,7 @@ from uuid import uuid4
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.writing import replace_bytes
 from megatron_qwenvl.runtime.identity import ProcessIdentity
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .heartbeat import Heartbeat
 from .owner_entries import (
@@ -162,11 +162,11 @@ class RunOwner:
 
     def _is_passed(self, entry: OwnerEntry) -> bool:
         """Whether there is a higher number already."""
-        newest = reads(self._folder, lambda: read_newest(self._folder))
+        newest = retry_read(self._folder, lambda: read_newest(self._folder))
         return newest is not None and newest.number > entry.number
 
     def _remove_older(self, number: int) -> None:
-        for path in reads(self._folder, lambda: list(self._folder.iterdir())):
+        for path in retry_read(self._folder, lambda: list(self._folder.iterdir())):
             if (found := number_of(path)) is not None and found < number:
                 path.unlink(missing_ok=True)
 

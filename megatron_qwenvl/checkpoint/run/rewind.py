@@ -18,7 +18,7 @@ from megatron_qwenvl.checkpoint.storage.json_text import parse_json
 from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run, step_of, step_of_resumable
 from megatron_qwenvl.checkpoint.storage.writing import replace_bytes
 from megatron_qwenvl.runtime.listing import matching_entries
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 from megatron_qwenvl.runtime.slurm import own_job
 
 RECORD = "rewind.json"
@@ -65,7 +65,7 @@ def is_rewound(directory: Path, step: int) -> bool:
     job = own_job()
     if job is None or not job.restarts:
         return False
-    found = reads(directory, lambda: matching_entries(directory, "rewound_*"))
+    found = retry_read(directory, lambda: matching_entries(directory, "rewound_*"))
     records = (_read(folder / RECORD) for folder in found)
     return any(
         record is not None and record.get("job") == job.id and record.get("to_step") == step
@@ -100,7 +100,7 @@ def _new_folder(directory: Path) -> Path:
 
 def _read(path: Path) -> dict[str, object] | None:
     try:
-        record = parse_json(reads(path, path.read_bytes))
+        record = parse_json(retry_read(path, path.read_bytes))
     except FileNotFoundError:
         return None
     except OSError as error:  # to go back once more would undo the steps since

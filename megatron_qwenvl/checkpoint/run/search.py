@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.run_folder import resumable_checkpoints, step_of_resumable
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .damage import find_damage
 from .ranks import Ranks
@@ -30,7 +30,8 @@ def find_newest(directory: Path, ranks: Ranks) -> tuple[Path | None, set[int]]:
         CheckpointError: on every rank, if there are checkpoints but all are damaged, or the folder cannot be read.
     """
     found = ranks.run_on_rank0(
-        lambda: reads(directory, lambda: resumable_checkpoints(directory)), f"{directory}: cannot be read"
+        lambda: retry_read(directory, lambda: resumable_checkpoints(directory)),
+        f"{directory}: cannot be read",
     )
     candidates = ranks.broadcast(found)
     damaged: set[int] = set()
@@ -65,7 +66,9 @@ def find_step(directory: Path, step: int, ranks: Ranks) -> Path | None:
     def find() -> Path | None:
         return None if is_rewound(directory, step) else of_step(resumable_checkpoints(directory), step)
 
-    found = ranks.run_on_rank0(lambda: reads(directory, find), f"{directory}: cannot go on from step {step}")
+    found = ranks.run_on_rank0(
+        lambda: retry_read(directory, find), f"{directory}: cannot go on from step {step}"
+    )
     checkpoint: Path | None = ranks.broadcast(found)
     if checkpoint is None:
         if ranks.is_rank0:

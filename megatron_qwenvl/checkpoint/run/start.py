@@ -14,7 +14,7 @@ from megatron_qwenvl.checkpoint.storage.lineage import check_run_start_order
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, model_differences, read_manifest
 from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint, resumable_checkpoints
 from megatron_qwenvl.config.schema import RunConfig
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .rewind import is_rewound, of_step
 
@@ -76,7 +76,7 @@ def read_whole(checkpoint: Path) -> Manifest:
     manifest = read_manifest(checkpoint)
     for name, record in manifest.files.items():
         path = checkpoint / name
-        found = reads(path, partial(_size, path))
+        found = retry_read(path, partial(_size, path))
         if found != record.bytes:
             was = "missing" if found is None else f"found {found}"
             raise CheckpointError(f"{path}: expected {record.bytes} bytes, {was}")

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .errors import CheckpointError
 from .reading import read_blocks
@@ -23,7 +23,9 @@ def no_progress(count: int) -> None:
 def size_problem(path: Path, record: FileRecord) -> str | None:
     """Compare a file with its recorded size; returns what is wrong, or None."""
     try:
-        is_file, found = reads(path, lambda: (path.is_file(), path.stat().st_size if path.is_file() else 0))
+        is_file, found = retry_read(
+            path, lambda: (path.is_file(), path.stat().st_size if path.is_file() else 0)
+        )
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     if not is_file:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_qwenvl.config.schema import ModelConfig, Stage
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .errors import CheckpointError
 from .json_text import parse_json
@@ -115,7 +115,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
-        content = parse_json(reads(path, path.read_bytes))
+        content = parse_json(retry_read(path, path.read_bytes))
         digest = content.pop("digest")
     except FileNotFoundError:
         raise CheckpointError(f"{directory}: not a checkpoint (no {MANIFEST_NAME})") from None

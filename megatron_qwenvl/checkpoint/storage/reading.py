@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 BLOCK_BYTES = 1 << 20
 """Bytes read, digested or written at a time: few enough to stay in the processor's cache in between."""
@@ -51,7 +51,7 @@ class FileSlice(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the range and the file go."""
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
-        done = reads(self._path, lambda: self._fill(view))
+        done = retry_read(self._path, lambda: self._fill(view))
         self._position += done
         return done
 
@@ -79,11 +79,11 @@ def open_whole(path: Path) -> FileSlice:
     Raises:
         OSError: it cannot be read.
     """
-    return FileSlice(path, 0, reads(path, lambda: os.stat(path)).st_size)
+    return FileSlice(path, 0, retry_read(path, lambda: os.stat(path)).st_size)
 
 
 def _opened(path: Path) -> io.FileIO:
-    return reads(path, lambda: _open_raw(path))
+    return retry_read(path, lambda: _open_raw(path))
 
 
 def _open_raw(path: Path) -> io.FileIO:

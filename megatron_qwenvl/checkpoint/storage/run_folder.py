@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from megatron_qwenvl.runtime.listing import matching_entries
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .errors import CheckpointError
 from .manifest import MANIFEST_NAME
@@ -30,13 +30,13 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints_of_run(directory: Path) -> list[Path]:
     """List the checkpoints in a run's checkpoints folder, from new to old. A directory gets such a name when it is
     complete."""
-    found = reads(directory, lambda: matching_entries(directory, "step_*"))
+    found = retry_read(directory, lambda: matching_entries(directory, "step_*"))
     return sorted((path for path in found if step_of(path) >= 0), key=step_of, reverse=True)
 
 
 def replaced_checkpoints(directory: Path) -> list[Path]:
     """List the checkpoints that were renamed to make room for a new one of the same step, `step_X.old`."""
-    return reads(directory, lambda: matching_entries(directory, "step_*.old"))
+    return retry_read(directory, lambda: matching_entries(directory, "step_*.old"))
 
 
 def resumable_checkpoints(directory: Path) -> list[Path]:
@@ -58,7 +58,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if found := reads(path, lambda: _find(path)):
+    if found := retry_read(path, lambda: _find(path)):
         return found
     raise CheckpointError(
         f"{path}: not a checkpoint (no {MANIFEST_NAME}, no {POINTER_NAME}, no checkpoints/)"
@@ -78,7 +78,7 @@ def _newest(directory: Path) -> Path | None:
     """The checkpoint that the pointer names, or a newer complete one, as a crash may leave the pointer behind."""
     pointer = directory / POINTER_NAME
     named = (
-        directory / reads(pointer, lambda: pointer.read_text(errors="replace")).strip()
+        directory / retry_read(pointer, lambda: pointer.read_text(errors="replace")).strip()
         if pointer.is_file()
         else None
     )

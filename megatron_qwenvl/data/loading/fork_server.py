@@ -14,7 +14,7 @@ import shutil
 from multiprocessing import forkserver
 from pathlib import Path
 
-from megatron_qwenvl.runtime.interrupt import ignore_stop_signals
+from megatron_qwenvl.runtime.stop_signals import ignore_stop_signals
 
 
 def _remove_socket_directory() -> None:

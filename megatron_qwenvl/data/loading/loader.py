@@ -28,7 +28,7 @@ from megatron_qwenvl.data.sampling.sampler import (
     open_training_sampler,
     open_validation_sampler,
 )
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .collate import collate
 from .reader import SampleReader
@@ -187,17 +187,17 @@ class _MicroBatches(Dataset[Any]):
         self._needs = needs
         self._rank = rank
         self._ranks = ranks
-        self._patience = reads.seconds
+        self._patience = retry_read.seconds
         self._micro_batches: LruCache[list[MicroBatch]] = LruCache(2)
 
     def __getitem__(self, key: Key) -> Batch | DataError:
         """Read a micro-batch; an error is returned, as an exception would lose its type on the way from a worker."""
         step, number = key
-        reads.seconds = self._patience  # a worker is another process
+        retry_read.seconds = self._patience  # a worker is another process
         try:
             samples = self._sampler.global_batch(step).samples
             batch = collate(self._of_rank(step)[number], samples, self._reader, self._needs)
-            return replace(batch, read_again=reads.take())
+            return replace(batch, repeated_reads=retry_read.take())
         except DataError as error:
             return error
 

@@ -22,7 +22,7 @@ from megatron_qwenvl.data.sampling.sampler import StepSampler
 from megatron_qwenvl.data.shards.index import ShardIndex
 from megatron_qwenvl.data.shards.samples import checksum, read_member
 from megatron_qwenvl.data.shards.tar import Member
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 OPEN_SHARDS = 64
 
@@ -100,7 +100,7 @@ class SampleReader:
                 raise
 
         try:
-            return reads(path, read, folder=path.parent)
+            return retry_read(path, read, folder=path.parent)
         except OSError as error:
             raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
 

@@ -20,8 +20,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_qwenvl.runtime.helpers import start_resource_tracker
-from megatron_qwenvl.runtime.interrupt import blocked_stop_signals, ignore_stop_signals
+from megatron_qwenvl.runtime.stop_signals import blocked_stop_signals, ignore_stop_signals
+from megatron_qwenvl.runtime.worker_processes import start_resource_tracker
 
 
 def worker_arguments(modules: list[str]) -> tuple[dict[str, Any], Connection]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 _DECIDING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 """Parts of the file that decide how text is encoded; others add tokens, cut or pad, which is not done here."""
@@ -52,7 +52,7 @@ class HFVocabulary:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(reads(path, path.read_bytes))
+        content = json.loads(retry_read(path, path.read_bytes))
     except OSError as error:
         raise DataError(f"{path}: cannot read the vocabulary: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

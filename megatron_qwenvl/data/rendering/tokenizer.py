@@ -18,7 +18,7 @@ from typing import Protocol
 import tiktoken
 
 from megatron_qwenvl.data.errors import DataError, SampleError
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .hf_tokenizer import HFVocabulary
 from .special_tokens import QWEN, QWEN2, SpecialTokens, choose_special_tokens
@@ -141,7 +141,7 @@ def load_tokenizer(path: str | None = None) -> Tokenizer:
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Parse lines of `base64-token rank`."""
     try:
-        lines = reads(path, path.read_bytes).splitlines()
+        lines = retry_read(path, path.read_bytes).splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot read the vocabulary: {error.strerror}") from error
     ranks: dict[bytes, int] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .epochs import Edition, ShardList
 from .history import DataHistory, Segment, SkippedRange, SourceState, Timeline
@@ -68,7 +68,7 @@ def read_history(checkpoint: Path) -> DataHistory | None:
     """
     path = checkpoint / RECORD_NAME
     try:
-        content = reads(path, path.read_bytes)
+        content = retry_read(path, path.read_bytes)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.renderer import RENDERING_VERSION
 from megatron_qwenvl.data.rendering.token_builder import DEFAULT_OPTIONS, RenderOptions
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .index import FORMAT_VERSION, ShardIndex, check_versions, load_index, write_atomically
 from .listing import list_shards, unread_shards
@@ -90,7 +90,7 @@ def load_catalog(directory: Path, remedy: str) -> ShardCatalog:
     """
     path = directory / CATALOG_NAME
     try:
-        content = json.loads(reads(path, path.read_bytes))
+        content = json.loads(retry_read(path, path.read_bytes))
         check_versions(path, content["format"], content.get("rendering"), remedy)
         shards = tuple(CatalogEntry(**entry) for entry in content["shards"])
         skipped = tuple(SkippedKind(**kind) for kind in content["skipped"])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .catalog import CATALOG_NAME, ShardCatalog, load_catalog
 from .index import ShardIndex, file_digest, index_command, load_index
@@ -63,7 +63,7 @@ class ShardDirectory:
         """
         path, entry = self.shard_path(shard), self.catalog.shards[shard]
         try:
-            found = reads(path, lambda: os.stat(path), folder=path.parent)
+            found = retry_read(path, lambda: os.stat(path), folder=path.parent)
         except OSError as error:
             raise DataError(
                 f"{path}: shard of the manifest cannot be read: {error.strerror}; restore it, or go on without it: "
@@ -93,7 +93,7 @@ class ShardDirectory:
         """
         path, expected = self.shard_path(shard), self.catalog.shards[shard].digest
         try:
-            digest = reads(path, lambda: _digest_of(path))
+            digest = retry_read(path, lambda: _digest_of(path))
         except OSError as error:
             raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
         if digest != expected:

@@ -25,7 +25,7 @@ from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.records.tasks import TASKS
 from megatron_qwenvl.data.rendering.renderer import RENDERING_VERSION
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo, RenderOptions
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 from .tar import Member
 
@@ -165,7 +165,7 @@ def load_index(shard: Path, vocabulary: str | None = None) -> ShardIndex:
     path = index_path(shard)
     remedy = f"run {index_command(shard.parent, vocabulary)}"
     try:
-        content = reads(path, path.read_bytes, folder=shard.parent)
+        content = retry_read(path, path.read_bytes, folder=shard.parent)
         # Numpy would take what is no zip for a pickle, and advise to load that.
         if not zipfile.is_zipfile(io.BytesIO(content)):
             raise zipfile.BadZipFile("not a zip archive")

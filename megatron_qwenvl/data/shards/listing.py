@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.runtime.listing import matching_entries
-from megatron_qwenvl.runtime.retry import reads
+from megatron_qwenvl.runtime.retry import retry_read
 
 _APPLE_DOUBLE = "._"
 """Start of the names of files in which macOS keeps attributes of the file beside them."""
@@ -28,7 +28,7 @@ def list_shards(directory: Path) -> list[Path]:
         DataError: no such directory, or no tar in it.
     """
     try:
-        is_directory, shards = reads(
+        is_directory, shards = retry_read(
             directory, lambda: (directory.is_dir(), sorted(matching_entries(directory, "*.tar")))
         )
         shards = [shard for shard in shards if not shard.name.startswith(_APPLE_DOUBLE)]
@@ -50,7 +50,7 @@ def unread_shards(directory: Path) -> dict[str, str]:
     """
     found = {}
     try:
-        names = sorted(reads(directory, lambda: os.listdir(directory)))
+        names = sorted(retry_read(directory, lambda: os.listdir(directory)))
     except OSError as error:
         raise DataError(f"{directory}: cannot be listed: {error.strerror}") from error
     shards = {name for name in names if name.endswith(".tar")}

@@ -66,7 +66,7 @@ def load_with_one_rank_blind(process: ProcessInfo, folder: Path) -> str:
     """On rank 1 alone no tensor can be read, ever."""
     ranks = save(process, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retry.reads, "seconds", 0.1)
+        patch.setattr(retry.retry_read, "seconds", 0.1)
         if process.rank == 1:
             FaultyFiles(patch, folder, errno.EIO, 10**9, ".distcp")
         return failing(lambda: load_folder(state(0, axis=1), folder, ranks))

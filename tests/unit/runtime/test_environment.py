@@ -10,10 +10,10 @@ import torch
 from megatron_qwenvl import __version__
 from megatron_qwenvl.runtime.environment import (
     Gpu,
-    chosen_variables,
-    common_facts,
     describe_environment,
+    facts_equal_on_all_ranks,
     git_state,
+    recorded_variables,
 )
 from megatron_qwenvl.runtime.processes import ProcessInfo
 
@@ -58,7 +58,7 @@ def test_variables_that_matter_are_kept_and_secrets_are_not() -> None:
         "OMPI_MCA_PASSWORD_FILE": "x",
         "UCX_SECRET": "x",
     }
-    assert list(chosen_variables(env)) == ["LD_LIBRARY_PATH", "MASTER_ADDR", "NCCL_DEBUG", "SLURM_JOB_ID"]
+    assert list(recorded_variables(env)) == ["LD_LIBRARY_PATH", "MASTER_ADDR", "NCCL_DEBUG", "SLURM_JOB_ID"]
 
 
 def test_the_checkout_is_told(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_changed_code_and_another_driver_are_facts() -> None:
     described = replace(
         describe_environment(PROCESS), git_revision="0123456789abcdef", git_dirty=True, driver="580.1"
     )
-    facts = common_facts(described)
+    facts = facts_equal_on_all_ranks(described)
     assert facts["code"] == "0123456789ab with changes"
     assert facts["GPU driver"] == "580.1"
     assert facts["torch"] == described.packages["torch"]

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_qwenvl.config.load import ConfigError, load_config
 from megatron_qwenvl.runtime import retry
-from megatron_qwenvl.runtime.retry import PatientReads, read_at
+from megatron_qwenvl.runtime.retry import RetriedReads, read_at
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ class Refusing:
     "EIO ESTALE ETIMEDOUT EAGAIN ENOTCONN ESHUTDOWN ECONNRESET EHOSTDOWN ENETUNREACH EREMOTEIO".split(),
 )
 def test_an_error_that_may_go_away_is_outlasted_and_counted(name: str) -> None:
-    reads, read = PatientReads(), Refusing(getattr(errno, name), 3)
+    reads, read = RetriedReads(), Refusing(getattr(errno, name), 3)
     assert reads(Path("file"), read) == "content"
     (told,) = reads.take()
     assert "file: read after 3 repetitions" in told and os.strerror(read.number) in told
@@ -48,12 +48,12 @@ def test_an_error_that_may_go_away_is_outlasted_and_counted(name: str) -> None:
 def test_other_errors_are_final(name: str) -> None:
     read = Refusing(getattr(errno, name), 1)
     with pytest.raises(OSError, match=os.strerror(read.number)):
-        PatientReads()(Path("file"), read)
+        RetriedReads()(Path("file"), read)
     assert read.calls == 1
 
 
 def test_patience_ends() -> None:
-    reads, read = PatientReads(), Refusing(errno.EIO, 10**9)
+    reads, read = RetriedReads(), Refusing(errno.EIO, 10**9)
     reads.seconds = 0.05
     with pytest.raises(OSError, match="Input/output error"):
         reads(Path("file"), read)
@@ -76,9 +76,9 @@ def test_a_missing_file_is_away_while_its_folder_is(tmp_path: Path) -> None:
             (folder / "file").write_text("back")
         return (folder / "file").read_text()
 
-    assert PatientReads()(folder / "file", read, folder=folder) == "back"
+    assert RetriedReads()(folder / "file", read, folder=folder) == "back"
     with pytest.raises(FileNotFoundError):
-        PatientReads()(folder / "other", (folder / "other").read_text, folder=folder)
+        RetriedReads()(folder / "other", (folder / "other").read_text, folder=folder)
 
 
 def test_short_reads_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from megatron_qwenvl.checkpoint.run import owner_entries
 from megatron_qwenvl.checkpoint.run.owner import OwnershipLost, RunOwner
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.runtime.identity import ProcessIdentity
-from megatron_qwenvl.runtime.retry import is_transient, reads
+from megatron_qwenvl.runtime.retry import is_transient, retry_read
 from tests.faulty_files import FaultyFiles
 
 ME = ProcessIdentity.of_this_process({})
@@ -246,7 +246,7 @@ def test_taking_a_run_outlasts_a_folder_that_cannot_be_listed(
         faulty = FaultyFiles(patch, tmp_path, errno.ESTALE, suffix="owner")
         owner.take().check()
     assert faulty.refused["owner"] >= 1
-    assert len(reads.take()) >= 1
+    assert len(retry_read.take()) >= 1
     owner.release()
 
 

@@ -478,7 +478,9 @@ def test_names_of_the_data_cannot_forge_lines_of_a_report(
 
 
 def test_a_directory_whose_name_is_not_utf8_is_printed(tmp_path: Path) -> None:
-    code = "from megatron_qwenvl.runtime.output import print_any_name; print_any_name(); print('a\\udcffb')"
+    code = (
+        "from megatron_qwenvl.runtime import console; console.escape_undecodable_names(); print('a\\udcffb')"
+    )
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
@@ -513,7 +515,7 @@ def test_an_index_whose_folder_is_away_is_waited_for(
     monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: 20.0 * len(slept), sleep=sleep))
     if comes_back:
         assert len(directory.load_index(0).arrays["tasks"]) == 1 and len(slept) == 2
-        assert "read after 2 repetitions" in retry.reads.take()[0]
+        assert "read after 2 repetitions" in retry.retry_read.take()[0]
     else:
         with pytest.raises(DataError, match="data: no such directory of shards"):
             directory.load_index(0)

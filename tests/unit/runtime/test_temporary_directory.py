@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwenvl.runtime import temporary
+from megatron_qwenvl.runtime import temporary_directory
 from megatron_qwenvl.runtime.processes import LaunchError
-from megatron_qwenvl.runtime.temporary import choose_temporary_directory
+from megatron_qwenvl.runtime.temporary_directory import choose_temporary_directory
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,6 @@ def test_no_directory_at_all_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setenv("TMPDIR", str(long))
-    monkeypatch.setattr(temporary, "_SHORT_PLACES", (str(tmp_path / "none"),))
+    monkeypatch.setattr(temporary_directory, "_SHORT_PLACES", (str(tmp_path / "none"),))
     with pytest.raises(LaunchError, match="too long .* no temporary directory can be written to"):
         choose_temporary_directory()

@@ -11,7 +11,7 @@ import pytest
 # A process of its own: signals belong to the main thread, and Python writes its complaint to the process's own stderr.
 PROGRAM = """
 import signal, sys, time
-from megatron_qwenvl.runtime.interrupt import StopRequest, end_at_stop_signals
+from megatron_qwenvl.runtime.stop_signals import StopRequest, exit_on_stop_signals
 
 def ask(*numbers):
     for number in numbers:
@@ -36,10 +36,10 @@ def test_more_signals_during_the_start_change_nothing(early: str) -> None:
         {early}
         stop.limit_start(60, lambda name: sys.exit("left"))
         ask(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
-        assert (stop.name, stop.came_early) == ("SIGUSR1", True)
+        assert (stop.name, stop.received_before_start) == ("SIGUSR1", True)
         stop.started()
         ask(signal.SIGTERM, signal.SIGUSR1)
-        assert (stop.name, stop.came_early) == ("SIGUSR1", False)
+        assert (stop.name, stop.received_before_start) == ("SIGUSR1", False)
     """)
     assert (ended.returncode, ended.stderr) == (0, "")
 
@@ -58,7 +58,7 @@ def test_a_start_that_does_not_end_is_left_whatever_else_comes() -> None:
 def test_signals_to_a_tool_at_the_same_moment_are_one() -> None:
     """As from a terminal or a cluster's daemon, and passed on by a parent."""
     ended = run("""
-        end_at_stop_signals("tool", 60)
+        exit_on_stop_signals("tool", 60)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.raise_signal(number)
@@ -74,7 +74,7 @@ def test_signals_to_a_tool_at_the_same_moment_are_one() -> None:
 
 def test_more_signals_to_a_tool_change_nothing() -> None:
     ended = run("""
-        end_at_stop_signals("tool", 60)
+        exit_on_stop_signals("tool", 60)
         try:
             ask(signal.SIGTERM)
         finally:

@@ -1,4 +1,4 @@
-"""What a tool prints."""
+"""Standard output of the tools."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import sys
 
 
-def print_any_name() -> None:
-    """Let names that are no text be printed with escapes: Python's default is an exception."""
+def escape_undecodable_names() -> None:
+    """Print file names that are not valid Unicode with escapes, where Python would raise UnicodeEncodeError."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""A temporary directory in which the sockets between a process and its loader workers fit."""
+"""Choice of a temporary directory whose path is short enough for the sockets of loader workers."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import tempfile
 from .processes import LaunchError
 
 LONGEST_SOCKET = 107
-"""Bytes of the longest path of a Unix socket (`sun_path` without its end)."""
+"""Largest length of a Unix socket's path in bytes (`sun_path` without its terminating zero)."""
 _NAME_BYTES = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 _SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def choose_temporary_directory() -> str | None:
-    """Let this process and its children use another temporary directory than `TMPDIR` where that is missing, may not
-    be written to, or is too long for a socket's path.
+    """Replace `TMPDIR`, for this process and its children, if it is missing, not writable or too long for a socket.
 
     Returns:
-        What was changed and why, in one line; None if nothing.
+        The change and its reason in one line; None if nothing was changed.
 
     Raises:
-        LaunchError: there is no directory to use.
+        LaunchError: no temporary directory is writable.
     """
     wanted = os.environ.get("TMPDIR")
     try:
