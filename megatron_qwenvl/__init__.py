@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .inference.generate import Generator
     from .inference.loaded_model import load_model
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Generator", "__version__", "build_loader", "load_config", "load_model"]
 
 _HOMES = {
