@@ -1,18 +1,18 @@
 """PROGRAM=tools/preflight.py launch/srun.sh --recipe R [--section.field value ...] [--bad_nodes FILE] [--deadline S]
 
-Can this run start here and work? Takes the trainer's arguments, runs one process per rank like the trainer, and checks
-in under a minute: all ranks there; versions, devices and kernels equal; a matrix product right; the run directory
-writable and shared, with room for the next checkpoints; data and start weights; the links between nodes and an
-all-reduce. Also through launch/local.sh and launch/mpirun.sh, or as one process by itself.
+Check in under a minute that a run can start on these nodes. Takes the trainer's arguments and runs one process per
+rank like the trainer. Checks that all ranks are present; that versions, devices and kernels are equal; a matrix
+product; that the run directory is writable and shared, with space for the next checkpoints; data and start weights;
+the links between nodes and an all-reduce. Also runs through launch/local.sh and launch/mpirun.sh, or as one process.
 
-  --directory DIR     in place of a recipe: look at the machines only, for a job that writes to this directory
-  --bad_nodes FILE    write the names of bad nodes there, one a line; removed where there are none
-  --deadline S        seconds that all ranks have to report (default 30); all of it takes at most twice as long
-  --slow_nodes W      what a node is that computes or sends more than twice as slowly as the median: warning (default)
-                      or failure
+  --directory DIR     in place of a recipe: check the machines only, for a job that writes to this directory
+  --bad_nodes FILE    write the names of bad nodes to this file, one per line; without bad nodes the file is removed
+  --deadline S        seconds for all ranks to report (default 30); all checks take at most twice as long
+  --slow_nodes W      level of a node whose computation or links are more than twice as slow as the median: warning
+                      (default) or failure
 
-Exit codes: 0 passed; 1 the run cannot work, on whatever nodes; 2 arguments or configuration; 3 one or more nodes are
-bad. torchrun (launch/local.sh) makes 1 of every failure.
+Exit codes: 0 passed; 1 the run cannot work on any nodes; 2 wrong arguments or configuration; 3 one or more nodes are
+bad. torchrun (launch/local.sh) turns every failure into 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_qwenvl.config.cli import HEAD_START_SECONDS, RunArguments, parse_start_arguments
 from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
-from megatron_qwenvl.preflight.findings import Finding, bad_nodes, warning
+from megatron_qwenvl.preflight.rules import Finding, warning
 from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR, USAGE_ERROR
 from megatron_qwenvl.runtime.exit_process import exit_process
 from megatron_qwenvl.runtime.processes import LaunchError, detect_process
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 
 def parse_own_arguments(argv: Sequence[str], quiet: bool = False) -> tuple[argparse.Namespace, list[str]]:
-    """This tool's arguments, and those that it shares with the trainer.
+    """Parse the arguments of preflight alone; returns them and the remaining ones, which are the trainer's.
 
     Raises:
-        ArgumentError: a value that cannot be used.
+        ArgumentError: an invalid value.
     """
     parser = OptionParser(prog="preflight", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.quiet = quiet
@@ -58,7 +58,7 @@ def parse_own_arguments(argv: Sequence[str], quiet: bool = False) -> tuple[argpa
 def parse_arguments(
     argv: Sequence[str], world_size: int, quiet: bool
 ) -> tuple[argparse.Namespace, RunArguments]:
-    """All arguments; exits with 2 and one message for bad ones, as `parse_start_arguments` does."""
+    """Parse all arguments; exits with 2 and one message for invalid ones, as `parse_start_arguments` does."""
     try:
         arguments, shared = parse_own_arguments(argv, quiet)
     except argparse.ArgumentError as error:
@@ -75,7 +75,7 @@ def parse_arguments(
 
 
 def write_bad_nodes(path: Path, names: Sequence[str]) -> None:
-    """Replace the file, or remove it where there are none; says so where it cannot."""
+    """Write the file of bad nodes, or remove it if there are none; a failure to do so is printed as a warning."""
     try:
         if names:
             from megatron_qwenvl.checkpoint.storage.writing import replace_bytes
@@ -84,16 +84,18 @@ def write_bad_nodes(path: Path, names: Sequence[str]) -> None:
             replace_bytes(path, "".join(f"{name}\n" for name in names).encode())
         else:
             path.unlink(missing_ok=True)
-    except OSError as error:  # often the very reason for which the checks will fail
-        say(warning("bad nodes", f"{path}: cannot be written ({error.strerror})"))
+    except OSError as error:  # often the reason why the checks will fail
+        print_finding(warning("bad nodes", f"{path}: cannot be written ({error.strerror})"))
 
 
-def say(finding: Finding) -> None:
+def print_finding(finding: Finding) -> None:
     print(finding.line(), flush=True)
 
 
-def conclude(findings: Sequence[Finding], bad_nodes_file: Path | None, began: float) -> None:
-    """The last line, and the file of bad nodes."""
+def report_result(findings: Sequence[Finding], bad_nodes_file: Path | None, began: float) -> None:
+    """Write the file of bad nodes and print the last line."""
+    from megatron_qwenvl.preflight.verdict import bad_nodes
+
     if bad_nodes_file:
         write_bad_nodes(bad_nodes_file, bad_nodes(findings))
     failures = [finding for finding in findings if finding.level == "failure"]
@@ -105,7 +107,7 @@ def conclude(findings: Sequence[Finding], bad_nodes_file: Path | None, began: fl
 
 
 def make_checklist(arguments: argparse.Namespace, run: RunArguments) -> Checklist:
-    """What is to be checked for a run, or for `--directory`."""
+    """Make the checklist of a run, or of `--directory`."""
     from megatron_qwenvl.checkpoint.run.space import checkpoint_bytes, checkpoints_to_come
     from megatron_qwenvl.preflight.inputs import check_inputs, count_checkpoints, needed_paths
     from megatron_qwenvl.preflight.run import Checklist
@@ -118,14 +120,14 @@ def make_checklist(arguments: argparse.Namespace, run: RunArguments) -> Checklis
         checkpoint_bytes=checkpoint_bytes(config) if config.checkpoint.save else 0,
         checkpoints=checkpoints_to_come(config, count_checkpoints(run_dir)),
         paths=() if arguments.directory else needed_paths(config),
-        own_checks=lambda: [] if arguments.directory else check_inputs(run),
+        rank0_checks=lambda: [] if arguments.directory else check_inputs(run),
         deadline=arguments.deadline,
         slow=arguments.slow_nodes,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the checks; returns the exit code."""
+    """Perform the checks; returns the exit code."""
     began = time.monotonic()
     try:
         process = detect_process()
@@ -135,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments, run = parse_arguments(argv, process.world_size, quiet=process.rank > 0)
     if arguments.bad_nodes and process.rank == 0:
-        write_bad_nodes(arguments.bad_nodes, [])  # those of an earlier job
+        write_bad_nodes(arguments.bad_nodes, [])  # removes the file of an earlier job
 
-    # Everything below needs torch; configuration errors are said before it is loaded.
+    # Everything below needs torch; configuration errors are reported before it is imported.
     from megatron_qwenvl.preflight.exchange import RendezvousError
     from megatron_qwenvl.preflight.run import run_preflight
     from megatron_qwenvl.runtime.environment import describe_environment
@@ -147,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             process,
             describe_environment(process),
             make_checklist(arguments, run),
-            say,
-            lambda findings: conclude(findings, arguments.bad_nodes, began),
+            print_finding,
+            lambda findings: report_result(findings, arguments.bad_nodes, began),
         ).code
     except RendezvousError as error:
         print(f"preflight: FAILED: {error}", file=sys.stderr)
@@ -158,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run() -> NoReturn:
     """Run the program and exit with its code."""
     exit_on_stop_signals("preflight")
-    exit_process(main())  # a thread that hangs in a file system or a network must not hold up the end
+    exit_process(main())  # does not wait for a thread that hangs in a file system or a network
 
 
 if __name__ == "__main__":

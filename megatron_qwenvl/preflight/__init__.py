@@ -1,4 +1,6 @@
-"""Whether a run can start on these machines: `run` asks, `probes` measure on every rank, `judge` and `rules` conclude.
+"""Checks before a run: `run` is the procedure, `probes` measure on every rank, `inputs` checks data and weights.
 
-Ranks talk through the rendezvous store (`exchange`), so that also those can be named that never come (`placement`).
+Rank 0 attributes problems to nodes or to the run (`rules`) and derives exit code and bad nodes (`verdict`). Ranks
+communicate through the rendezvous store (`exchange`), so that missing ranks can be named,
+with their node (`placement`).
 """

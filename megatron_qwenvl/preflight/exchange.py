@@ -1,7 +1,7 @@
-"""Messages between ranks before there is a process group: JSON values over the rendezvous store.
+"""Exchange of JSON values between ranks over the rendezvous store, before there is a process group.
 
-A process group hangs, or fails on every rank in the same way, where one rank is missing or broken. The store knows who
-came.
+With a missing or broken rank, a process group hangs or fails on every rank in the same way. The store shows which ranks
+have connected.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ class RendezvousError(RuntimeError):
     """The rendezvous cannot be reached or opened, or rank 0 has not answered."""
 
 
+_CLOSED = "closed"
+
+
 def open_store(process: ProcessInfo, seconds: float, host: bool) -> dist.Store:
-    """A connection of its own to the run's store.
+    """Open a new connection to the run's store.
 
     Args:
-        process: the place of this process; `init_method` says where the store is.
-        seconds: time to reach it.
-        host: whether rank 0 is to open the store that the others reach. torchrun opens one itself.
+        process: rank of this process; `init_method` is the address of the store.
+        seconds: time limit of the connection.
+        host: let rank 0 open the store that the others connect to. torchrun opens one itself.
 
     Raises:
         RendezvousError: it cannot be reached in time; on rank 0: it cannot be opened.
     """
     scheme, _, place = process.init_method.partition("://")
     if scheme == "file":
-        return dist.FileStore(place, -1)  # with a number of users the last one to leave would remove the file
+        return dist.FileStore(place, -1)  # with a number of users, the last one would remove the file
     if scheme != "tcp":
         return dist.HashStore()
     address, _, port = place.rpartition(":")
@@ -59,11 +62,11 @@ def _first_line(error: Exception) -> str:
 
 
 class Exchange:
-    """Values of all ranks to rank 0, and from rank 0 to all.
+    """Channel from all ranks to rank 0 and from rank 0 to all ranks.
 
     Args:
-        process: the place of this process.
-        seconds: time to reach the store.
+        process: rank and rendezvous of this process.
+        seconds: time limit of the connection to the store.
 
     Raises:
         RendezvousError: see `open_store`.
@@ -71,36 +74,36 @@ class Exchange:
 
     def __init__(self, process: ProcessInfo, seconds: float) -> None:
         self.process = process
-        # A key of its own: torchrun's store, and that of a restarted run, serve others too.
+        # A prefix per attempt: torchrun's store, and that of a restarted run, hold other keys too.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"preflight/{attempt}", open_store(process, seconds, host=True))
 
-    def put(self, topic: str, value: Any) -> None:
-        """Leave this rank's value of a topic.
+    def send(self, topic: str, value: Any) -> None:
+        """Send this rank's value of a topic to rank 0.
 
         Raises:
-            RendezvousError: rank 0 has gone.
+            RendezvousError: rank 0 has ended.
         """
         try:
             self._store.set(f"{topic}/{self.process.rank}", json.dumps(value))
         except dist.DistNetworkError as error:
             raise self._broken(error) from error
 
-    def collect(self, topic: str, seconds: float) -> dict[int, Any]:
-        """On rank 0: the values of all ranks, or of those that left theirs within the time."""
+    def gather(self, topic: str, seconds: float) -> dict[int, Any]:
+        """On rank 0: wait for the values of all ranks; returns those that were sent within the time."""
         keys = {rank: f"{topic}/{rank}" for rank in range(self.process.world_size)}
         self._wait(list(keys.values()), seconds)
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._has(key)}
 
-    def tell(self, topic: str, value: Any) -> None:
-        """On rank 0: leave a value for all ranks."""
+    def broadcast(self, topic: str, value: Any) -> None:
+        """On rank 0: send a value to all ranks."""
         self._store.set(topic, json.dumps(value))
 
-    def hear(self, topic: str, seconds: float) -> Any:
-        """What rank 0 told.
+    def receive(self, topic: str, seconds: float) -> Any:
+        """Receive a value that rank 0 broadcasts.
 
         Raises:
-            RendezvousError: nothing within the time, or rank 0 has gone.
+            RendezvousError: nothing was received within the time, or rank 0 has ended.
         """
         if not self._wait([topic], seconds):
             raise RendezvousError(
@@ -108,14 +111,14 @@ class Exchange:
             )
         return json.loads(self._store.get(topic))
 
-    def leave(self, ranks: Iterable[int], seconds: float) -> None:
-        """Part: rank 0 keeps the store open until `ranks` have read what they need, or the time is over."""
+    def close(self, ranks: Iterable[int], seconds: float) -> None:
+        """End the exchange; rank 0 keeps the store open until `ranks` have closed theirs, or the time is over."""
         try:
-            self.put("left", True)
+            self.send(_CLOSED, True)
             if self.process.rank == 0:
-                self._wait([f"left/{rank}" for rank in ranks], seconds)
+                self._wait([f"{_CLOSED}/{rank}" for rank in ranks], seconds)
         except RendezvousError:
-            return  # rank 0 has gone before
+            return  # rank 0 has ended before
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))

@@ -1,4 +1,4 @@
-"""What a run starts from: data, start weights and checkpoints, looked at on rank 0 before the run."""
+"""Checks of data, start weights and checkpoints on rank 0 before a run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_qwenvl.data.sampling.resume import resume_data
 from megatron_qwenvl.data.sampling.sampler import StepSampler, open_validation_sampler, training_sampler
 from megatron_qwenvl.data.sampling.sources import open_training_sources
 
-from .findings import Finding, ok, run_failure, warning
+from .rules import Finding, ok, run_failure, warning
 
 
 def check_inputs(run: RunArguments) -> list[Finding]:
-    """Check that there is something to start from that fits the run, and data that it can begin or go on with."""
+    """Check that the checkpoint or start weights fit the run, and that its data can be read from the first step."""
     try:
         start = find_start(run.config, run.from_step)
     except (CheckpointError, OSError) as error:
@@ -30,7 +30,7 @@ def check_inputs(run: RunArguments) -> list[Finding]:
 
 
 def check_data(config: RunConfig, start: Start) -> list[Finding]:
-    """Check that data sources exist, are indexed, fit the tokenizer, and may differ from the checkpoint's records."""
+    """Check that data sources exist, are indexed and fit the tokenizer, and that their changes are permitted."""
     try:
         tokenizer = load_tokenizer(config.data.tokenizer).fingerprint
         sources = open_training_sources(config, tokenizer)
@@ -44,13 +44,13 @@ def check_data(config: RunConfig, start: Start) -> list[Finding]:
         if config.data.validation_sources and config.train.validation_interval:
             samplers.append(open_validation_sampler(config, tokenizer))
         changed = [warning("data", line) for line in data.lines]
-        return [*changed, ok("data", "; ".join(map(describe_sources, samplers)))]
+        return [*changed, ok("data", "; ".join(map(count_samples, samplers)))]
     except (DataError, OSError) as error:
         return [run_failure("data", str(error))]
 
 
-def describe_sources(sampler: StepSampler) -> str:
-    """Name the sources and their samples in one line; reads the first index of every source."""
+def count_samples(sampler: StepSampler) -> str:
+    """Count the samples of every source, in one line; reads the first index of each."""
     for number in range(len(sampler.sources)):
         sampler.index(number, 0)
     counts = {source.config.name: int(source.directory.counts.sum()) for source in sampler.sources}
@@ -66,14 +66,14 @@ def count_checkpoints(run_dir: Path) -> int:
 
 
 def describe_start(start: Start, config: RunConfig) -> str:
-    """Say in one line what the run starts from."""
+    """Describe the origin of the first weights in one line."""
     if start.checkpoint is None or start.manifest is None:
         return f"fresh, seed {config.seed}"
     return f"{start.checkpoint}, {start.manifest.origin} at step {start.manifest.step}"
 
 
 def needed_paths(config: RunConfig) -> tuple[Path, ...]:
-    """Files and directories that every node must see."""
+    """Files and directories that must exist on every node."""
     data = config.data
     validation = data.validation_sources if config.train.validation_interval else ()
     paths = [Path(data.root) / source.path for source in (*data.sources, *validation)]

@@ -1,4 +1,4 @@
-"""On which node a rank should be that has not reported: from its neighbours, and from Slurm's list of nodes."""
+"""Node of a rank that has not reported, inferred from its neighbours and from Slurm's list of nodes."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ _SCONTROL_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Where a rank that reported is."""
+class RankPlacement:
+    """Node and local rank of a rank that reported."""
 
     node: str
     local_rank: int
     local_world_size: int
 
 
-def place_ranks(process: ProcessInfo, seats: Mapping[int, Seat]) -> dict[int, str]:
-    """The node of every rank, as far as it is known.
+def place_ranks(process: ProcessInfo, placements: Mapping[int, RankPlacement]) -> dict[int, str]:
+    """Infer the node of every rank, as far as possible.
 
-    Ranks are taken to be numbered node by node, as launchers do unless told otherwise. Where a rank that reported
-    contradicts that, nothing is said of those that did not.
+    Ranks are assumed to be numbered node by node, the default of launchers. If a rank that reported contradicts that,
+    nothing is inferred for the others.
 
     Args:
-        process: the place of this process, for the launcher and the size of the run.
-        seats: where the ranks are that reported.
+        process: gives launcher and world size.
+        placements: placement of each rank that reported.
     """
-    known = {rank: seat.node for rank, seat in seats.items()}
-    for places in (beside(seats), slurm_places(process)):
+    known = {rank: placement.node for rank, placement in placements.items()}
+    for places in (neighbour_nodes(placements), slurm_nodes(process)):
         if all(places.get(rank, node) == node for rank, node in known.items()):
             known = {**places, **known}
     return {rank: node for rank, node in known.items() if rank < process.world_size}
 
 
-def beside(seats: Mapping[int, Seat]) -> dict[int, str]:
-    """Nodes of the ranks that share a node with one that reported; empty if the seats contradict each other."""
+def neighbour_nodes(placements: Mapping[int, RankPlacement]) -> dict[int, str]:
+    """Nodes of the ranks that share a node with one that reported; empty if the placements are contradictory."""
     places: dict[int, str] = {}
-    for rank, seat in seats.items():
-        first = rank - seat.local_rank
-        for other in range(first, first + seat.local_world_size):
-            if places.setdefault(other, seat.node) != seat.node:
+    for rank, placement in placements.items():
+        first = rank - placement.local_rank
+        for other in range(first, first + placement.local_world_size):
+            if places.setdefault(other, placement.node) != placement.node:
                 return {}
     return places
 
 
-def slurm_places(process: ProcessInfo, env: Mapping[str, str] | None = None) -> dict[int, str]:
-    """Nodes of all ranks in block order inside a Slurm allocation; empty outside or where it cannot be known."""
+def slurm_nodes(process: ProcessInfo, env: Mapping[str, str] | None = None) -> dict[int, str]:
+    """Nodes of all ranks in block order inside a Slurm allocation; empty outside or if they cannot be determined."""
     env = os.environ if env is None else env
     step = process.launcher == "slurm" and "SLURM_STEP_NODELIST" in env
     listed = env.get("SLURM_STEP_NODELIST" if step else "SLURM_JOB_NODELIST")
@@ -67,7 +67,7 @@ def slurm_places(process: ProcessInfo, env: Mapping[str, str] | None = None) -> 
 
 
 def _host_names(listed: str) -> Sequence[str]:
-    """`node[1-2]` is node1 and node2; empty without scontrol."""
+    """Expand `node[1-2]` to node1 and node2; empty without scontrol."""
     command = ["scontrol", "show", "hostnames", listed]
     try:
         result = subprocess.run(

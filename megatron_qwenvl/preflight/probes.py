@@ -1,6 +1,6 @@
-"""What every rank measures before a run: its device, the run directory, and the network.
+"""Measurements on every rank before a run: its device, the run directory and the network.
 
-Each probe returns a typed report that is sent to rank 0 as JSON; what it means is decided there.
+Each probe returns a typed report, which is sent to rank 0 as JSON and assessed there (`verdict`).
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from megatron_qwenvl.runtime.devices import choose_device
 from megatron_qwenvl.runtime.processes import LaunchError, ProcessInfo
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 512}
-"""Side of the matrices whose product is taken: about 1 ms on a data-centre GPU, some ms on a CPU core."""
+"""Side of the matrices of the test product: about 1 ms on a data-center GPU, a few ms on a CPU core."""
 MESSAGE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 """Bytes of the all-reduce and of the messages between nodes."""
 _REPEATS = 5
 _COMPUTE_SECONDS = 0.3
-"""Long enough for one undisturbed product where processes share cores."""
+"""Duration of the repetitions: long enough for one undisturbed product when processes share cores."""
 _POLL_SECONDS = 0.1
 _T = TypeVar("_T")
 
 
-class OverdueError(RuntimeError):
-    """Something did not finish in its time."""
+class ProbeTimeoutError(RuntimeError):
+    """A probe did not finish in time."""
 
 
-def within(seconds: float, action: Callable[[], _T]) -> _T:
-    """Run `action` in a thread and wait for it.
+def run_with_timeout(seconds: float, action: Callable[[], _T]) -> _T:
+    """Run `action` in a thread, wait for it and return its result.
 
     Raises:
-        OverdueError: it did not finish. Its thread goes on: a hung file system or network cannot be interrupted.
-        Exception: what the action raised.
+        ProbeTimeoutError: it did not finish. Its thread continues: a hung file system or network cannot be interrupted.
+        Exception: the exception of the action.
     """
     result: list[_T] = []
     failure: list[BaseException] = []
@@ -60,13 +60,13 @@ def within(seconds: float, action: Callable[[], _T]) -> _T:
     if failure:
         raise failure[0]
     if not result:
-        raise OverdueError(f"not finished within {seconds:.0f} s")
+        raise ProbeTimeoutError(f"not finished within {seconds:.0f} s")
     return result[0]
 
 
 def describe_error(error: BaseException) -> str:
-    """One line."""
-    if isinstance(error, (LaunchError, LayerBackendError, OverdueError)):
+    """Describe an error in one line."""
+    if isinstance(error, (LaunchError, LayerBackendError, ProbeTimeoutError)):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -76,31 +76,31 @@ def describe_error(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class MachineReport:
-    """The device of one rank and what it can do."""
+    """Device of one rank and the result of its test."""
 
     device: str = ""
     """Kind of device: cuda or cpu."""
     gpu: str = ""
     """Model of the GPU."""
     gpu_identity: str = ""
-    """What tells it from the others."""
+    """UUID of the GPU."""
     free_bytes: int = 0
-    """Free memory of the GPU before anything was put there."""
+    """Free memory of the GPU before the first allocation."""
     total_bytes: int = 0
-    """Its whole memory."""
+    """Total memory of the GPU."""
     kernels: str = ""
-    """The kernels that the run would use here, and why not better ones."""
+    """Kernels that the run would use here, with the reason if better ones are not available."""
     seconds: float = 0.0
-    """Fastest of some matrix products."""
+    """Time of the fastest matrix product."""
     wrong: int = 0
-    """Elements of the product that are wrong."""
+    """Number of wrong elements of the product."""
     device_problem: str = ""
     kernel_problem: str = ""
     compute_problem: str = ""
 
 
 def probe_machine(process: ProcessInfo, settings: RuntimeConfig) -> MachineReport:
-    """Choose device and kernels as the run would, and compute something of which the answer is known."""
+    """Choose device and kernels as the run would, and compute a matrix product whose result is known."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
@@ -134,8 +134,9 @@ def _describe_gpu(device: torch.device) -> dict[str, Any]:
 
 
 def multiply(device: torch.device) -> tuple[float, int]:
-    """Time a product of which every element is known exactly: a Hadamard matrix times its transpose is its side on the
-    diagonal and zero elsewhere, in bf16 too, and every element of both factors takes part in every sum.
+    """Time the product of a Hadamard matrix and its transpose, and count its wrong elements.
+
+    The exact result is known, in bf16 too: the side of the matrix on the diagonal and zero elsewhere.
 
     Returns:
         Seconds of the fastest product, and the number of wrong elements.
@@ -156,7 +157,7 @@ def multiply(device: torch.device) -> tuple[float, int]:
 
 
 def hadamard(side: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Sylvester's matrix of +1 and -1 with orthogonal rows, `[side, side]`; `side` is a power of two."""
+    """Build Sylvester's matrix of +1 and -1 with orthogonal rows, `[side, side]`; `side` is a power of two."""
     matrix = torch.ones(1, 1, device=device, dtype=dtype)
     while len(matrix) < side:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -164,46 +165,46 @@ def hadamard(side: int, device: torch.device, dtype: torch.dtype) -> torch.Tenso
 
 
 @dataclass(frozen=True)
-class WriteReport:
-    """The file system as one rank finds it."""
+class DirectoryReport:
+    """Run directory and required files, as one rank finds them."""
 
     problem: str = ""
-    """Why its file could not be written."""
+    """Reason why the rank's file could not be written."""
     missing: tuple[str, ...] = ()
-    """Paths that should be there and are not."""
+    """Required paths that do not exist here."""
     free_bytes: int = 0
-    """Free bytes where the run directory is."""
+    """Free bytes of the file system of the run directory."""
 
 
-def probe_folder(run_dir: Path, token: str) -> Path:
-    """The folder inside the run directory that the ranks write into."""
+def probe_directory(run_dir: Path, token: str) -> Path:
+    """Directory for the ranks' test files, inside the run directory."""
     return run_dir / f".preflight-{token}"
 
 
-def write_own_file(run_dir: Path, token: str, rank: int, paths: Sequence[Path]) -> WriteReport:
-    """Write this rank's file durably and look for what should be there."""
+def write_own_file(run_dir: Path, token: str, rank: int, paths: Sequence[Path]) -> DirectoryReport:
+    """Write and fsync this rank's file, and check that `paths` exist."""
     missing = tuple(str(path) for path in paths if not os.path.exists(path))
-    folder = probe_folder(run_dir, token)
+    folder = probe_directory(run_dir, token)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"rank-{rank}", "w") as file:
             file.write(token)
             file.flush()
             os.fsync(file.fileno())
-        return WriteReport("", missing, shutil.disk_usage(run_dir).free)
+        return DirectoryReport("", missing, shutil.disk_usage(run_dir).free)
     except OSError as error:
-        return WriteReport(f"{run_dir} cannot be written: {describe_error(error)}", missing)
+        return DirectoryReport(f"{run_dir} cannot be written: {describe_error(error)}", missing)
 
 
 def find_files(run_dir: Path, token: str, ranks: Sequence[int], seconds: float) -> list[int]:
-    """The ranks whose files are seen here; looks again for some seconds, as NFS caches directories."""
-    folder, end = probe_folder(run_dir, token), time.monotonic() + seconds
+    """Find the ranks whose files are visible here; repeated for `seconds`, because NFS caches directories."""
+    folder, end = probe_directory(run_dir, token), time.monotonic() + seconds
     while True:
         seen = [rank for rank in ranks if _holds(folder / f"rank-{rank}", token)]
         if len(seen) == len(ranks) or time.monotonic() > end:
             return seen
         time.sleep(_POLL_SECONDS)
-        os.listdir(folder)  # asks the server anew
+        os.listdir(folder)  # refreshes the cache from the server
 
 
 def _holds(path: Path, text: str) -> bool:
@@ -215,7 +216,7 @@ def _holds(path: Path, text: str) -> bool:
 
 def remove_files(run_dir: Path, token: str, rank: int) -> None:
     """Remove this rank's file; the last rank on a file system removes the folder."""
-    folder = probe_folder(run_dir, token)
+    folder = probe_directory(run_dir, token)
     try:
         (folder / f"rank-{rank}").unlink(missing_ok=True)
         folder.rmdir()
@@ -225,49 +226,49 @@ def remove_files(run_dir: Path, token: str, rank: int) -> None:
 
 @dataclass
 class NetworkReport:
-    """The network as one rank finds it; filled while the probe goes on, so that it tells where one got stuck."""
+    """Network as one rank finds it; filled in during the probe, so that it shows where a rank got stuck."""
 
     doing: str = "joining the process group"
-    """What is going on."""
-    stage: int = 0
-    """How far that is: 0 joining, then each round of links, then the all-reduce."""
+    """Current operation."""
+    phase: int = 0
+    """Number of the current operation: 0 joining, then each round of links, then the all-reduce."""
     link_seconds: dict[str, float] = field(default_factory=dict)
-    """Time of a message to another node and back, fastest of some, by that node."""
+    """Round-trip time of the fastest message to another node, by node."""
     seconds: float = 0.0
-    """Time of the all-reduce, fastest of some."""
+    """Time of the fastest all-reduce."""
     wrong: int = 0
-    """Elements of the sum that are wrong."""
+    """Number of wrong elements of the sum."""
     problem: str = ""
-    """What went wrong."""
+    """Description of a failure; empty without one."""
 
 
 @dataclass(frozen=True)
-class Links:
-    """The plan of the network's measurement: which nodes exchange messages when."""
+class NetworkPlan:
+    """Plan of the network test: pairs of nodes that exchange messages, round by round."""
 
     seconds: float
-    """Time for all of it."""
+    """Time limit of the whole test."""
     rounds: list[list[tuple[str, str]]]
     """Pairs of nodes, by round."""
-    speakers: dict[str, int]
-    """The rank that speaks for a node."""
+    leaders: dict[str, int]
+    """Rank that sends and receives for a node."""
 
 
 def probe_network(
     process: ProcessInfo,
     device: torch.device,
     store: dist.Store,
-    links: Links,
+    plan: NetworkPlan,
     report: NetworkReport,
 ) -> None:
     """Join a process group as the run would, measure the links between nodes, then an all-reduce of all ranks.
 
     Args:
-        process: the place of this process.
-        device: where the tensors are; chooses NCCL or gloo.
-        store: a connection of its own to the run's store.
-        links: which links to measure.
-        report: filled in.
+        process: rank of this process.
+        device: device of the tensors; selects NCCL or gloo.
+        store: a separate connection to the run's store.
+        plan: links to measure.
+        report: filled in during the test.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -276,23 +277,23 @@ def probe_network(
         store=dist.PrefixStore("preflight-group", store),
         rank=process.rank,
         world_size=process.world_size,
-        timeout=timedelta(seconds=links.seconds + 10),  # who waits in `within` speaks first
+        timeout=timedelta(seconds=plan.seconds + 10),  # `run_with_timeout` expires first
         device_id=device if device.type == "cuda" else None,
     )
     message = torch.zeros(MESSAGE_BYTES[device.type] // 4, device=device)
-    for number, pairs in enumerate(links.rounds):
-        report.stage = 1 + number
+    for number, pairs in enumerate(plan.rounds):
+        report.phase = 1 + number
         for node, other in pairs:
-            _measure_link(process.rank, links.speakers, node, other, message, report)
-    report.stage, report.doing = 1 + len(links.rounds), "all-reduce"
+            _measure_link(process.rank, plan.leaders, node, other, message, report)
+    report.phase, report.doing = 1 + len(plan.rounds), "all-reduce"
     report.seconds, report.wrong = _all_reduce(process, message)
     dist.destroy_process_group()
 
 
 def _measure_link(
-    rank: int, speakers: dict[str, int], node: str, other: str, message: torch.Tensor, report: NetworkReport
+    rank: int, leaders: dict[str, int], node: str, other: str, message: torch.Tensor, report: NetworkReport
 ) -> None:
-    first, second = speakers[node], speakers[other]
+    first, second = leaders[node], leaders[other]
     if rank not in (first, second):
         return
     report.doing = f"messages between {node} and {other}"
@@ -313,7 +314,7 @@ def _measure_link(
 
 
 def _all_reduce(process: ProcessInfo, values: torch.Tensor) -> tuple[float, int]:
-    """Fastest of some all-reduces of rank + 1, and how many elements of a sum were wrong."""
+    """Time all-reduces of rank + 1; returns the seconds of the fastest one and the number of wrong elements."""
     expected, fastest, wrong = process.world_size * (process.world_size + 1) / 2, float("inf"), 0
     for _ in range(_REPEATS):
         values.fill_(process.rank + 1)

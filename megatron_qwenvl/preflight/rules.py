@@ -1,43 +1,106 @@
-"""Rules that decide whose fault a problem is: a node's, the run's, or nobody's.
+"""Rules that attribute a problem to a node, to the run or to nobody. Pure functions on rank 0.
 
-Pure functions on rank 0. `nodes` maps every rank that reported to its node. What is wrong on some nodes is those nodes'
-fault; what is wrong on all of them is the run's.
+A problem on some nodes is the fault of those nodes; a problem on all nodes is the fault of the run. `nodes` maps every
+rank that reported to its node.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Literal
 
-from .findings import Finding, Slow, by_node, name_ranks, node_failure, ok, run_failure, warning
+Level = Literal["ok", "warning", "failure"]
+SlowLevel = Literal["warning", "failure"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Outcome of one check, or its outcome for one node."""
+
+    level: Level
+    check: str
+    """Name of the check."""
+    text: str
+    """Expected and found values."""
+    node: str | None = None
+    """Node that the finding concerns; None: all, or unknown."""
+    node_fault: bool = False
+    """Whether a failure is the fault of a node, known by name or not, and not of the run."""
+
+    def line(self) -> str:
+        """Format the finding for the terminal."""
+        return f"{self.level:8} {self.check}: {self.node + ': ' if self.node else ''}{self.text}"
+
+
+def ok(check: str, text: str) -> Finding:
+    """Finding of a passed check."""
+    return Finding("ok", check, text)
+
+
+def warning(check: str, text: str, node: str | None = None) -> Finding:
+    """Finding that does not prevent the run."""
+    return Finding("warning", check, text, node)
+
+
+def run_failure(check: str, text: str) -> Finding:
+    """Finding that the run cannot work on any nodes."""
+    return Finding("failure", check, text)
+
+
+def node_failure(check: str, text: str, node: str | None) -> Finding:
+    """Finding of a bad node; None: it is unknown which."""
+    return Finding("failure", check, text, node, node_fault=True)
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """Format ranks as `rank 3`, or `ranks 3, 5, ... (8 in all)`."""
+    found = sorted(ranks)
+    if len(found) == 1:
+        return f"rank {found[0]}"
+    shown = ", ".join(map(str, found[:6]))
+    return f"ranks {shown}" + (f", ... ({len(found)} in all)" if len(found) > 6 else "")
+
+
+def count(number: int, noun: str) -> str:
+    """Format a number with its noun: `1 node`, `2 nodes`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def group_by_node(ranks: Iterable[int], nodes: Mapping[int, str | None]) -> dict[str | None, list[int]]:
+    """Group ranks by node, in order of rank."""
+    groups: dict[str | None, list[int]] = {}
+    for rank in sorted(ranks):
+        groups.setdefault(nodes.get(rank), []).append(rank)
+    return groups
 
 
 def missing_ranks(
     world_size: int, nodes: Mapping[int, str], places: Mapping[int, str], seconds: float
 ) -> list[Finding]:
-    """Names the ranks that did not report; `places` is where ranks should be, as far as that is known."""
+    """Find the ranks that did not report; `places` is the expected node of each rank, as far as it is known."""
     missing = set(range(world_size)) - nodes.keys()
     return [
         node_failure("ranks", f"{name_ranks(ranks)} did not report within {seconds:.0f} s", node)
-        for node, ranks in by_node(missing, places).items()
+        for node, ranks in group_by_node(missing, places).items()
     ]
 
 
-def spread(
+def attribute_problems(
     check: str, problems: Mapping[int, str], nodes: Mapping[int, str], alone: Literal["run", "node"] = "run"
 ) -> list[Finding]:
-    """Problems of ranks: the nodes' fault, or the run's if every node has one.
+    """Attribute problems of ranks to their nodes, or to the run if every node has one.
 
     Args:
         check: name of the check.
-        problems: what is wrong, by rank.
+        problems: description of the problem by rank.
         nodes: node of every rank.
-        alone: whose fault it is where there is one node only.
+        alone: attribution if there is only one node.
     """
-    groups = by_node(problems, nodes)
+    groups = group_by_node(problems, nodes)
     everywhere = groups.keys() == set(nodes.values())
     if everywhere and (len(groups) > 1 or alone == "run"):
         first = min(problems)
@@ -52,7 +115,7 @@ def spread(
 def differing_facts(
     check: str, facts: Mapping[int, Mapping[str, str]], nodes: Mapping[int, str]
 ) -> list[Finding]:
-    """Names the nodes whose facts differ from what most ranks have; in a tie rank 0's are expected."""
+    """Find the nodes whose facts differ from those of most ranks; in a tie rank 0's are expected."""
     findings = []
     for fact in dict.fromkeys(name for found in facts.values() for name in found):
         values = {rank: found.get(fact, "none") for rank, found in facts.items()}
@@ -61,7 +124,7 @@ def differing_facts(
         usual = [value for value in counts if counts[value] == most]
         expected = values[0] if values.get(0) in usual else usual[0]
         odd = {rank: value for rank, value in values.items() if value != expected}
-        for node, ranks in by_node(odd, nodes).items():
+        for node, ranks in group_by_node(odd, nodes).items():
             where = f"{most} of {len(values)} ranks"
             text = f"{fact}: expected {expected} as on {where}, found {odd[ranks[0]]} ({name_ranks(ranks)})"
             findings.append(node_failure(check, text, node))
@@ -69,9 +132,9 @@ def differing_facts(
 
 
 def slow_computation(
-    seconds: Mapping[int, float], nodes: Mapping[int, str], factor: float, level: Slow
+    seconds: Mapping[int, float], nodes: Mapping[int, str], factor: float, level: SlowLevel
 ) -> list[Finding]:
-    """Names nodes on which a computation took more than `factor` times the median of all ranks."""
+    """Find nodes on which a computation took more than `factor` times the median of all ranks."""
     usual = median(seconds.values())
     slow = {rank for rank, value in seconds.items() if value > factor * usual}
     return [
@@ -81,14 +144,14 @@ def slow_computation(
             f"{max(seconds[rank] for rank in ranks) * 1e3:.1f} ms, more than {factor:g} times the median "
             f"{usual * 1e3:.1f} ms ({name_ranks(ranks)})",
             node,
-            of_nodes=True,
+            node_fault=True,
         )
-        for node, ranks in by_node(slow, nodes).items()
+        for node, ranks in group_by_node(slow, nodes).items()
     ]
 
 
 def crowded_gpus(free: Mapping[int, tuple[int, int]], nodes: Mapping[int, str]) -> list[Finding]:
-    """Warns where something else occupies GPU memory; `free` has free and all bytes by rank."""
+    """Warn of GPU memory in use by other processes; `free` has free and total bytes by rank."""
     limit = 0.9  # the CUDA context of the check itself takes under 1 GB
     crowded = {rank for rank, (left, total) in free.items() if left < limit * total}
     return [
@@ -98,12 +161,12 @@ def crowded_gpus(free: Mapping[int, tuple[int, int]], nodes: Mapping[int, str]) 
             f"by something else ({name_ranks(ranks)})",
             node,
         )
-        for node, ranks in by_node(crowded, nodes).items()
+        for node, ranks in group_by_node(crowded, nodes).items()
     ]
 
 
 def shared_gpus(identities: Mapping[int, str], nodes: Mapping[int, str]) -> list[Finding]:
-    """Two ranks on one GPU: a mistake of the launch; NCCL refuses it."""
+    """Find ranks that share a GPU, a mistake of the launch that NCCL refuses."""
     users: dict[str, list[int]] = {}
     for rank, identity in sorted(identities.items()):
         users.setdefault(identity, []).append(rank)
@@ -114,11 +177,13 @@ def shared_gpus(identities: Mapping[int, str], nodes: Mapping[int, str]) -> list
     ]
 
 
-def not_shared(seen: Mapping[int, Sequence[int]], nodes: Mapping[int, str], directory: str) -> list[Finding]:
-    """Finds nodes that do not share the directory with the others.
+def unshared_directory(
+    seen: Mapping[int, Sequence[int]], nodes: Mapping[int, str], directory: str
+) -> list[Finding]:
+    """Find nodes that do not share the directory with the others.
 
     Args:
-        seen: for every rank that wrote a file into the directory, the ranks whose files it found there.
+        seen: for every rank that wrote a file to the directory, the ranks whose files it found there.
         nodes: node of every rank.
         directory: for the messages.
     """
@@ -133,7 +198,7 @@ def not_shared(seen: Mapping[int, Sequence[int]], nodes: Mapping[int, str], dire
     most = max(groups.values())
     usual = max((group for group, count in groups.items() if count == most), key=lambda group: 0 in group)
     apart = {rank for rank, found in seen.items() if tuple(sorted(found)) != usual}
-    # Where the others do not see a rank's file, it is that rank's node which is apart, not theirs.
+    # If the other ranks do not see a rank's file, that rank's node is at fault, not theirs.
     unseen = {rank for rank in apart if rank not in usual}
     return [
         node_failure(
@@ -142,16 +207,16 @@ def not_shared(seen: Mapping[int, Sequence[int]], nodes: Mapping[int, str], dire
             f"{name_ranks(seen[ranks[0]]) if seen[ranks[0]] else 'none'} ({name_ranks(ranks)})",
             node,
         )
-        for node, ranks in by_node(unseen or apart, nodes).items()
+        for node, ranks in group_by_node(unseen or apart, nodes).items()
     ]
 
 
-def unseen_paths(missing: Mapping[int, Sequence[str]], nodes: Mapping[int, str]) -> list[Finding]:
-    """Names nodes that lack a path which others have. A path that no node has is for the caller to explain."""
+def missing_paths(missing: Mapping[int, Sequence[str]], nodes: Mapping[int, str]) -> list[Finding]:
+    """Find nodes that lack a path which others have. The checks of data and weights report paths that no node has."""
     findings = []
     for path in dict.fromkeys(path for paths in missing.values() for path in paths):
         without = {rank for rank, paths in missing.items() if path in paths}
-        groups = by_node(without, nodes)
+        groups = group_by_node(without, nodes)
         if groups.keys() == set(nodes.values()):
             continue
         findings += [
@@ -162,10 +227,10 @@ def unseen_paths(missing: Mapping[int, Sequence[str]], nodes: Mapping[int, str])
 
 
 def free_space(free: int, checkpoint_bytes: int, wanted: int, directory: str) -> Finding:
-    """Whether the next checkpoints fit.
+    """Check that the next checkpoints fit into the file system.
 
     Args:
-        free: free bytes of the file system; quotas are not known.
+        free: free bytes of the file system, without regard to quotas.
         checkpoint_bytes: size of one checkpoint.
         wanted: checkpoints that the run will write before it removes one; at least 1.
         directory: for the message.
@@ -180,24 +245,24 @@ def free_space(free: int, checkpoint_bytes: int, wanted: int, directory: str) ->
 
 
 def link_rounds(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """The links of a ring of nodes in rounds, such that no node has two links in a round."""
+    """Arrange the links of a ring of nodes in rounds, such that no node has two links in a round."""
     links = list(pairwise(nodes))
     closing = [(nodes[-1], nodes[0])] if len(nodes) > 2 else []
     return [links for links in (links[::2], links[1::2], closing) if links]
 
 
 def slow_links(
-    bandwidths: Mapping[tuple[str, str], float], factor: float, level: Slow, check: str = "links"
+    bandwidths: Mapping[tuple[str, str], float], factor: float, level: SlowLevel, check: str = "links"
 ) -> list[Finding]:
-    """Names nodes all of whose links are slow.
+    """Find nodes all of whose links are slow.
 
-    A slow node slows both of its links, and with them a link of each neighbour; so a node counts as fast as its
-    fastest link, and is compared with the median of the nodes. Between two nodes nothing can be told.
+    A slow node slows both of its links, and thereby one link of each neighbour; so the fastest link of a node is
+    compared with the median of the nodes. With two nodes the slow one cannot be identified.
 
     Args:
         bandwidths: bytes per second by link.
-        factor: how many times slower than the median is slow.
-        level: what a slow node is.
+        factor: ratio to the median beyond which a node is slow.
+        level: level of the finding.
         check: name of the check.
     """
     best: dict[str, float] = {}
@@ -214,34 +279,34 @@ def slow_links(
             f"{value / 1e9:.2f} GB/s on its fastest link, more than {factor:g} times slower than the median "
             f"{usual / 1e9:.2f} GB/s",
             node,
-            of_nodes=True,
+            node_fault=True,
         )
         for node, value in best.items()
         if value * factor < usual
     ]
 
 
-def stuck_ranks(
+def first_failed_ranks(
     check: str, reached: Mapping[int, int], errors: Mapping[int, str], nodes: Mapping[int, str]
 ) -> list[Finding]:
-    """Who held up what all ranks do together.
+    """Find the ranks that failed first in a collective operation.
 
-    Ranks that are not to blame fail too, but later: those that failed at the earliest stage are named. If that is
-    all of them, nobody can be.
+    A failure spreads to the other ranks, but later: the ranks that failed in the earliest phase are at fault. If they
+    are on every node, none is named.
 
     Args:
         check: name of the check.
-        reached: number of the stage that every failed rank was in.
-        errors: what happened to it.
+        reached: number of the phase in which each rank failed.
+        errors: error of each failed rank.
         nodes: node of every rank, also of those that did not fail.
     """
     if not errors:
         return []
     earliest = min(reached[rank] for rank in errors)
     suspects = [rank for rank in errors if reached[rank] == earliest]
-    if len(by_node(suspects, nodes)) == len(set(nodes.values())) > 1:
+    if len(group_by_node(suspects, nodes)) == len(set(nodes.values())) > 1:
         return [node_failure(check, f"{errors[suspects[0]]} (on every node)", None)]
     return [
         node_failure(check, f"{errors[ranks[0]]} ({name_ranks(ranks)})", node)
-        for node, ranks in by_node(suspects, nodes).items()
+        for node, ranks in group_by_node(suspects, nodes).items()
     ]

@@ -1,7 +1,7 @@
-"""The checks before a run: are all ranks there, equal, on a shared file system, right and fast?
+"""Procedure of the checks before a run: all ranks present, equal, on a shared file system, correct and fast.
 
-Every rank measures (`probes`), rank 0 concludes (`judge`), and all learn the verdict. All of it
-goes over the rendezvous store, so that a rank that is missing or stuck is named instead of waited for.
+Every rank measures (`probes`), rank 0 assesses the reports (`verdict`), and all ranks receive the verdict. All messages
+go over the rendezvous store, so that a missing or hanging rank is named and not waited for.
 """
 
 from __future__ import annotations
@@ -21,273 +21,282 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 
 from . import rules
 from .exchange import Exchange, open_store
-from .findings import Finding, Slow, count, exit_code, ok, run_failure, warning
-from .judge import can_meet, judge_facts, judge_machines, judge_network, judge_written, silent_ranks
-from .placement import Seat, place_ranks
+from .placement import RankPlacement, place_ranks
 from .probes import (
-    Links,
+    DirectoryReport,
     MachineReport,
+    NetworkPlan,
     NetworkReport,
-    OverdueError,
-    WriteReport,
+    ProbeTimeoutError,
     describe_error,
     find_files,
     probe_machine,
     probe_network,
     remove_files,
-    within,
+    run_with_timeout,
     write_own_file,
+)
+from .rules import Finding, SlowLevel, count, ok, run_failure, warning
+from .verdict import (
+    Verdict,
+    assess_machines,
+    assess_network,
+    assess_run_directory,
+    assess_versions,
+    can_form_group,
+    exit_code,
+    unresponsive_ranks,
 )
 
 _GRACE_SECONDS = 2.0
-"""What rank 0 waits beyond the time that it gave to all."""
+"""Extra time of rank 0 beyond the time given to all ranks."""
 
 
 @dataclass(frozen=True)
 class Checklist:
-    """What is to be checked."""
+    """Subject and time limits of the checks."""
 
     run_dir: Path
     """Directory that all ranks must share and be able to write."""
     runtime: RuntimeConfig
-    """Wanted device and kernels."""
+    """Requested device and kernels."""
     checkpoint_bytes: int = 0
     """Size of one checkpoint; 0: the run saves none."""
     checkpoints: int = 1
     """Checkpoints that the run writes before it removes one."""
     paths: tuple[Path, ...] = ()
-    """Files and directories that every node must see."""
-    own_checks: Callable[[], Sequence[Finding]] = tuple
-    """Further checks, made on rank 0 alone."""
+    """Files and directories that must exist on every node."""
+    rank0_checks: Callable[[], Sequence[Finding]] = tuple
+    """Further checks, performed by rank 0 alone."""
     deadline: float = 30.0
-    """Seconds that all ranks have to report, and each later step at most; all of it takes at most twice as long."""
+    """Seconds for all ranks to report, and the limit of each later step; all steps take at most twice as long."""
     file_seconds: float = 10.0
-    """Time after which a file that one rank wrote must be seen by all."""
+    """Time after which a file that one rank wrote must be visible to all."""
     slow_factor: float = 2.0
-    """A node that is this much slower than the median, in computing or in its links, is named."""
-    slow: Slow = "warning"
-    """What a slow node is."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The end of the checks, the same on all ranks."""
-
-    code: int
-    """0: passed, 1: the run cannot work, 3: nodes are bad."""
-    findings: tuple[Finding, ...]
-    """On rank 0: everything that was found."""
+    """A node that is slower than the median by this factor, in computation or in its links, is reported."""
+    slow: SlowLevel = "warning"
+    """Level of the finding of a slow node."""
 
 
 def run_preflight(
     process: ProcessInfo,
     environment: Environment,
     checklist: Checklist,
-    say: Callable[[Finding], None] = lambda finding: None,
-    conclude: Callable[[Sequence[Finding]], None] = lambda findings: None,
+    on_finding: Callable[[Finding], None] = lambda finding: None,
+    on_complete: Callable[[Sequence[Finding]], None] = lambda findings: None,
 ) -> Verdict:
-    """Make all checks; collective over all ranks.
+    """Perform all checks; collective over all ranks.
 
     Args:
-        process: the place of this process.
-        environment: where it runs.
-        checklist: what to check; the same on all ranks but for `own_checks`.
-        say: told every finding on rank 0, as it is made.
-        conclude: told all of them on rank 0 before any rank learns the verdict: launchers end all processes once one
-            has failed.
+        process: rank and rendezvous of this process.
+        environment: environment of this process.
+        checklist: subject of the checks; the same on all ranks except for `rank0_checks`.
+        on_finding: called on rank 0 with every finding as it is made.
+        on_complete: called on rank 0 with all findings before any rank receives the verdict: launchers end all
+            processes once one has failed.
 
     Raises:
-        RendezvousError: the ranks cannot meet, or rank 0 has gone; told by the rank that finds it so.
+        RendezvousError: the rendezvous failed or rank 0 has ended; raised on each rank that notices.
     """
-    # The others give up after rank 0, which names those that did not come.
-    patience = min(10.0, checklist.deadline) if process.rank else 0.0
-    exchange = Exchange(process, checklist.deadline + patience)
-    return _Preflight(exchange, environment, checklist, say, conclude).run()
+    # The other ranks give up later than rank 0, which reports the missing ones.
+    extra = min(10.0, checklist.deadline) if process.rank else 0.0
+    exchange = Exchange(process, checklist.deadline + extra)
+    return _Preflight(exchange, environment, checklist, on_finding, on_complete).run()
 
 
 @dataclass
 class _Preflight:
-    """The steps on one rank. A step ends with rank 0's answer to all; no answer ends the checks."""
+    """Steps of the checks on one rank. A step ends with rank 0's answer to all ranks; None ends the checks."""
 
     exchange: Exchange
     environment: Environment
     checklist: Checklist
-    say: Callable[[Finding], None]
-    conclude: Callable[[Sequence[Finding]], None]
+    on_finding: Callable[[Finding], None]
+    on_complete: Callable[[Sequence[Finding]], None]
     findings: list[Finding] = field(default_factory=list)
     nodes: dict[int, str] = field(default_factory=dict)
-    """On rank 0: the node of every rank."""
+    """Node of every rank; on rank 0 alone."""
     token: str = ""
-    """Tells this run's files from others'."""
-    can_meet: bool = False
-    """On rank 0: whether a process group of all ranks can be tried."""
+    """Random name of the files of these checks."""
+    can_form_group: bool = False
+    """Whether a process group of all ranks can be tried; on rank 0 alone."""
     began: float = field(default_factory=time.monotonic)
 
     def run(self) -> Verdict:
         try:
             if (
-                (seconds := self._arrive())
-                and (writers := self._measure(seconds)) is not None
-                and (links := self._look(writers))
+                (seconds := self._register_ranks())
+                and (writers := self._probe_machines(seconds)) is not None
+                and (plan := self._check_shared_files(writers))
             ):
-                self._communicate(links)
+                self._probe_network(plan)
         finally:
-            self._tidy()
-        return self._conclude()
+            self._remove_files()
+        return self._announce_verdict()
 
     @property
     def process(self) -> ProcessInfo:
         return self.exchange.process
 
-    def _step(self, topic: str, value: Any, seconds: float, judge: Callable[[dict[int, Any]], Any]) -> Any:
-        """Every rank's value to rank 0, and what it answers to all; None ends the checks."""
-        self.exchange.put(topic, value)
+    def _step(self, topic: str, value: Any, seconds: float, assess: Callable[[dict[int, Any]], Any]) -> Any:
+        """Send this rank's value to rank 0, and return rank 0's answer, the result of `assess` on all values.
+
+        The answer is None, which ends the checks, if a rank did not send a value in time.
+        """
+        self.exchange.send(topic, value)
         if self.process.rank > 0:
-            return self.exchange.hear(f"{topic}/answer", 2 * self.checklist.deadline)
-        values = self.exchange.collect(topic, seconds)
-        silent = silent_ranks(topic, list(values), seconds, self.nodes)
-        self._add(silent)
-        answer = None if silent else judge(values)
-        self.exchange.tell(f"{topic}/answer", answer)
+            return self.exchange.receive(f"{topic}/answer", 2 * self.checklist.deadline)
+        values = self.exchange.gather(topic, seconds)
+        unresponsive = unresponsive_ranks(topic, list(values), seconds, self.nodes)
+        self._record(unresponsive)
+        answer = None if unresponsive else assess(values)
+        self.exchange.broadcast(f"{topic}/answer", answer)
         return answer
 
-    def _left(self) -> float:
-        """Seconds that the next step may take, such that all steps take less than two deadlines."""
+    def _seconds_left(self) -> float:
+        """Time limit of the next step, such that all steps together take less than twice the deadline."""
         rest = 2 * (self.checklist.deadline - _GRACE_SECONDS) - (time.monotonic() - self.began)
         return max(1.0, min(self.checklist.deadline, rest) - _GRACE_SECONDS)
 
-    def _add(self, findings: Sequence[Finding]) -> None:
+    def _record(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
             self.findings.append(finding)
-            self.say(finding)
+            self.on_finding(finding)
 
-    def _arrive(self) -> float | None:
-        """Who is there, and are they equal? Answers with the seconds for the next step."""
-        seat = self.environment.node, self.process.local_rank, self.process.local_world_size
-        value = {"seat": seat, "facts": facts_equal_on_all_ranks(self.environment)}
-        answer = self._step("ranks", value, self.checklist.deadline, self._judge_arrival)
+    def _register_ranks(self) -> float | None:
+        """Register all ranks and compare their versions; returns the time limit of the next step in seconds."""
+        placement = self.environment.node, self.process.local_rank, self.process.local_world_size
+        value = {"placement": placement, "facts": facts_equal_on_all_ranks(self.environment)}
+        answer = self._step("ranks", value, self.checklist.deadline, self._assess_arrival)
         if answer is None:
             return None
         self.token = answer["token"]
         return float(answer["seconds"])
 
-    def _judge_arrival(self, values: dict[int, Any]) -> Any:
-        seats = {rank: Seat(*value["seat"]) for rank, value in values.items()}
-        self.nodes = {rank: seat.node for rank, seat in seats.items()}
-        world, places = self.process.world_size, place_ranks(self.process, seats)
+    def _assess_arrival(self, values: dict[int, Any]) -> Any:
+        placements = {rank: RankPlacement(*value["placement"]) for rank, value in values.items()}
+        self.nodes = {rank: placement.node for rank, placement in placements.items()}
+        world, places = self.process.world_size, place_ranks(self.process, placements)
         missing = rules.missing_ranks(world, self.nodes, places, self.checklist.deadline)
         names, seconds = sorted(set(self.nodes.values())), time.monotonic() - self.began
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        self._add(
+        self._record(
             missing
             or [ok("ranks", f"{world} on {count(len(names), 'node')} ({shown}) after {seconds:.1f} s")]
         )
-        self._add(judge_facts({rank: value["facts"] for rank, value in values.items()}, self.nodes))
-        return None if missing else {"token": uuid.uuid4().hex[:12], "seconds": self._left()}
+        self._record(assess_versions({rank: value["facts"] for rank, value in values.items()}, self.nodes))
+        return None if missing else {"token": uuid.uuid4().hex[:12], "seconds": self._seconds_left()}
 
-    def _measure(self, seconds: float) -> list[int] | None:
-        """What can each machine do, and does it see the files? Answers with the ranks that could write."""
+    def _probe_machines(self, seconds: float) -> list[int] | None:
+        """Test device and run directory of every rank; returns the ranks that could write to the directory."""
         end = time.monotonic() + seconds
         rank, checklist = self.process.rank, self.checklist
         try:
-            machine = within(seconds, lambda: probe_machine(self.process, checklist.runtime))
+            machine = run_with_timeout(seconds, lambda: probe_machine(self.process, checklist.runtime))
         except Exception as error:
             machine = MachineReport(device_problem=describe_error(error))
         try:
             left = max(1.0, end - time.monotonic())
-            written = within(
+            written = run_with_timeout(
                 left, lambda: write_own_file(checklist.run_dir, self.token, rank, checklist.paths)
             )
         except Exception as error:
-            written = WriteReport(f"{checklist.run_dir}: {describe_error(error)}")
+            written = DirectoryReport(f"{checklist.run_dir}: {describe_error(error)}")
         if rank == 0:
-            self._check_own(max(1.0, end - time.monotonic()))
+            self._run_rank0_checks(max(1.0, end - time.monotonic()))
         value = {"machine": asdict(machine), "written": asdict(written)}
         writers: list[int] | None = self._step(
-            "machine", value, seconds + _GRACE_SECONDS, self._judge_machines
+            "machine", value, seconds + _GRACE_SECONDS, self._assess_reports
         )
         return writers
 
-    def _check_own(self, seconds: float) -> None:
+    def _run_rank0_checks(self, seconds: float) -> None:
         try:
-            self._add(within(seconds, self.checklist.own_checks))
-        except OverdueError as error:
-            self._add([warning("start", f"data and weights: {error}; the run will look itself")])
+            self._record(run_with_timeout(seconds, self.checklist.rank0_checks))
+        except ProbeTimeoutError as error:
+            self._record([warning("start", f"data and weights: {error}; the run will check them itself")])
         except Exception as error:
-            self._add([run_failure("start", describe_error(error))])
+            self._record([run_failure("start", describe_error(error))])
 
-    def _judge_machines(self, values: dict[int, Any]) -> list[int]:
+    def _assess_reports(self, values: dict[int, Any]) -> list[int]:
         machines = {rank: MachineReport(**value["machine"]) for rank, value in values.items()}
-        written = {rank: WriteReport(**value["written"]) for rank, value in values.items()}
+        written = {rank: DirectoryReport(**value["written"]) for rank, value in values.items()}
         checklist = self.checklist
-        self._add(judge_machines(machines, self.nodes, checklist.slow_factor, checklist.slow))
-        self._add(judge_written(written, self.nodes))
+        self._record(assess_machines(machines, self.nodes, checklist.slow_factor, checklist.slow))
+        self._record(assess_run_directory(written, self.nodes))
         writers = [rank for rank, report in written.items() if not report.problem]
         if checklist.checkpoint_bytes and writers:
             free = written[writers[0]].free_bytes
             size, run_dir = checklist.checkpoint_bytes, str(checklist.run_dir)
-            self._add([rules.free_space(free, size, checklist.checkpoints, run_dir)])
-        self.can_meet = can_meet(machines)
+            self._record([rules.free_space(free, size, checklist.checkpoints, run_dir)])
+        self.can_form_group = can_form_group(machines)
         return writers
 
-    def _look(self, writers: list[int]) -> Links | None:
-        """Does every rank see the others' files? Answers with the links to measure."""
+    def _check_shared_files(self, writers: list[int]) -> NetworkPlan | None:
+        """Check that every rank sees the files of the others; returns the plan of the network test."""
         limit, seen = self.checklist.file_seconds, list[int]()
         if self.process.rank in writers:
-            with suppress(Exception):  # whose file system hangs now has not seen the others
-                seen = within(
+            with suppress(Exception):  # a rank whose file system hangs now has seen no files
+                seen = run_with_timeout(
                     limit + 1, lambda: find_files(self.checklist.run_dir, self.token, writers, limit)
                 )
         answer = self._step(
-            "shared files", seen, limit + 1 + _GRACE_SECONDS, lambda values: self._judge_seen(writers, values)
+            "shared files",
+            seen,
+            limit + 1 + _GRACE_SECONDS,
+            lambda values: self._assess_shared_files(writers, values),
         )
-        return None if answer is None else Links(**answer)
+        return None if answer is None else NetworkPlan(**answer)
 
-    def _judge_seen(self, writers: list[int], values: dict[int, list[int]]) -> Any:
+    def _assess_shared_files(self, writers: list[int], values: dict[int, list[int]]) -> Any:
         run_dir = str(self.checklist.run_dir)
-        apart = rules.not_shared({rank: values[rank] for rank in writers}, self.nodes, run_dir)
-        self._add(apart)
-        if not apart and len(writers) == self.process.world_size:
-            self._add([ok("run directory", f"{run_dir} is written and seen by all ranks")])
-        if not self.can_meet:
+        unshared = rules.unshared_directory({rank: values[rank] for rank in writers}, self.nodes, run_dir)
+        self._record(unshared)
+        if not unshared and len(writers) == self.process.world_size:
+            self._record([ok("run directory", f"{run_dir} is written and seen by all ranks")])
+        if not self.can_form_group:
             return None
         names = list(dict.fromkeys(self.nodes[rank] for rank in sorted(self.nodes)))
-        speakers = {name: min(rank for rank in self.nodes if self.nodes[rank] == name) for name in names}
-        return asdict(Links(self._left(), rules.link_rounds(names), speakers))
+        leaders = {name: min(rank for rank in self.nodes if self.nodes[rank] == name) for name in names}
+        return asdict(NetworkPlan(self._seconds_left(), rules.link_rounds(names), leaders))
 
-    def _communicate(self, links: Links) -> None:
-        """How fast is the network?"""
+    def _probe_network(self, plan: NetworkPlan) -> None:
+        """Measure the network between all ranks."""
         settings, process, report = self.checklist.runtime, self.process, NetworkReport()
         device = choose_device(settings.device, process.local_rank, process.launcher)
 
         def probe() -> None:
-            # A connection of its own: a thread that hangs in the store must not keep this one from answering.
-            store = open_store(process, links.seconds, host=False)
-            probe_network(process, device, store, links, report)
+            # A separate connection: a thread that hangs in the store must not block this one.
+            store = open_store(process, plan.seconds, host=False)
+            probe_network(process, device, store, plan, report)
 
         try:
-            within(links.seconds, probe)
+            run_with_timeout(plan.seconds, probe)
         except Exception as error:
             report.problem = f"{report.doing}: {describe_error(error)}"
 
-        def judge(values: dict[int, Any]) -> None:
+        def assess(values: dict[int, Any]) -> None:
             reports = {rank: NetworkReport(**value) for rank, value in values.items()}
             checklist = self.checklist
-            self._add(judge_network(reports, device.type, self.nodes, checklist.slow_factor, checklist.slow))
+            self._record(
+                assess_network(reports, device.type, self.nodes, checklist.slow_factor, checklist.slow)
+            )
 
-        self._step("network", asdict(report), links.seconds + _GRACE_SECONDS, judge)
+        self._step("network", asdict(report), plan.seconds + _GRACE_SECONDS, assess)
 
-    def _tidy(self) -> None:
+    def _remove_files(self) -> None:
         if self.token:
             with suppress(Exception):  # a file system that hangs has been reported
-                within(5, lambda: remove_files(self.checklist.run_dir, self.token, self.process.rank))
+                run_with_timeout(
+                    5, lambda: remove_files(self.checklist.run_dir, self.token, self.process.rank)
+                )
 
-    def _conclude(self) -> Verdict:
+    def _announce_verdict(self) -> Verdict:
         if self.process.rank == 0:
-            self.conclude(self.findings)
+            self.on_complete(self.findings)
             code = exit_code(self.findings)
-            self.exchange.tell("verdict", code)
+            self.exchange.broadcast("verdict", code)
         else:
-            code = self.exchange.hear("verdict", 2 * self.checklist.deadline)
-        self.exchange.leave(self.nodes, 5)
+            code = self.exchange.receive("verdict", 2 * self.checklist.deadline)
+        self.exchange.close(self.nodes, 5)
         return Verdict(code, tuple(self.findings))

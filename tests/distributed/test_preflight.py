@@ -20,9 +20,10 @@ import torch.distributed as dist
 from megatron_qwenvl.config.schema import RuntimeConfig
 from megatron_qwenvl.preflight import probes
 from megatron_qwenvl.preflight.exchange import Exchange
-from megatron_qwenvl.preflight.findings import Finding, bad_nodes
 from megatron_qwenvl.preflight.probes import NetworkReport
+from megatron_qwenvl.preflight.rules import Finding
 from megatron_qwenvl.preflight.run import Checklist, run_preflight
+from megatron_qwenvl.preflight.verdict import bad_nodes
 from megatron_qwenvl.runtime.environment import describe_environment, facts_equal_on_all_ranks
 from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.unit.data.data_cases import png_image, random_record, sample, write_source
@@ -156,7 +157,7 @@ def with_a_death(process: ProcessInfo, run_dir: Path, deadline: float) -> tuple[
     """Rank 1 reports and is not heard of again."""
     if process.rank == 1:
         facts = facts_equal_on_all_ranks(describe_environment(process))
-        Exchange(process, 120).put("ranks", {"seat": ("n1", 0, 1), "facts": facts})
+        Exchange(process, 120).send("ranks", {"placement": ("n1", 0, 1), "facts": facts})
         return 0, []
 
     def impatient(rank: int, checklist: Checklist) -> tuple[Checklist, dict[str, str]]:
@@ -210,14 +211,14 @@ def with_a_slow_node(process: ProcessInfo, run_dir: Path) -> tuple[int, list[Fin
 
     def measure_on_an_idle_machine(
         rank: int,
-        speakers: dict[str, int],
+        leaders: dict[str, int],
         node: str,
         other: str,
         message: torch.Tensor,
         report: NetworkReport,
     ) -> None:
-        measure(rank, speakers, node, other, message, report)
-        if rank == speakers[node]:
+        measure(rank, leaders, node, other, message, report)
+        if rank == leaders[node]:
             slow = "n2" in (node, other)
             assert not slow or report.link_seconds[other] >= SLOW
             report.link_seconds[other] = report.link_seconds[other] if slow else FAST

@@ -9,31 +9,25 @@ import pytest
 import torch
 
 from megatron_qwenvl.preflight import placement, probes, rules
-from megatron_qwenvl.preflight.findings import (
-    Finding,
-    bad_nodes,
-    exit_code,
-    node_failure,
-    ok,
-    run_failure,
-    warning,
-)
-from megatron_qwenvl.preflight.judge import (
-    can_meet,
-    describe_bandwidth,
-    judge_machines,
-    judge_network,
-    judge_written,
-)
-from megatron_qwenvl.preflight.placement import Seat, place_ranks
+from megatron_qwenvl.preflight.placement import RankPlacement, place_ranks
 from megatron_qwenvl.preflight.probes import (
+    DirectoryReport,
     MachineReport,
     NetworkReport,
-    OverdueError,
-    WriteReport,
+    ProbeTimeoutError,
     hadamard,
     multiply,
-    within,
+    run_with_timeout,
+)
+from megatron_qwenvl.preflight.rules import Finding, node_failure, ok, run_failure, warning
+from megatron_qwenvl.preflight.verdict import (
+    assess_machines,
+    assess_network,
+    assess_run_directory,
+    bad_nodes,
+    can_form_group,
+    describe_bandwidth,
+    exit_code,
 )
 from megatron_qwenvl.runtime.processes import ProcessInfo, expand_counts
 
@@ -47,7 +41,7 @@ def failed(findings: list[Finding]) -> list[str | None]:
 
 
 def judged(machines: dict[int, MachineReport], nodes: dict[int, str] = SIX) -> list[Finding]:
-    return judge_machines(machines, nodes, 2.0, "warning")
+    return assess_machines(machines, nodes, 2.0, "warning")
 
 
 # --- verdicts
@@ -68,16 +62,16 @@ def test_an_unknown_bad_node_has_no_name_but_its_code() -> None:
 
 
 def test_what_is_wrong_everywhere_is_the_runs_fault() -> None:
-    everywhere = rules.spread("run directory", {0: "no", 2: "no", 4: "no"}, SIX)
+    everywhere = rules.attribute_problems("run directory", {0: "no", 2: "no", 4: "no"}, SIX)
     assert exit_code(everywhere) == 1
     assert "all 3 nodes" in everywhere[0].text
-    assert failed(rules.spread("run directory", {0: "no", 2: "no"}, SIX)) == ["a", "b"]
+    assert failed(rules.attribute_problems("run directory", {0: "no", 2: "no"}, SIX)) == ["a", "b"]
 
 
 def test_one_node_by_itself() -> None:
     alone = {0: "a", 1: "a"}
-    assert exit_code(rules.spread("run directory", {0: "no"}, alone)) == 1
-    assert failed(rules.spread("device", {0: "no"}, alone, alone="node")) == ["a"]
+    assert exit_code(rules.attribute_problems("run directory", {0: "no"}, alone)) == 1
+    assert failed(rules.attribute_problems("device", {0: "no"}, alone, alone="node")) == ["a"]
 
 
 # --- ranks that do not come
@@ -88,8 +82,8 @@ def process(launcher: str = "torchrun", world: int = 6) -> ProcessInfo:
 
 
 def test_a_missing_rank_is_placed_beside_its_neighbour() -> None:
-    seats = {rank: Seat(SIX[rank], rank % 2, 2) for rank in (0, 1, 2)}
-    places = place_ranks(process(), seats)
+    placements = {rank: RankPlacement(SIX[rank], rank % 2, 2) for rank in (0, 1, 2)}
+    places = place_ranks(process(), placements)
     findings = rules.missing_ranks(6, {0: "a", 1: "a", 2: "b"}, places, 30)
     assert [(finding.node, finding.text) for finding in findings] == [
         ("b", "rank 3 did not report within 30 s"),
@@ -99,18 +93,21 @@ def test_a_missing_rank_is_placed_beside_its_neighbour() -> None:
 
 
 def test_neighbours_are_not_guessed_where_ranks_go_round_the_nodes() -> None:
-    seats = {0: Seat("a", 0, 2), 2: Seat("a", 1, 2), 3: Seat("b", 1, 2)}
-    assert place_ranks(process(world=4), seats) == {0: "a", 2: "a", 3: "b"}
+    placements = {0: RankPlacement("a", 0, 2), 2: RankPlacement("a", 1, 2), 3: RankPlacement("b", 1, 2)}
+    assert place_ranks(process(world=4), placements) == {0: "a", 2: "a", 3: "b"}
 
 
 def test_slurm_says_where_a_whole_missing_node_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "_host_names", lambda listed: ["a", "b", "c"])
     monkeypatch.setenv("SLURM_STEP_NODELIST", "[a-c]")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x3)")
-    seats = {0: Seat("a", 0, 2), 3: Seat("b", 1, 2)}
-    assert place_ranks(process("slurm"), seats) == SIX
+    placements = {0: RankPlacement("a", 0, 2), 3: RankPlacement("b", 1, 2)}
+    assert place_ranks(process("slurm"), placements) == SIX
     # A rank that sits elsewhere than expected: Slurm placed them otherwise.
-    assert place_ranks(process("slurm"), {0: Seat("a", 0, 1), 1: Seat("b", 0, 1)}) == {0: "a", 1: "b"}
+    assert place_ranks(process("slurm"), {0: RankPlacement("a", 0, 1), 1: RankPlacement("b", 0, 1)}) == {
+        0: "a",
+        1: "b",
+    }
 
 
 @pytest.mark.parametrize(("text", "counts"), [("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("", []), ("x", [])])
@@ -161,8 +158,8 @@ def test_a_slow_node_is_named_and_may_stay() -> None:
     machines = {**dict.fromkeys(SIX, GOOD), 4: MachineReport(device="cpu", kernels="torch", seconds=0.021)}
     (slow,) = (finding for finding in judged(machines) if finding.level != "ok")
     assert (slow.level, slow.node) == ("warning", "c")
-    assert failed(judge_machines(machines, SIX, 2.0, "failure")) == ["c"]
-    assert not failed(judge_machines(machines, SIX, 2.2, "failure"))
+    assert failed(assess_machines(machines, SIX, 2.0, "failure")) == ["c"]
+    assert not failed(assess_machines(machines, SIX, 2.2, "failure"))
 
 
 def test_a_node_without_its_gpu() -> None:
@@ -171,10 +168,10 @@ def test_a_node_without_its_gpu() -> None:
     assert {finding.level for finding in judged(gpus)} == {"ok"}
     lost = {**gpus, 2: MachineReport(device_problem="no GPU is visible")}
     assert failed(judged(lost)) == ["b"]
-    assert not can_meet(lost)
+    assert not can_form_group(lost)
     fallen_back = {**gpus, 2: GOOD}
     assert set(failed(judged(fallen_back))) == {"b"}
-    assert not can_meet(fallen_back)
+    assert not can_form_group(fallen_back)
 
 
 def test_occupied_memory_is_told_and_a_shared_gpu_refused() -> None:
@@ -218,21 +215,21 @@ def test_a_hadamard_matrix_has_orthogonal_rows_and_faults_are_counted(
 
 
 def test_a_node_that_cannot_write() -> None:
-    written = {rank: WriteReport("read-only" if SIX[rank] == "c" else "") for rank in SIX}
-    assert failed(judge_written(written, SIX)) == ["c"]
-    nowhere = judge_written({rank: WriteReport("read-only") for rank in SIX}, SIX)
+    written = {rank: DirectoryReport("read-only" if SIX[rank] == "c" else "") for rank in SIX}
+    assert failed(assess_run_directory(written, SIX)) == ["c"]
+    nowhere = assess_run_directory({rank: DirectoryReport("read-only") for rank in SIX}, SIX)
     assert exit_code(nowhere) == 1
 
 
 def test_a_node_that_lacks_a_path() -> None:
-    written = {rank: WriteReport("", ("/data",) if SIX[rank] == "b" else ()) for rank in SIX}
-    assert failed(judge_written(written, SIX)) == ["b"]
-    assert judge_written({rank: WriteReport("", ("/data",)) for rank in SIX}, SIX) == []
+    written = {rank: DirectoryReport("", ("/data",) if SIX[rank] == "b" else ()) for rank in SIX}
+    assert failed(assess_run_directory(written, SIX)) == ["b"]
+    assert assess_run_directory({rank: DirectoryReport("", ("/data",)) for rank in SIX}, SIX) == []
 
 
 def test_a_node_with_a_directory_of_its_own_is_named() -> None:
     seen = {rank: [other for other in SIX if (SIX[other] == "b") == (SIX[rank] == "b")] for rank in SIX}
-    (finding,) = rules.not_shared(seen, SIX, "run")
+    (finding,) = rules.unshared_directory(seen, SIX, "run")
     assert finding.node == "b"
     assert "found those of ranks 2, 3" in finding.text
 
@@ -240,16 +237,16 @@ def test_a_node_with_a_directory_of_its_own_is_named() -> None:
 def test_a_node_that_does_not_see_the_others_or_is_not_seen() -> None:
     everything = list(SIX)
     blind = {rank: everything if SIX[rank] != "b" else [2, 3] for rank in SIX}
-    assert failed(rules.not_shared(blind, SIX, "run")) == ["b"]
+    assert failed(rules.unshared_directory(blind, SIX, "run")) == ["b"]
     unseen = {rank: everything if SIX[rank] == "b" else [0, 1, 4, 5] for rank in SIX}
-    assert failed(rules.not_shared(unseen, SIX, "run")) == ["b"]
-    assert rules.not_shared(dict.fromkeys(SIX, everything), SIX, "run") == []
-    assert rules.not_shared({}, SIX, "run") == [], "no rank could write, which is told elsewhere"
+    assert failed(rules.unshared_directory(unseen, SIX, "run")) == ["b"]
+    assert rules.unshared_directory(dict.fromkeys(SIX, everything), SIX, "run") == []
+    assert rules.unshared_directory({}, SIX, "run") == [], "no rank could write, which is told elsewhere"
 
 
 def test_a_directory_that_no_node_shares_is_the_runs_fault() -> None:
     seen = {rank: [other for other in SIX if SIX[other] == SIX[rank]] for rank in SIX}
-    (finding,) = rules.not_shared(seen, SIX, "/tmp/run")
+    (finding,) = rules.unshared_directory(seen, SIX, "/tmp/run")
     assert exit_code([finding]) == 1
     assert "every node sees its own files only" in finding.text
 
@@ -260,7 +257,7 @@ def test_a_directory_that_no_node_shares_is_the_runs_fault() -> None:
 def test_space_for_the_next_checkpoints(free: int, level: str) -> None:
     finding = rules.free_space(free, checkpoint_bytes=100, wanted=4, directory="run")
     assert finding.level == level
-    assert not finding.of_nodes
+    assert not finding.node_fault
 
 
 # --- network
@@ -299,18 +296,20 @@ def test_one_slow_link_between_good_nodes_names_nobody() -> None:
 
 
 def test_who_fails_first_is_named_and_who_fails_later_is_not() -> None:
-    reports = {rank: NetworkReport(stage=2, problem="all-reduce: timed out") for rank in SIX}
-    everywhere = judge_network(reports, "cpu", SIX, 2.0, "warning")
-    assert [(finding.node, finding.of_nodes) for finding in everywhere] == [(None, True)]
-    reports[3] = NetworkReport(stage=0, problem="joining: refused")
-    (finding,) = judge_network(reports, "cpu", SIX, 2.0, "warning")
+    reports = {rank: NetworkReport(phase=2, problem="all-reduce: timed out") for rank in SIX}
+    everywhere = assess_network(reports, "cpu", SIX, 2.0, "warning")
+    assert [(finding.node, finding.node_fault) for finding in everywhere] == [(None, True)]
+    reports[3] = NetworkReport(phase=0, problem="joining: refused")
+    (finding,) = assess_network(reports, "cpu", SIX, 2.0, "warning")
     assert (finding.node, finding.text) == ("b", "joining: refused (rank 3)")
 
 
 def test_a_wrong_sum() -> None:
-    right, wrong = NetworkReport(stage=2, seconds=0.01), NetworkReport(stage=2, seconds=0.01, wrong=3)
-    assert failed(judge_network({**dict.fromkeys(SIX, right), 4: wrong}, "cpu", SIX, 2.0, "warning")) == ["c"]
-    everywhere = judge_network(dict.fromkeys(SIX, wrong), "cpu", SIX, 2.0, "warning")
+    right, wrong = NetworkReport(phase=2, seconds=0.01), NetworkReport(phase=2, seconds=0.01, wrong=3)
+    assert failed(assess_network({**dict.fromkeys(SIX, right), 4: wrong}, "cpu", SIX, 2.0, "warning")) == [
+        "c"
+    ]
+    everywhere = assess_network(dict.fromkeys(SIX, wrong), "cpu", SIX, 2.0, "warning")
     assert (failed(everywhere), exit_code(everywhere)) == ([None], 3)
 
 
@@ -325,9 +324,9 @@ def test_bandwidths_of_an_all_reduce() -> None:
 
 def test_what_hangs_is_left_behind() -> None:
     release = threading.Event()
-    with pytest.raises(OverdueError, match="not finished within 0 s"):
-        within(0.05, release.wait)
+    with pytest.raises(ProbeTimeoutError, match="not finished within 0 s"):
+        run_with_timeout(0.05, release.wait)
     release.set()
-    assert within(5, lambda: 7) == 7
+    assert run_with_timeout(5, lambda: 7) == 7
     with pytest.raises(FileNotFoundError):
-        within(5, lambda: open("/nonexistent/file"))
+        run_with_timeout(5, lambda: open("/nonexistent/file"))
