@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not end.code and stop.received():
             return _stopped_early(stop.name)
         return int(end.code or 0)
+    except Exception as error:  # before the log is set up, or of the log itself
+        return _crashed(error)
 
 
 def _run(argv: Sequence[str], stop: StopRequest) -> int:
@@ -102,8 +104,13 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
             logger.error("FAILED (lost peer) %s", " ".join(str(error).split()))
             time.sleep(PEER_SECONDS)
         else:
-            logger.exception("FAILED (crash) %s: %s", type(error).__name__, " ".join(str(error).split()))
+            return _crashed(error)
         return CRASHED
+
+
+def _crashed(error: Exception) -> int:
+    logger.exception("FAILED (crash) %s: %s", type(error).__name__, " ".join(str(error).split()))
+    return CRASHED
 
 
 def _stopped_early(signal_name: str) -> int:

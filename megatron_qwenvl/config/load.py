@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from .fields import (
     SOURCE_FIELDS,
+    SOURCE_LISTS,
     SOURCE_TEXTS,
     leaf_paths,
     nearest,
@@ -160,7 +161,7 @@ def _apply(base: RunConfig, changes: Sequence[Change]) -> tuple[RunConfig, list[
         return _validate(tree), problems, unread
     except ValidationError as errors:
         for error in errors.errors(include_url=False):
-            problems.append(_describe(error))
+            problems.append(_describe(error, _path_as_given(error["loc"], tree, changes)))
             unread.add(_leaf_of(error))
     for path in unread:
         _set(tree, path, _get(original, path))
@@ -202,8 +203,18 @@ def _leaf_of(error: ErrorDetails) -> str:
     return next(path for end in range(1, len(names) + 1) if (path := ".".join(names[:end])) in leaf_paths())
 
 
-def _describe(error: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+def _path_as_given(names: Sequence[int | str], tree: dict[str, Any], changes: Sequence[Change]) -> str:
+    """Dotted path of an error: with a source's name where the field was changed by it, else with its number."""
+    path = [str(name) for name in names]
+    if ".".join(path[:2]) in SOURCE_LISTS and len(path) > 3:
+        entry = _get(tree, ".".join(path[:2]))[int(path[2])]
+        by_name = ".".join([*path[:2], str(entry["name"]), path[3]]) if "name" in entry else ""
+        if any(change.path == by_name for change in changes):
+            return by_name
+    return ".".join(path)
+
+
+def _describe(error: ErrorDetails, path: str) -> str:
     if error["type"] == "missing":
         return f"{path}: required but not given"
     if error["type"] == "extra_forbidden":  # only inside a list of sources: other unknown keys never get here

@@ -16,7 +16,8 @@ def current_spelling(option: str) -> str:
 class OptionParser(argparse.ArgumentParser):
     """A parser that also takes the dashed spelling of an option (`--dry-run`), with a warning on standard error.
 
-    Until version 0.2 the words of an option were joined by dashes and those of a field by underscores.
+    Up to version 0.2 the words of an option were joined by dashes and those of a field by underscores. Version 0.3
+    takes both; the next one will take underscores alone.
     """
 
     quiet = False

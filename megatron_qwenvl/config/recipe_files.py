@@ -50,18 +50,23 @@ def read_recipe(recipe: str) -> tuple[RunConfig, list[Change]]:
 def _read_file(path: Path, name: str, below: Sequence[Path]) -> tuple[RunConfig, list[Change]]:
     """Read a file and its bases; `below` are the files that are based on this one, from the first to the nearest."""
     chain = [*below, path]
-    if path.resolve() in [file.resolve() for file in below]:
+    try:
+        tree = _read_yaml_file(path)
+    except ConfigError as error:
+        raise ConfigError("".join(f"{file}: base: " for file in below[-1:]) + str(error)) from None
+    if os.path.realpath(path) in map(os.path.realpath, below):
         raise ConfigError(f"{chain[0]}: base: files are based on each other: {' -> '.join(map(str, chain))}")
-    tree = _read_yaml_file(path)
     base = tree.pop("base", None)
     if base is None:
         start, changes = RunConfig(), list[Change]()
+    elif not isinstance(base, str):
+        raise ConfigError(f"{name}: base: expected the name of a recipe or a file, found {quote_value(base)}")
     elif base in RECIPES:
         start, changes = RECIPES[base](), []
-    elif isinstance(base, str) and _names_file(base, path.parent):
+    elif _names_file(base, path.parent):
         start, changes = _read_file(path.parent / base, str(path.parent / base), chain)
     else:
-        raise ConfigError(f"{name}: base: {_unknown_recipe(str(base))}")
+        raise ConfigError(f"{name}: base: {_unknown_recipe(base)}")
     return start, [*changes, *flatten(tree, name)]
 
 
@@ -76,10 +81,10 @@ def _unknown_recipe(name: str) -> str:
 def _read_yaml_file(path: Path) -> dict[Any, Any]:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {describe_yaml_error(error)}") from None
+    except (OSError, ValueError) as error:  # bytes that are not UTF-8, a name with a null byte
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {quote_value(tree)}")
     return tree

@@ -56,7 +56,10 @@ def parse_yaml(text: str) -> Any:
     Raises:
         YAMLError: not valid YAML.
     """
-    return yaml.load(text, Loader=_YamlLoader)  # a SafeLoader
+    try:
+        return yaml.load(text, Loader=_YamlLoader)  # a SafeLoader
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, lists in lists in lists ...
+        raise yaml.YAMLError(str(error)) from None
 
 
 def write_yaml(tree: Any) -> str:

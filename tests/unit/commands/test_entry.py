@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 from megatron_qwenvl.commands.entry import run_program
 
@@ -32,3 +34,16 @@ def test_a_reader_that_has_seen_enough_is_no_crash() -> None:
 def test_another_broken_pipe_is_a_crash() -> None:
     code, _, said = run("raise BrokenPipeError('of a worker')", "cat")
     assert code == 70 and "of a worker" in said
+
+
+@pytest.mark.parametrize("module", ["train"])
+def test_an_unexpected_error_before_the_start_is_a_crash(module: str) -> None:
+    program = f"""
+from megatron_qwenvl.config import cli
+cli.parse_start_arguments = lambda *_, **__: 1 / 0
+from megatron_qwenvl.{module} import run
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 70, done.stderr
+    assert "ZeroDivisionError" in done.stderr

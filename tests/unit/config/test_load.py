@@ -122,7 +122,10 @@ def test_problems_of_a_base_file_name_it(tmp_path: Path) -> None:
     assert f"train.stpes: unknown key ({tmp_path}/base.yaml)" in message
     assert f"optimiser: unknown key ({tmp_path}/run.yaml)" in message
     (tmp_path / "run.yaml").write_text("base: gone.yaml\n")
-    assert f"{tmp_path}/gone.yaml: cannot be read" in problems(str(tmp_path / "run.yaml"))
+    message = problems(str(tmp_path / "run.yaml"))
+    assert message.startswith(f"{tmp_path}/run.yaml: base: {tmp_path}/gone.yaml: cannot be read")
+    (tmp_path / "gone.yaml").symlink_to("gone.yaml")
+    assert "gone.yaml: cannot be read: [Errno 40]" in problems(str(tmp_path / "run.yaml"))
 
 
 def test_files_that_are_based_on_each_other_are_named(tmp_path: Path) -> None:
@@ -251,7 +254,20 @@ def test_a_contradiction_with_an_unreadable_value_is_not_reported() -> None:
     ("text", "found"),
     [
         ("base: stage4\n", "base: unknown recipe 'stage4': expected one of stage1, "),
+        (
+            "base: [a.yaml, b.yaml]\n",
+            'base: expected the name of a recipe or a file, found ["a.yaml", "b.yaml"]',
+        ),
+        ("base: {file: a.yaml}\n", 'base: expected the name of a recipe or a file, found {"file": "a.yaml"}'),
+        ("base: 5\n", "base: expected the name of a recipe or a file, found 5"),
+        ('base: "a\\0.yaml"\n', "cannot be read: embedded null byte"),
         ("train: [\n", "not valid YAML: "),
+        ("a: " + "[" * 1000, "not valid YAML: maximum recursion depth exceeded"),
+        ("seed: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
+        (
+            "base: stage1\ndata: {sources: {sbu: {weight: heavy}}}",
+            'data.sources.sbu.weight: expected a valid number, found "heavy"',
+        ),
         ("a: 1\na: 2\n", "key 'a' appears twice in line 2, column 1"),
         ("- 1\n", "expected a mapping of sections, found [1]"),
         ("", "expected a mapping of sections, found null"),
