@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_qwenvl.checkpoint.formats.hf_config import hf_config
 from megatron_qwenvl.checkpoint.formats.names import TABLE_NAME, qwenvl_rules
-from megatron_qwenvl.checkpoint.storage.safetensors_files import read_header, write_safetensors
+from megatron_qwenvl.checkpoint.storage.safetensors_files import read_safetensors_header, write_safetensors
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.config.schema import DecoderConfig, ModelConfig, VisionConfig
 from megatron_qwenvl.model.positions import sincos_table
@@ -49,7 +49,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def hf_specs(model: ModelConfig) -> dict[str, TensorSpec]:
+def specs_of_model(model: ModelConfig) -> dict[str, TensorSpec]:
     """Shape and type of every published tensor."""
     shapes, specs = tensor_shapes(model), {}
     for rule in qwenvl_rules(model):
@@ -65,7 +65,7 @@ def hf_specs(model: ModelConfig) -> dict[str, TensorSpec]:
 def write_hf_directory(folder: Path, model: ModelConfig) -> int:
     """Write a published directory with random weights; returns its tensors' bytes."""
     folder.mkdir(parents=True)
-    specs, files, size = hf_specs(model), [[]], 0  # type: ignore[var-annotated]
+    specs, files, size = specs_of_model(model), [[]], 0  # type: ignore[var-annotated]
     for name in sorted(specs):
         if size > FILE_BYTES:
             files.append([])
@@ -106,7 +106,7 @@ def resident(process: psutil.Process) -> int:
 def change_all(folder: Path) -> None:
     """Flip the lowest bit of a number in every 256 kB of the weights; doing it again restores them."""
     for file in sorted(folder.glob("*.safetensors")):
-        begin = min(tensor.offset for tensor in read_header(file).values())
+        begin = min(tensor.offset for tensor in read_safetensors_header(file).values())
         content = np.memmap(file, np.uint8, "r+", begin)
         content[:: 1 << 18] ^= 1
         content.flush()

@@ -70,7 +70,7 @@ class Phase(NamedTuple):
     ended_by_slurm: bool
 
 
-class Limits(NamedTuple):
+class RestartLimits(NamedTuple):
     """When a job gives up: failures of one job, and failures without a new checkpoint in between."""
 
     failures: int
@@ -130,7 +130,7 @@ def explain(event: Event, phase: Phase) -> str:
     return f"interrupted{by} during {phase.name}" + ("" if phase.checkpoint is None else f", {newest}")
 
 
-def limit_reached(history: Sequence[Failure], newest: Failure, limits: Limits, excluding: bool) -> str:
+def limit_reached(history: Sequence[Failure], newest: Failure, limits: RestartLimits, excluding: bool) -> str:
     """Name the limit that a failure of a training run reaches, or nothing.
 
     Args:
@@ -166,7 +166,9 @@ def _without_digits(cause: str) -> str:
     return re.sub("[0-9]", "", cause)
 
 
-def decide(phase: Phase, job: str, history: Sequence[Failure], limits: Limits, unreachable: str) -> Decision:
+def decide(
+    phase: Phase, job: str, history: Sequence[Failure], limits: RestartLimits, unreachable: str
+) -> Decision:
     """Decide what follows a phase that did not succeed.
 
     Args:
@@ -195,7 +197,7 @@ def decide(phase: Phase, job: str, history: Sequence[Failure], limits: Limits, u
     return Decision(TRANSITIONS[state, Event.BELOW_LIMITS], reason, phase.bad_nodes, failure)
 
 
-def decide_on_task(reason: str, history: Sequence[Failure], limits: Limits) -> Decision:
+def decide_on_task(reason: str, history: Sequence[Failure], limits: RestartLimits) -> Decision:
     """Decide what follows when a task, or the question for the configuration, was killed: a few more attempts."""
     count = len(history) + 1
     if count < limits.without_progress:
@@ -270,7 +272,7 @@ def decide_and_record(arguments: argparse.Namespace) -> Decision:
     )
     ledger = run_dir / "failures.tsv" if run_dir else None
     history = read_failures(ledger) if ledger else read_kills(arguments.log, arguments.job)
-    limits = Limits(arguments.max_failures, arguments.max_failures_without_progress)
+    limits = RestartLimits(arguments.max_failures, arguments.max_failures_without_progress)
     decision = decide(phase, arguments.job, history, limits, arguments.unreachable)
     if decision.failure and ledger:
         try:

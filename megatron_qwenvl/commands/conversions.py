@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_qwenvl.checkpoint.convert.compare import compare, open_weights, table_notes
 from megatron_qwenvl.checkpoint.convert.exports import execute_export, plan_export
 from megatron_qwenvl.checkpoint.convert.imports import Import, execute_import, plan_parts, plan_qwenvl
-from megatron_qwenvl.checkpoint.convert.inspect import describe, verify
+from megatron_qwenvl.checkpoint.convert.inspect import describe_checkpoint, verify
 from megatron_qwenvl.checkpoint.convert.next_stage import execute_next_stage, plan_transition
 from megatron_qwenvl.checkpoint.convert.progress_line import ProgressLine
 from megatron_qwenvl.checkpoint.convert.record import Conversion, digest_files, digest_weights, is_done
@@ -58,7 +58,7 @@ def export_qwenvl(arguments: argparse.Namespace) -> int:
 
 def inspect_checkpoint(arguments: argparse.Namespace) -> int:
     """Print what a checkpoint is."""
-    _tell(tuple(describe(arguments.checkpoint)))
+    _tell(tuple(describe_checkpoint(arguments.checkpoint)))
     return SUCCESS
 
 

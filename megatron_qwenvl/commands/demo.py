@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = question_model(demo)
     report["seconds"] = round(time.monotonic() - began, 1)
     (demo.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    return conclude(report, demo.out)
+    return print_result(report, demo.out)
 
 
-def conclude(report: dict[str, Any], out: Path) -> int:
+def print_result(report: dict[str, Any], out: Path) -> int:
     """Say what came out."""
     learned = report["vqa_accuracy"] >= VQA_GOAL
     print(

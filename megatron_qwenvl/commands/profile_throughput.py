@@ -72,7 +72,7 @@ def revision() -> str | None:
     return commit and commit[:12] + ("-dirty" if dirty else "")
 
 
-def describe(measurement: Measurement, rows: list[Row]) -> dict[str, Any]:
+def describe_measurement(measurement: Measurement, rows: list[Row]) -> dict[str, Any]:
     """What the table was measured on; devices and versions are those that the runs report."""
     measured = next((row for row in rows if row.result is not None), None)
     start = read_metrics(Path(measured.folder) / "metrics.jsonl")[0] if measured is not None else {}
@@ -117,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if row.reason is not None:
             print(f"  failed: {row.reason} (see {row.folder}/log.txt)", flush=True)
         rows.append(row)
-        write_table(measurement.out, describe(measurement, rows), rows)
-    print(render_markdown(describe(measurement, rows), rows))
+        write_table(measurement.out, describe_measurement(measurement, rows), rows)
+    print(render_markdown(describe_measurement(measurement, rows), rows))
     return SUCCESS if any(row.result is not None for row in rows) else RUN_ERROR
 
 

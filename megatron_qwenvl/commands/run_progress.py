@@ -81,7 +81,7 @@ def recent_records(run: Path) -> list[dict[str, Any]]:
     return records[-RECENT_RECORDS:]
 
 
-def describe(run: Path) -> str:
+def describe_run(run: Path) -> str:
     """Describe the progress in one line."""
     steps, records, saved = total_steps(run), recent_records(run), saved_step(run)
     if steps is None and not records and saved is None:
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.finished:
         steps = total_steps(arguments.run)
         return SUCCESS if steps is not None and saved_step(arguments.run) == steps else RUN_ERROR
-    print(describe(arguments.run))
+    print(describe_run(arguments.run))
     return SUCCESS
 
 

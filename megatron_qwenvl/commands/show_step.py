@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     return arguments, overrides
 
 
-def make_sampler(arguments: argparse.Namespace, overrides: list[str]) -> StepSampler:
+def open_sampler(arguments: argparse.Namespace, overrides: list[str]) -> StepSampler:
     """The sampler of a run or of a recipe.
 
     Raises:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     escape_undecodable_names()
     try:
-        described = describe_step(make_sampler(arguments, overrides), arguments.step, arguments.data_parallel)
+        described = describe_step(open_sampler(arguments, overrides), arguments.step, arguments.data_parallel)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

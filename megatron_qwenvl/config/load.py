@@ -27,7 +27,7 @@ from .fields import (
     split_source_path,
     text_paths,
 )
-from .recipe_files import Change, ConfigError, flatten, read_recipe
+from .recipe_files import ConfigError, FieldValue, flatten, read_recipe
 from .schema import RunConfig, SourceConfig
 from .validate import find_problems
 from .yaml_format import describe_yaml_error, find_comment, parse_yaml, without_quotes, write_yaml
@@ -72,9 +72,9 @@ def dump_yaml(config: RunConfig) -> str:
     return write_yaml(plain(config))
 
 
-def _parse_overrides(arguments: Sequence[str]) -> tuple[list[Change], list[str]]:
+def _parse_overrides(arguments: Sequence[str]) -> tuple[list[FieldValue], list[str]]:
     """The overrides as changes, and what is wrong with their form."""
-    changes: list[Change] = []
+    changes: list[FieldValue] = []
     problems: list[str] = []
     rest = list(arguments)
     while rest:
@@ -124,7 +124,7 @@ def _hint(path: str) -> str:
     return "" if path in leaf_paths() else nearest(path, leaf_paths())
 
 
-def _split_unknown(changes: Sequence[Change]) -> tuple[list[Change], list[str]]:
+def _split_unknown(changes: Sequence[FieldValue]) -> tuple[list[FieldValue], list[str]]:
     """The changes of known fields, and a problem for each of the others."""
     known, sections = leaf_paths(), section_paths()
     accepted, problems = [], []
@@ -142,7 +142,7 @@ def _split_unknown(changes: Sequence[Change]) -> tuple[list[Change], list[str]]:
     return accepted, problems
 
 
-def _apply(base: RunConfig, changes: Sequence[Change]) -> tuple[RunConfig, list[str], set[str]]:
+def _apply(base: RunConfig, changes: Sequence[FieldValue]) -> tuple[RunConfig, list[str], set[str]]:
     """Apply changes to `base`.
 
     Returns:
@@ -184,7 +184,9 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
     (_get(tree, parent) if parent else tree)[name] = value
 
 
-def _set_in_source(tree: dict[str, Any], sources: str, name: str, field: str, change: Change) -> list[str]:
+def _set_in_source(
+    tree: dict[str, Any], sources: str, name: str, field: str, change: FieldValue
+) -> list[str]:
     """Change one field of the source of a name; gives a problem where there is none of that name."""
     listed = _get(tree, sources)
     if not isinstance(listed, list):
@@ -203,7 +205,7 @@ def _leaf_of(error: ErrorDetails) -> str:
     return next(path for end in range(1, len(names) + 1) if (path := ".".join(names[:end])) in leaf_paths())
 
 
-def _path_as_given(names: Sequence[int | str], tree: dict[str, Any], changes: Sequence[Change]) -> str:
+def _path_as_given(names: Sequence[int | str], tree: dict[str, Any], changes: Sequence[FieldValue]) -> str:
     """Dotted path of an error: with a source's name where the field was changed by it, else with its number."""
     path = [str(name) for name in names]
     if ".".join(path[:2]) in SOURCE_LISTS and len(path) > 3:

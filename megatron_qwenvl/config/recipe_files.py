@@ -21,7 +21,7 @@ class ConfigError(Exception):
 
 
 @dataclass(frozen=True)
-class Change:
+class FieldValue:
     """One value that a file or the command line sets."""
 
     path: str
@@ -31,7 +31,7 @@ class Change:
     """Who set it, for messages: a file's name or the override itself."""
 
 
-def read_recipe(recipe: str) -> tuple[RunConfig, list[Change]]:
+def read_recipe(recipe: str) -> tuple[RunConfig, list[FieldValue]]:
     """Read a recipe by name, or a file and the files that it is based on.
 
     Returns:
@@ -47,7 +47,7 @@ def read_recipe(recipe: str) -> tuple[RunConfig, list[Change]]:
     return _read_file(Path(recipe), recipe, ())
 
 
-def _read_file(path: Path, name: str, below: Sequence[Path]) -> tuple[RunConfig, list[Change]]:
+def _read_file(path: Path, name: str, below: Sequence[Path]) -> tuple[RunConfig, list[FieldValue]]:
     """Read a file and its bases; `below` are the files that are based on this one, from the first to the nearest."""
     chain = [*below, path]
     try:
@@ -58,7 +58,7 @@ def _read_file(path: Path, name: str, below: Sequence[Path]) -> tuple[RunConfig,
         raise ConfigError(f"{chain[0]}: base: files are based on each other: {' -> '.join(map(str, chain))}")
     base = tree.pop("base", None)
     if base is None:
-        start, changes = RunConfig(), list[Change]()
+        start, changes = RunConfig(), list[FieldValue]()
     elif not isinstance(base, str):
         raise ConfigError(f"{name}: base: expected the name of a recipe or a file, found {quote_value(base)}")
     elif base in RECIPES:
@@ -90,7 +90,7 @@ def _read_yaml_file(path: Path) -> dict[Any, Any]:
     return tree
 
 
-def flatten(value: Any, origin: str, path: str = "") -> Iterator[Change]:
+def flatten(value: Any, origin: str, path: str = "") -> Iterator[FieldValue]:
     """Give one change per value; mappings are descended into where the schema has a section.
 
     A mapping in place of a list of sources changes fields of sources by name: `sources: {vqa: {weight: 2}}`.
@@ -101,4 +101,4 @@ def flatten(value: Any, origin: str, path: str = "") -> Iterator[Change]:
         for key, inner in value.items():
             yield from flatten(inner, origin, f"{path}.{key}" if path else str(key))
     else:
-        yield Change(path, value, origin)
+        yield FieldValue(path, value, origin)

@@ -25,9 +25,9 @@ def only_this_sample() -> Iterator[None]:
     except (DataError, SampleError):
         raise
     except Exception as error:
-        raise SampleError(f"cannot be used: {one_line(error)}") from error
+        raise SampleError(f"cannot be used: {describe_exception(error)}") from error
 
 
-def one_line(error: Exception) -> str:
+def describe_exception(error: Exception) -> str:
     """Write type and message of a library's exception in one line; its message may be empty or long."""
     return " ".join(f"{type(error).__name__}: {str(error)[:200]}".split()).removesuffix(":")

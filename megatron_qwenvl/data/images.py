@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin
 
-from .errors import SampleError, one_line
+from .errors import SampleError, describe_exception
 
-FORMATS = {
+IMAGE_FORMATS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "GIF": ("gif",),
     "TIFF": ("tif", "tiff"),
 }  # fmt: skip
 """The decoders that may run, by Pillow's names, and the suffixes of their image members. The bytes decide which one
 runs, not the suffix. None of them starts a program; others do (PostScript runs Ghostscript)."""
 
-IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 
 ALPHA = "alpha ignored: the colours below are shown"
 ORIENTATION = "EXIF orientation ignored: pixels and boxes are as stored"
@@ -50,19 +50,19 @@ class ImageHeader:
     notes: tuple[str, ...]
 
 
-def read_header(data: bytes) -> ImageHeader:
+def read_image_header(data: bytes) -> ImageHeader:
     """Read size and notes from the header, without decoding.
 
     Raises:
-        SampleError: not an image of `FORMATS`, damaged, or of values whose colours are unknown.
+        SampleError: not an image of `IMAGE_FORMATS`, damaged, or of values whose colours are unknown.
     """
     with _opened(data) as image:
         return ImageHeader(*image.size, notes=tuple(_notes(image)))
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return width and height; errors as `read_header`."""
-    header = read_header(data)
+    """Return width and height; errors as `read_image_header`."""
+    header = read_image_header(data)
     return header.width, header.height
 
 
@@ -73,7 +73,7 @@ def load_pixels(data: bytes, side: int, max_pixels: int) -> NDArray[np.uint8]:
         uint8 `[3, side, side]`.
 
     Raises:
-        SampleError: see `read_header`; or damaged, truncated, or larger than `max_pixels` (found before decoding).
+        SampleError: see `read_image_header`; or damaged, truncated or larger than `max_pixels` (found before decoding).
     """
     with _opened(data) as image:
         width, height = image.size
@@ -87,7 +87,7 @@ def load_pixels(data: bytes, side: int, max_pixels: int) -> NDArray[np.uint8]:
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """Open an image and read its header; whatever Pillow makes of the header costs this image only."""
-    with _errors("not a readable image"), Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
+    with _errors("not a readable image"), Image.open(io.BytesIO(data), formats=tuple(IMAGE_FORMATS)) as image:
         _refuse_unknown_colours(image)
         yield image
 
@@ -100,9 +100,9 @@ def _errors(problem: str) -> Iterator[None]:
     except SampleError:
         raise
     except Image.UnidentifiedImageError:  # its own message holds an address
-        raise SampleError(f"{problem}: no valid header of {', '.join(FORMATS)}") from None
+        raise SampleError(f"{problem}: no valid header of {', '.join(IMAGE_FORMATS)}") from None
     except Exception as error:  # Pillow's own size guard, broken headers, a decoder's assertion
-        raise SampleError(f"{problem}: {str(error)[:200] or one_line(error)}") from error
+        raise SampleError(f"{problem}: {str(error)[:200] or describe_exception(error)}") from error
 
 
 def _refuse_unknown_colours(image: Image.Image) -> None:

@@ -14,7 +14,7 @@ from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring, TaskReco
 from megatron_qwenvl.data.shards.listing import list_shards
 from megatron_qwenvl.data.shards.samples import read_member, scan_shard
 from megatron_qwenvl.evaluation.metrics import (
-    Box,
+    NormalizedBox,
     blind_accuracy,
     box_accuracy,
     derange_within_groups,
@@ -139,7 +139,7 @@ def _unanswered(questions: Sequence[Question]) -> list[Question]:
     ]
 
 
-def _expected_box(question: Question) -> Box:
+def _expected_box(question: Question) -> NormalizedBox:
     """Return the only box of a referring sample in thousandths of its image."""
     record = question.record
     if not isinstance(record, Referring) or not record.boxes:

@@ -12,8 +12,8 @@ from typing import Any
 
 from .scenes import DIGITS, QUARTERS, Figure, Scene, shape_scene, text_scene
 
-Record = dict[str, Any]
-Drawn = tuple[Record, tuple[Scene, ...]]
+SampleRecord = dict[str, Any]
+Drawn = tuple[SampleRecord, tuple[Scene, ...]]
 """A record and the scenes of its images."""
 
 CHINESE_SHARE = 0.25
@@ -55,7 +55,7 @@ def answer(kind: str, scene: Scene, language: str) -> str:
     return answers[kind]
 
 
-def describe(figure: Figure, language: str) -> str:
+def describe_figure(figure: Figure, language: str) -> str:
     """Name colour and shape: `red star`, `红星`."""
     if language == "zh":
         return _COLORS[figure.color] + _SHAPES[figure.shape]
@@ -67,9 +67,9 @@ def caption(rng: Random) -> Drawn:
     scene, language = shape_scene(rng), _language(rng)
     (figure,) = scene.figures
     if language == "zh":
-        text = f"{_QUARTERS[figure.quarter]}{describe(figure, language)}，数字{scene.digit}"
+        text = f"{_QUARTERS[figure.quarter]}{describe_figure(figure, language)}，数字{scene.digit}"
     else:
-        text = f"a {describe(figure, language)} at the {QUARTERS[figure.quarter]} and a {scene.digit}"
+        text = f"a {describe_figure(figure, language)} at the {QUARTERS[figure.quarter]} and a {scene.digit}"
     return {"task": "caption", "language": language, "caption": text}, (scene,)
 
 
@@ -88,10 +88,10 @@ def vqa(rng: Random) -> Drawn:
 def grounded_caption(rng: Random) -> Drawn:
     """Draw a caption of one or two shapes with their boxes."""
     scene, language = _crowded(rng), _language(rng)
-    parts: list[str | Record] = []
+    parts: list[str | SampleRecord] = []
     for figure in scene.figures:
         parts += ["，" if language == "zh" else " and "] if parts else []
-        parts.append({"ref": describe(figure, language), "boxes": [figure.box]})
+        parts.append({"ref": describe_figure(figure, language), "boxes": [figure.box]})
     return {"task": "grounded_caption", "language": language, "caption": parts}, (scene,)
 
 
@@ -99,14 +99,16 @@ def referring(rng: Random) -> Drawn:
     """Draw a phrase that names one of one or two shapes, and its box."""
     scene, language = _crowded(rng), _language(rng)
     figure = rng.choice(scene.figures)
-    return {"task": "referring", "phrase": describe(figure, language), "boxes": [figure.box]}, (scene,)
+    return {"task": "referring", "phrase": describe_figure(figure, language), "boxes": [figure.box]}, (scene,)
 
 
 def region_caption(rng: Random) -> Drawn:
     """Draw the caption of a box around one of one or two shapes."""
     scene, language = _crowded(rng), _language(rng)
     figure = rng.choice(scene.figures)
-    return {"task": "region_caption", "box": figure.box, "caption": describe(figure, language)}, (scene,)
+    return {"task": "region_caption", "box": figure.box, "caption": describe_figure(figure, language)}, (
+        scene,
+    )
 
 
 def ocr(rng: Random) -> Drawn:

@@ -14,7 +14,7 @@ _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706")
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One curve.
 
     Attributes:
@@ -47,7 +47,7 @@ class _Axis:
         return [k * step for k in range(math.ceil(self.first / step - 1e-9), count + 1)]
 
 
-def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
+def line_chart(lines: Sequence[Curve], x_label: str, y_label: str) -> str:
     """Draw curves over one pair of axes; the y axis starts at 0 unless a value is below.
 
     Returns:
@@ -94,7 +94,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis) -> list[str]:
     return parts
 
 
-def _curve(line: Line, colour: str, x_axis: _Axis, y_axis: _Axis) -> list[str]:
+def _curve(line: Curve, colour: str, x_axis: _Axis, y_axis: _Axis) -> list[str]:
     path, drawn, dots = "", False, []
     for x, y in line.points:
         if not math.isfinite(y):

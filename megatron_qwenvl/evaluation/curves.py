@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_qwenvl.runtime.json_lines import read_records
 
-from .charts import Line
+from .charts import Curve
 from .report import Chart
 
 
@@ -33,5 +33,8 @@ def loss_chart(run: Path, title: str) -> Chart:
             training[int(record["step"]) + 1] = value  # counted from 0 there, and from 1 on the screen
         elif record.get("kind") == "validation":
             validation[int(record["step"])] = value
-    lines = [Line("training", sorted(training.items())), Line("validation", sorted(validation.items()), True)]
+    lines = [
+        Curve("training", sorted(training.items())),
+        Curve("validation", sorted(validation.items()), True),
+    ]
     return Chart(title, [line for line in lines if line.points])

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from random import Random
 
-Box = tuple[float, float, float, float]
+NormalizedBox = tuple[float, float, float, float]
 
 _BOX = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 _CLOSING = ".。!！?？"
@@ -31,7 +31,7 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
     return hits / len(expected)
 
 
-def parse_box(text: str) -> Box | None:
+def parse_box(text: str) -> NormalizedBox | None:
     """First `(x1,y1),(x2,y2)` in the text that has an area, in the text's units; None without one."""
     for match in _BOX.finditer(text):
         x1, y1, x2, y2 = (float(number) for number in match.groups())
@@ -40,7 +40,7 @@ def parse_box(text: str) -> Box | None:
     return None
 
 
-def box_iou(a: Box, b: Box) -> float:
+def box_iou(a: NormalizedBox, b: NormalizedBox) -> float:
     """Intersection over union of two boxes `(x1, y1, x2, y2)` in the same units."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
@@ -51,7 +51,7 @@ def box_iou(a: Box, b: Box) -> float:
     return intersection / (areas - intersection)
 
 
-def box_accuracy(answers: Sequence[str], expected: Sequence[Box], iou: float = 0.5) -> float:
+def box_accuracy(answers: Sequence[str], expected: Sequence[NormalizedBox], iou: float = 0.5) -> float:
     """Share of answers whose first box overlaps the expected one by at least `iou`.
 
     Args:

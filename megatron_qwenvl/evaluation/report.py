@@ -17,7 +17,7 @@ from PIL import Image
 
 from megatron_qwenvl.data.images import image_size, load_pixels
 
-from .charts import Line, line_chart
+from .charts import Curve, line_chart
 
 THUMBNAIL = 320
 """Largest side of an image in the page, in pixels; smaller ones are enlarged by the browser."""
@@ -70,7 +70,7 @@ class Chart:
     """Curves over steps, with a title."""
 
     title: str
-    lines: Sequence[Line]
+    lines: Sequence[Curve]
     x_label: str = "step"
     y_label: str = "loss"
 

@@ -19,7 +19,7 @@ from megatron_qwenvl.config.load import ConfigError, load_config
 from megatron_qwenvl.runtime.exit_codes import INTERRUPTED
 from megatron_qwenvl.runtime.torchrun import local_command
 
-from .throughput import IncompleteRun, Row, measure, read_metrics
+from .throughput import IncompleteRun, Row, measure_throughput, read_metrics
 
 Tell = Callable[[str], None]
 
@@ -194,7 +194,7 @@ def run_layout(measurement: Measurement, layouts: Sequence[Layout], number: int,
         return Row(layout.text, str(folder), None, failure_reason(text, code))
     try:
         start, steps = read_metrics(metrics)
-        result = measure(start, steps, measurement.warmup, measurement.steps)
+        result = measure_throughput(start, steps, measurement.warmup, measurement.steps)
     except IncompleteRun as error:
         return Row(layout.text, str(folder), None, str(error))
     return Row(layout.text, str(folder), result)

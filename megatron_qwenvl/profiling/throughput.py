@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_qwenvl.runtime.json_lines import read_records
 
-Record = dict[str, Any]
+MetricsRecord = dict[str, Any]
 
 
 class IncompleteRun(RuntimeError):
@@ -69,7 +69,7 @@ class Row:
     """Why it failed."""
 
 
-def read_metrics(path: Path) -> tuple[Record, list[Record]]:
+def read_metrics(path: Path) -> tuple[MetricsRecord, list[MetricsRecord]]:
     """The newest start of a run and the step records since.
 
     Raises:
@@ -83,7 +83,9 @@ def read_metrics(path: Path) -> tuple[Record, list[Record]]:
     return since[0], [record for record in since if record["kind"] == "train"]
 
 
-def measure(start: Record, steps: Sequence[Record], warmup: int, measured: int) -> Throughput:
+def measure_throughput(
+    start: MetricsRecord, steps: Sequence[MetricsRecord], warmup: int, measured: int
+) -> Throughput:
     """Throughput of `measured` steps after the first `warmup`; arguments as from `read_metrics`.
 
     Raises:

@@ -16,7 +16,7 @@ from megatron_qwenvl.checkpoint.run.weights import ModelChunk, model_state
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.config.schema import CheckpointConfig
 from megatron_qwenvl.data.sampling.history import DataHistory
-from megatron_qwenvl.data.sampling.history_file import RECORD_NAME, encode_history
+from megatron_qwenvl.data.sampling.history_file import DATA_RECORD_NAME, encode_history
 from megatron_qwenvl.engine.optimizer import optimizer_state, set_update_count
 from megatron_qwenvl.runtime.watchdog import Watchdog
 
@@ -82,7 +82,7 @@ class RunSaver:
         with self._patience(step):
             weights = model_state(model)
             state = optimizer_state(optimizer, weights)
-        beside = {RECORD_NAME: encode_history(history, step)} if self._checkpoints.ranks.is_rank0 else {}
+        beside = {DATA_RECORD_NAME: encode_history(history, step)} if self._checkpoints.ranks.is_rank0 else {}
         self._report(
             step, lambda: self._checkpoints.save(step, weights, state, asdict(progress), began, beside)
         )

@@ -129,7 +129,7 @@ def take_over_run(config: RunConfig, runtime: Runtime, run: PreparedRun) -> tupl
             lambda: retry_read(folder, lambda: record_start(config, runtime.process)),
             f"{folder}: the start cannot be recorded",
         )
-        rewind = move_newer_checkpoints(run.checkpoints, run.progress.step) if run.rewinds else None
+        rewind = rewind_checkpoints(run.checkpoints, run.progress.step) if run.rewinds else None
         metrics = MetricsLog(config, runtime.is_rank0, run.progress.step, hold.check)
         if rewind:
             metrics.event("rewind", step=rewind.to_step, **asdict(rewind))
@@ -188,7 +188,7 @@ def resume(
     return progress
 
 
-def move_newer_checkpoints(checkpoints: CheckpointManager, step: int) -> Rewind:
+def rewind_checkpoints(checkpoints: CheckpointManager, step: int) -> Rewind:
     """Move the checkpoints that are newer than the one that `--from_step` names, and log where they are. Collective.
 
     Raises:

@@ -20,7 +20,7 @@ from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.manifest import Manifest, read_manifest, write_manifest
 from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
 from megatron_qwenvl.commands import run_progress
-from megatron_qwenvl.commands.show_step import make_sampler
+from megatron_qwenvl.commands.show_step import open_sampler
 from megatron_qwenvl.config.cli import RunArguments
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
@@ -163,7 +163,7 @@ def test_a_run_over_growing_and_shrinking_data_shows_every_sample_once(tmp_path:
 
     assert [record["samples"] for record in records(run)] == [8] * 5 + [6] * 9
     assert show_step(run, 11) == (Counter(third["steps"][6]), "")
-    sampler = make_sampler(argparse.Namespace(run=run), [])
+    sampler = open_sampler(argparse.Namespace(run=run), [])
     assert [sampler.key(sampler.global_batch(4).samples, row) for row in range(8)] == second[0]["steps"][1]
     with pytest.raises(
         DataError, match=rf"{shard:03d}\.tar: this step was made with a shard that is gone since"
@@ -245,7 +245,7 @@ def test_a_run_goes_back_without_the_data_of_some_steps(
     assert (event["step"], event["from_step"], event["folder"]) == (2, 6, str(kept))
     rates = [record["lr"] for record in records(run)]
     assert rates[6:9] == rates[2:5]
-    assert run_progress.describe(run).startswith("step 5/10 |")
+    assert run_progress.describe_run(run).startswith("step 5/10 |")
     assert [record["step"] for record in run_progress.recent_records(run)] == [2, 3, 4]
 
     # The requeued job repeats its arguments, and goes on from its own progress.

@@ -66,7 +66,7 @@ def logged(process: ProcessInfo, config: Any) -> str:
 
 def progress_line(run: Path) -> str:
     """What `tools/run_progress.py` says of a run."""
-    return run_progress.describe(run)
+    return run_progress.describe_run(run)
 
 
 def truncate_weights(run: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +66,37 @@ def test_a_private_word_is_named() -> None:
         (3, "carry_out_import"),
         (4, "aside"),
     ]
+
+
+NAMED_TWICE = {
+    "main": "entry points of programs",
+    "run": "entry points of programs",
+    "parse_arguments": "entry points of programs",
+    "T": "a type variable",
+    "Shape": "the same type; the storage of checkpoints knows no model",
+}
+"""Names that several files define, with the reason."""
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """Classes, functions and type aliases of a module that others may import."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            names = [name for name in names if name[0].isupper() and name != name.upper()]
+        else:
+            continue
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_a_class_function_or_alias_has_one_meaning() -> None:
+    places = defaultdict(list)
+    for place in ("megatron_qwenvl", "slurm", "benchmarks", "launch", "tools"):
+        for path in sorted((ROOT / place).rglob("*.py")):
+            for name in public_names(ast.parse(path.read_text(encoding="utf-8"))):
+                places[name].append(str(path.relative_to(ROOT)))
+    assert len(places) > 500
+    found = {name: files for name, files in places.items() if len(files) > 1 and name not in NAMED_TWICE}
+    assert found == {}, "names that stand for two things"

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_qwenvl.checkpoint.formats.rules import Rule
-from megatron_qwenvl.checkpoint.storage.differences import Difference, measure, total
+from megatron_qwenvl.checkpoint.storage.differences import Difference, measure_difference, total
 from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes, no_progress
 from megatron_qwenvl.checkpoint.storage.manifest import MODEL_FOLDER
 from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
@@ -142,5 +142,5 @@ def _measure(a: TensorSource, b: TensorSource, name: str) -> Difference:
         a, b = b, a
     whole = b.read(name)
     if not isinstance(a, DistributedFolder):
-        return measure(a.read(name), whole)
-    return total(measure(piece, whole[region]) for region, piece in a.pieces(name))
+        return measure_difference(a.read(name), whole)
+    return total(measure_difference(piece, whole[region]) for region, piece in a.pieces(name))

@@ -23,11 +23,11 @@ from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 from megatron_qwenvl.runtime.listing import entries_below
 
 from .jobs import count_bytes, run_jobs
-from .record import RECORD_NAME
+from .record import CONVERSION_RECORD
 from .weights_source import tensor_problems
 
 
-def describe(path: Path) -> Iterator[str]:
+def describe_checkpoint(path: Path) -> Iterator[str]:
     """Describe a checkpoint line by line, with a table of its files and tensors.
 
     Raises:
@@ -72,7 +72,7 @@ def verify(path: Path, on_bytes: OnBytes = no_progress) -> list[str]:
     problems = [problem for problem, _ in checked if problem]
     problems += [f"{checkpoint}: {bad}" for bad in merged(tensor for _, found in checked for tensor in found)]
     present = {str(p.relative_to(checkpoint)) for p in entries_below(checkpoint) if p.is_file()}
-    unexpected_files = sorted(present - manifest.files.keys() - {MANIFEST_NAME, RECORD_NAME})
+    unexpected_files = sorted(present - manifest.files.keys() - {MANIFEST_NAME, CONVERSION_RECORD})
     problems += [f"{checkpoint / name}: does not belong to the checkpoint" for name in unexpected_files]
     folders = [MODEL_FOLDER] if manifest.kind == "weights" else [MODEL_FOLDER, OPTIMIZER_FOLDER]
     for folder in folders:

@@ -24,7 +24,7 @@ from megatron_qwenvl.runtime.listing import entries_below
 
 from .jobs import count_bytes, run_jobs
 
-RECORD_NAME = "conversion.json"
+CONVERSION_RECORD = "conversion.json"
 
 
 class Conversion(BaseModel):
@@ -73,7 +73,7 @@ def write_record(directory: Path, conversion: Conversion | None) -> None:
     if conversion is None:
         return
     record = _Record(**conversion.model_dump(), files=_sizes(directory))
-    write_bytes(directory / RECORD_NAME, record.model_dump_json(indent=1).encode())
+    write_bytes(directory / CONVERSION_RECORD, record.model_dump_json(indent=1).encode())
 
 
 def is_done(
@@ -118,19 +118,21 @@ _REMEDY = "choose another name or remove it"
 
 def _read_record(out: Path) -> _Record:
     try:
-        return _Record.model_validate_json((out / RECORD_NAME).read_bytes())
+        return _Record.model_validate_json((out / CONVERSION_RECORD).read_bytes())
     except OSError:
-        why = f"without a {RECORD_NAME} it is no complete conversion's; one that found NaN leaves none"
+        why = f"without a {CONVERSION_RECORD} it is no complete conversion's; one that found NaN leaves none"
         raise CheckpointError(f"{out}: exists already; {_REMEDY} ({why})") from None
     except ValidationError:
-        raise CheckpointError(f"{out}: exists already, and its {RECORD_NAME} is damaged; {_REMEDY}") from None
+        raise CheckpointError(
+            f"{out}: exists already, and its {CONVERSION_RECORD} is damaged; {_REMEDY}"
+        ) from None
 
 
 def _sizes(directory: Path) -> dict[str, int]:
     return {
         path.relative_to(directory).as_posix(): path.stat().st_size
         for path in sorted(entries_below(directory))
-        if path.is_file() and path.name not in (RECORD_NAME, MAKER_NAME)
+        if path.is_file() and path.name not in (CONVERSION_RECORD, MAKER_NAME)
     }
 
 

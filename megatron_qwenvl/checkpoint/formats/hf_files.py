@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json, show_name
-from megatron_qwenvl.checkpoint.storage.safetensors_files import StoredTensor, read_header
+from megatron_qwenvl.checkpoint.storage.safetensors_files import StoredTensor, read_safetensors_header
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
 from megatron_qwenvl.runtime.listing import matching_entries
 
@@ -77,7 +77,7 @@ class HFWeights:
     def _add(self, file: Path, names: set[str] | None) -> None:
         """Add the tensors `names` of a file; None: all that it holds."""
         if file.suffix == ".safetensors":
-            stored = read_header(file)
+            stored = read_safetensors_header(file)
             for name in _listed(file, stored.keys(), names):
                 self._stored[name] = stored[name]
                 self._specs[name] = self._new(file, name, stored[name].spec)

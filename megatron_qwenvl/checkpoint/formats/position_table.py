@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_qwenvl.checkpoint.storage.differences import measure
+from megatron_qwenvl.checkpoint.storage.differences import measure_difference
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.non_finite import find_non_finite
 from megatron_qwenvl.checkpoint.storage.tensors import TensorSpec
@@ -56,7 +56,7 @@ def check_table(
     place = f"{directory}: {TABLE_NAME}"
     found = _read_table(directory, weights, model)
     expected = sincos_table(model.adapter.query_grid, model.decoder.hidden)
-    difference = measure(found, expected.to(found.dtype))
+    difference = measure_difference(found, expected.to(found.dtype))
     if difference.count == 0:
         return None, ()
     distances = (found.float() - expected).abs()

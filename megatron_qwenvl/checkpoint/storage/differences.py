@@ -25,7 +25,7 @@ class Difference:
     """Largest absolute difference; NaN where only one of two elements is."""
 
 
-def measure(a: Tensor, b: Tensor) -> Difference:
+def measure_difference(a: Tensor, b: Tensor) -> Difference:
     """Compare two tensors of one shape block by block."""
     count, largest = 0, torch.zeros((), dtype=_number_type(a, b))
     blocks = (tensor.contiguous().view(-1).split(BLOCK_ELEMENTS) for tensor in (a, b))

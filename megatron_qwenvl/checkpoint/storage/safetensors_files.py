@@ -67,7 +67,7 @@ class StoredTensor:
         return tensor
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     """Read the header: the tensors of a file.
 
     Raises:

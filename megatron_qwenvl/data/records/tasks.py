@@ -107,7 +107,7 @@ class RegionCaption(Record):
     caption: Text | None = None
 
 
-class Line(Record):
+class OCRLine(Record):
     """A piece of text in an image with its corners."""
 
     text: Text
@@ -118,7 +118,7 @@ class OCR(Record):
     """All text of an image."""
 
     task: Literal["ocr"] = "ocr"
-    lines: Annotated[tuple[Line, ...], Field(min_length=1)] | None = None
+    lines: Annotated[tuple[OCRLine, ...], Field(min_length=1)] | None = None
 
 
 class PureText(Record):

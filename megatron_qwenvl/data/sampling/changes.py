@@ -34,7 +34,7 @@ class CurrentData:
 
 
 @dataclass(frozen=True)
-class Change:
+class DataChange:
     """A change of the data, and its consequence.
 
     Attributes:
@@ -55,7 +55,7 @@ def initial_history(now: CurrentData) -> DataHistory:
     return DataHistory((replace(segment, skipped_ranges=ranges),), editions, now.skip_steps)
 
 
-def resume_history(history: DataHistory, now: CurrentData, step: int) -> tuple[DataHistory, list[Change]]:
+def resume_history(history: DataHistory, now: CurrentData, step: int) -> tuple[DataHistory, list[DataChange]]:
     """Continue the history of a run that resumes from a checkpoint.
 
     Args:
@@ -75,9 +75,9 @@ def resume_history(history: DataHistory, now: CurrentData, step: int) -> tuple[D
     if same_mixture:  # also where all weights are multiples of what they were
         sources = [replace(s, weight=weight) for s, weight in zip(sources, before.weights, strict=True)]
     else:
-        changes.append(Change(_mixture_text(before, sources, step)))
+        changes.append(DataChange(_mixture_text(before, sources, step)))
     if now.samples_per_step != before.samples_per_step:
-        changes.append(Change(_batch_text(before, now, sum(timeline.consumed(step).values()), step)))
+        changes.append(DataChange(_batch_text(before, now, sum(timeline.consumed(step).values()), step)))
     ranges, skip_changes = _current_skipped_ranges(history, before, now, step)
     stream = before.reached(step) if same_mixture else 0
     segment = Segment(
@@ -96,7 +96,7 @@ def resume_history(history: DataHistory, now: CurrentData, step: int) -> tuple[D
 
 def _sources(
     timeline: Timeline, before: Segment, now: CurrentData, step: int
-) -> tuple[dict[str, tuple[Edition, ...]], list[SourceState], list[Change]]:
+) -> tuple[dict[str, tuple[Edition, ...]], list[SourceState], list[DataChange]]:
     """Return all editions, the states of today's sources at the step, and the changes in them."""
     states, consumed = timeline.states(step), timeline.consumed(step)
     editions = dict(timeline.history.editions)
@@ -110,19 +110,19 @@ def _sources(
             editions[source.name] = (Edition(source.shards, now.seed, now.window),)
             sources.append(SourceState(source.name, source.weight, 0, 0))
             samples = f"{source.shards.total} samples"
-            changes.append(Change(f"{start} new ({samples}): its first epoch begins at step {step}"))
+            changes.append(DataChange(f"{start} new ({samples}): its first epoch begins at step {step}"))
             continue
         if source.name not in current:
             gave = consumed[source.name]
             changes.append(
-                Change(f"{start} back: from step {step} on it goes on after the {gave} samples given")
+                DataChange(f"{start} back: from step {step} on it goes on after the {gave} samples given")
             )
-        order = timeline.editions[source.name]
-        epoch, taken = order.place(state.edition, state.position)
+        source_editions = timeline.editions[source.name]
+        epoch, taken = source_editions.place(state.edition, state.position)
         last = editions[source.name][-1]
         following = Edition(source.shards, now.seed, now.window, epoch, taken)
         changes += [
-            Change(f"{start} {text}") for text in _shard_changes(source.name, editions, following, step)
+            DataChange(f"{start} {text}") for text in _shard_changes(source.name, editions, following, step)
         ]
         if _same_order(last, following):
             following = replace(last, shards=source.shards)  # digests of today
@@ -134,7 +134,7 @@ def _sources(
     for name in current:
         if name not in {source.name for source in now.sources}:
             text = f"dropped: it ends at step {step} after {consumed[name]} samples, and goes on there if it comes back"
-            changes.append(Change(f"data set {name}: {text}"))
+            changes.append(DataChange(f"data set {name}: {text}"))
     return editions, sources, changes
 
 
@@ -152,14 +152,16 @@ def _same_order(edition: Edition, other: Edition) -> bool:
     )
 
 
-def _order_changes(editions: dict[str, tuple[Edition, ...]], now: CurrentData, step: int) -> Iterator[Change]:
+def _order_changes(
+    editions: dict[str, tuple[Edition, ...]], now: CurrentData, step: int
+) -> Iterator[DataChange]:
     known = [editions[source.name][-1] for source in now.sources if source.name in editions]
     for field, value, was in (
         ("seed", now.seed, sorted({edition.seed for edition in known} - {now.seed})),
         ("data.shuffle_window", now.window, sorted({edition.window for edition in known} - {now.window})),
     ):
         if was:
-            yield Change(
+            yield DataChange(
                 f"{field}: was {', '.join(map(str, was))}, now {value}: from step {step} on the unseen samples of each "
                 "source's epoch come in another order"
             )
@@ -221,7 +223,7 @@ def _batch_text(before: Segment, now: CurrentData, consumed: int, step: int) -> 
 
 def _current_skipped_ranges(
     history: DataHistory, before: Segment, now: CurrentData, step: int
-) -> tuple[list[SkippedRange], list[Change]]:
+) -> tuple[list[SkippedRange], list[DataChange]]:
     """Return the ranges to skip from the step on, in the stream of the segment before, and the changes in them."""
     pending = [left for some in before.skipped_ranges if (left := _from(some, before.reached(step))).ranges]
     changes, kept = [], [some for some in pending if some.steps in now.skip_steps]
@@ -230,7 +232,7 @@ def _current_skipped_ranges(
             continue
         text = f"data.skip_steps: [{steps[0]}, {steps[1]}] added:"
         if steps[1] < step:
-            changes.append(Change(f"{text} no effect, these steps are trained already", effect=False))
+            changes.append(DataChange(f"{text} no effect, these steps are trained already", effect=False))
             continue
         kept.append(_skipped_range(before, steps, step))
         first = max(steps[0], step)
@@ -240,16 +242,16 @@ def _current_skipped_ranges(
             else f"the data from step {first} on, the next one,"
         )
         changes.append(
-            Change(f"{text} {which} is left out; step {first} has that of step {steps[1] + 1} instead")
+            DataChange(f"{text} {which} is left out; step {first} has that of step {steps[1] + 1} instead")
         )
     for steps in history.skip_steps:
         if steps in now.skip_steps:
             continue
         text = f"data.skip_steps: [{steps[0]}, {steps[1]}] removed:"
         if any(some.steps == steps for some in pending):
-            changes.append(Change(f"{text} its data is trained on after all"))
+            changes.append(DataChange(f"{text} its data is trained on after all"))
         else:
-            changes.append(Change(f"{text} no effect, the run is past it", effect=False))
+            changes.append(DataChange(f"{text} no effect, the run is past it", effect=False))
     return kept, changes
 
 

@@ -82,14 +82,14 @@ class Epoch:
     """The order of one epoch, or of the rest of one.
 
     Attributes:
-        shards: int64 `[S]`, indices into the edition's shard list, in their order.
+        shard_order: int64 `[S]`, indices into the edition's shard list, in their order.
         starts: int64 `[W + 1]`, place at which each window starts, and the number of places.
         rows: for shards of which only some rows belong to the epoch: those rows.
         window: shards of a window.
         key: of the permutations within windows.
     """
 
-    shards: NDArray[np.int64]
+    shard_order: NDArray[np.int64]
     starts: NDArray[np.int64]
     rows: dict[int, NDArray[np.int64]]
     window: int
@@ -126,7 +126,7 @@ class Epoch:
 
     def shards_of(self, window: int) -> list[int]:
         """Return the shards of a window, in their order."""
-        return list(map(int, self.shards[window * self.window : (window + 1) * self.window]))
+        return list(map(int, self.shard_order[window * self.window : (window + 1) * self.window]))
 
     def order_of(self, window: int) -> NDArray[np.int64]:
         """Return the row at each place of a window, counted over the rows of its shards one after the other."""
@@ -174,7 +174,7 @@ class Editions:
         if rest is None:
             return counts
         left = np.zeros_like(counts)
-        left[rest.shards] = counts[rest.shards]
+        left[rest.shard_order] = counts[rest.shard_order]
         for shard, rows in rest.rows.items():
             left[shard] = len(rows)
         return left
@@ -217,18 +217,18 @@ class Editions:
         return seen
 
 
-def _first_places(epoch: Epoch, shards: ShardList, taken: int) -> list[tuple[int, Rows]]:
+def _first_places(epoch: Epoch, listed: ShardList, taken: int) -> list[tuple[int, Rows]]:
     """List the rows, by shard, of the first `taken` places of an epoch."""
     if taken == 0:
         return []
     whole = epoch.window_at(taken) if taken < epoch.places else epoch.windows
-    done = epoch.shards[: whole * epoch.window].tolist()
-    found: list[tuple[int, Rows]] = [(shard, epoch.rows.get(shard, shards.counts[shard])) for shard in done]
+    done = epoch.shard_order[: whole * epoch.window].tolist()
+    found: list[tuple[int, Rows]] = [(shard, epoch.rows.get(shard, listed.counts[shard])) for shard in done]
     if whole < epoch.windows:
         came = np.sort(epoch.order_of(whole)[: taken - int(epoch.starts[whole])])
         first = 0
         for shard in epoch.shards_of(whole):
-            rows = epoch.rows.get(shard, np.arange(shards.counts[shard]))
+            rows = epoch.rows.get(shard, np.arange(listed.counts[shard]))
             begin, end = np.searchsorted(came, [first, first + len(rows)])
             if end > begin:
                 found.append((shard, rows[came[begin:end] - first]))

@@ -12,7 +12,7 @@ from megatron_qwenvl.runtime.retry import retry_read
 from .epochs import Edition, ShardList
 from .history import DataHistory, Segment, SkippedRange, SourceState, Timeline
 
-RECORD_NAME = "data.json"
+DATA_RECORD_NAME = "data.json"
 """Name of the file in a checkpoint."""
 FORMAT = 1
 
@@ -66,7 +66,7 @@ def read_history(checkpoint: Path) -> DataHistory | None:
     Raises:
         DataError: it cannot be read.
     """
-    path = checkpoint / RECORD_NAME
+    path = checkpoint / DATA_RECORD_NAME
     try:
         content = retry_read(path, path.read_bytes)
     except FileNotFoundError:

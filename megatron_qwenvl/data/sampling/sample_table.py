@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Limits:
+class SampleLimits:
     """Limits on samples that a run can use.
 
     Attributes:

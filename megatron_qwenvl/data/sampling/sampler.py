@@ -23,7 +23,7 @@ from .changes import initial_history
 from .epochs import ShardList
 from .history import DataHistory, Draw, SourceState, Timeline
 from .packing import CostWeights, Pack, balance_across_ranks, make_packs, pack_costs
-from .sample_table import Limits, SampleTable, Skipped
+from .sample_table import SampleLimits, SampleTable, Skipped
 from .source_sampler import SourceSampler
 from .sources import Source, current_data, current_training_data, open_sources, open_training_sources
 
@@ -80,7 +80,7 @@ class StepSampler:
         )
         self._check_shards()
         self._accumulation = config.train.gradient_accumulation
-        self._limits = Limits(
+        self._limits = SampleLimits(
             min(data.max_sample_length, self.row_length), config.model.image_tokens, data.max_image_pixels
         )
         self._start()

@@ -14,7 +14,7 @@ from megatron_qwenvl.data.shards.directory import ShardDirectory
 from megatron_qwenvl.data.shards.index import ShardIndex
 
 from .epochs import Editions, Epoch
-from .sample_table import Limits, SampleTable, Skipped
+from .sample_table import SampleLimits, SampleTable, Skipped
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SourceSampler:
         directory: ShardDirectory,
         editions: Editions,
         edition: int,
-        limits: Limits,
+        limits: SampleLimits,
         load_index: Callable[[int], ShardIndex],
     ) -> None:
         """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_qwenvl.data.errors import DataError, SampleError, only_this_sample
-from megatron_qwenvl.data.images import load_pixels, read_header
+from megatron_qwenvl.data.images import load_pixels, read_image_header
 from megatron_qwenvl.data.records.dialogues import Chat
 from megatron_qwenvl.data.records.tasks import TASKS, decode_record
 from megatron_qwenvl.data.rendering.renderer import Renderer
@@ -146,7 +146,7 @@ def _add_images(columns: Columns, sample: ShardSample, images: list[ImageInfo]) 
 def _describe(name: str, data: bytes, verify: bool) -> tuple[ImageInfo, tuple[str, ...]]:
     """Read size and notes of an image."""
     try:
-        header = read_header(data)
+        header = read_image_header(data)
         if verify:
             load_pixels(data, side=1, max_pixels=header.width * header.height)
     except SampleError as error:

@@ -24,7 +24,7 @@ from megatron_qwenvl.data.images import (
     ORIENTATION,
     ImageHeader,
     load_pixels,
-    read_header,
+    read_image_header,
 )
 from megatron_qwenvl.data.rendering.tokenizer import Tokenizer
 from megatron_qwenvl.data.shards.index_builder import build_index
@@ -75,7 +75,7 @@ def test_grey_of_16_bits_is_scaled_not_clipped(data: bytes, expected: list[int])
     pixels = load_pixels(data, side=64, max_pixels=10_000)
     assert pixels[0, 32, [0, 16, 32, 48, 63]].tolist() == expected
     assert (pixels == pixels[:1]).all()
-    assert GREY16 in read_header(data).notes
+    assert GREY16 in read_image_header(data).notes
 
 
 def test_grey_of_12_bits_is_scaled_by_its_own_range() -> None:
@@ -108,7 +108,7 @@ def test_grey_of_12_bits_is_scaled_by_its_own_range() -> None:
 )
 def test_grey_of_unknown_range_is_refused_by_name(array: Any, reason: str) -> None:
     data = encode(Image.fromarray(array), "TIFF")
-    for look in (read_header, centre):
+    for look in (read_image_header, centre):
         with pytest.raises(SampleError, match=f"{reason} image: which values are black and white is unknown"):
             look(data)
 
@@ -124,7 +124,7 @@ def test_below_alpha_the_stored_colours_are_shown(mode: str) -> None:
             Image.new("RGBA", (8, 8), (*colour, 0)).convert(mode), "TIFF" if mode == "PA" else "PNG"
         )
     assert close(centre(data), colour)
-    assert read_header(data).notes == (ALPHA,)
+    assert read_image_header(data).notes == (ALPHA,)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -134,12 +134,12 @@ def test_exif_orientation_changes_neither_size_nor_pixels(kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(image, kind, exif=exif)
-    header = read_header(data)
+    header = read_image_header(data)
     assert (header.width, header.height, header.notes) == (40, 20, (ORIENTATION,))
     pixels = load_pixels(data, side=8, max_pixels=1000)
     assert close(pixels[:, 6, 1].tolist(), GREEN) and close(pixels[:, 1, 6].tolist(), RED)
     exif[0x0112] = 1
-    assert read_header(encode(image, kind, exif=exif)).notes == ()
+    assert read_image_header(encode(image, kind, exif=exif)).notes == ()
 
 
 def test_size_and_pixels_of_a_turned_tiff_agree() -> None:
@@ -149,7 +149,7 @@ def test_size_and_pixels_of_a_turned_tiff_agree() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(image, "TIFF", exif=exif)
-    assert read_header(data) == ImageHeader(20, 40, notes=())
+    assert read_image_header(data) == ImageHeader(20, 40, notes=())
     pixels = load_pixels(data, side=8, max_pixels=1000)
     assert close(pixels[:, 1, 6].tolist(), GREEN) and close(pixels[:, 6, 1].tolist(), RED)
 
@@ -158,7 +158,7 @@ def test_red_of_four_inks_stays_red() -> None:
     for kind in ("JPEG", "TIFF"):
         data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), kind)
         assert close(centre(data), (255, 0, 0)), kind
-        assert read_header(data).notes == (CMYK,)
+        assert read_image_header(data).notes == (CMYK,)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
@@ -166,7 +166,7 @@ def test_the_first_of_several_frames_is_shown(kind: str) -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, GREEN)]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
     assert close(centre(data), RED)
-    assert FRAMES in read_header(data).notes
+    assert FRAMES in read_image_header(data).notes
 
 
 def test_a_colour_profile_changes_nothing() -> None:
@@ -178,7 +178,7 @@ def test_a_colour_profile_changes_nothing() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_plain_images_have_no_notes(mode: str) -> None:
-    assert read_header(encode(Image.new(mode, (8, 8)), "PNG")).notes == ()
+    assert read_image_header(encode(Image.new(mode, (8, 8)), "PNG")).notes == ()
 
 
 def test_no_program_is_started_on_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_no_program_is_started_on_an_image(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).write_text(f"#!/bin/sh\necho {name} >> {called}\nexit 1\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    for look in (read_header, centre):
+    for look in (read_image_header, centre):
         with pytest.raises(SampleError, match="no valid header of JPEG, PNG, WEBP, BMP, GIF, TIFF"):
             look(POSTSCRIPT)
     assert not called.exists()
@@ -196,7 +196,7 @@ def test_no_program_is_started_on_an_image(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "PCX", "SGI", "DDS", "PDF"])
 def test_other_formats_are_refused_whatever_their_name(kind: str) -> None:
     data = encode(Image.new("RGB", (16, 16), RED), kind)
-    for look in (read_header, centre):
+    for look in (read_image_header, centre):
         with pytest.raises(SampleError, match="not a readable image: no valid header of JPEG"):
             look(data)
 
@@ -204,7 +204,7 @@ def test_other_formats_are_refused_whatever_their_name(kind: str) -> None:
 def test_an_image_without_pixels_is_refused() -> None:
     data = b"GIF89a" + bytes(7) + b"," + bytes(9) + b"\x02\0;"
     with pytest.raises(SampleError, match="no valid header"):
-        read_header(data)
+        read_image_header(data)
 
 
 def test_warnings_neither_print_nor_refuse(tmp_path: Path) -> None:
@@ -213,9 +213,9 @@ def test_warnings_neither_print_nor_refuse(tmp_path: Path) -> None:
     large.write_bytes(encode(Image.new("1", (10_000, 9_000)), "PNG"))
     odd.write_bytes(encode(Image.new("P", (4, 4)), "PNG", transparency=bytes([0, 128])))
     code = (
-        "import sys; from pathlib import Path; from megatron_qwenvl.data.images import load_pixels, read_header\n"
+        "import sys; from pathlib import Path; from megatron_qwenvl.data.images import load_pixels, read_image_header\n"
         "for data in map(Path.read_bytes, map(Path, sys.argv[1:])):\n"
-        "    print(read_header(data).width, load_pixels(data, 2, 10**8).shape)"
+        "    print(read_image_header(data).width, load_pixels(data, 2, 10**8).shape)"
     )
     for options in ([], ["-W", "error"]):
         command = [sys.executable, *options, "-c", code, str(large), str(odd)]
@@ -229,7 +229,7 @@ def test_a_compressed_chunk_is_not_unpacked_without_end(chunk: bytes) -> None:
     bomb = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     plain = encode(Image.new("RGB", (8, 8), RED), "PNG")
     with pytest.raises(SampleError, match="not a readable image: Decompressed data too large"):
-        read_header(plain[:33] + bomb + plain[33:])
+        read_image_header(plain[:33] + bomb + plain[33:])
 
 
 def png_of_chunks(*chunks: tuple[bytes, bytes]) -> bytes:
@@ -249,7 +249,7 @@ def test_a_palette_image_without_its_palette_costs_its_sample_alone(
     tmp_path: Path, byte_level: Tokenizer
 ) -> None:
     """Pillow asserts that there is one where it looks for transparency."""
-    for look in (read_header, centre):
+    for look in (read_image_header, centre):
         with pytest.raises(SampleError, match="^palette image without a palette"):
             look(WITHOUT_PALETTE)
     record = {"task": "caption", "caption": "x"}
@@ -277,7 +277,7 @@ def test_no_exception_of_the_image_library_gets_out(
     method = where in ("convert", "resize")
     monkeypatch.setattr(Image.Image, where, fail if method else property(fail, lambda image, value: None))
     with pytest.raises(SampleError, match="^(not a readable|cannot decode the) image: "):
-        centre(data) if method or where == "mode" else read_header(data)
+        centre(data) if method or where == "mode" else read_image_header(data)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -306,7 +306,7 @@ def test_hundreds_of_damaged_images_are_decoded_or_refused() -> None:
                 del data[at : at + rng.randrange(1, 20)]
                 data = data or bytearray(b"x")
         try:
-            read_header(bytes(data))
+            read_image_header(bytes(data))
             load_pixels(bytes(data), side=2, max_pixels=10**6)
         except SampleError as error:
             assert len(str(error)) < 300
@@ -317,4 +317,4 @@ def test_hundreds_of_damaged_images_are_decoded_or_refused() -> None:
 @pytest.mark.filterwarnings("ignore")  # pytest undoes the package's own filter
 def test_damaged_exif_does_not_refuse_an_image() -> None:
     data = encode(Image.new("RGB", (8, 8), RED), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert read_header(data).notes == ()
+    assert read_image_header(data).notes == ()

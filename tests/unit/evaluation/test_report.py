@@ -17,7 +17,7 @@ from PIL import Image
 from megatron_qwenvl.data.errors import SampleError
 from megatron_qwenvl.data.records.tasks import VQA, Caption, Referring
 from megatron_qwenvl.demo.examination import Question, show_examples
-from megatron_qwenvl.evaluation.charts import HEIGHT, WIDTH, Line, line_chart
+from megatron_qwenvl.evaluation.charts import HEIGHT, WIDTH, Curve, line_chart
 from megatron_qwenvl.evaluation.curves import loss_chart
 from megatron_qwenvl.evaluation.report import Chart, Example, Report, box_polygon, find_shapes, render_report
 
@@ -61,7 +61,7 @@ def png(width: int = 40, height: int = 20, colour: tuple[int, int, int] = (200, 
 def test_the_page_needs_nothing_from_outside_and_runs_nothing() -> None:
     html = render_report(
         Report(
-            HOSTILE, HOSTILE, [Chart(HOSTILE, [Line(HOSTILE, [(0, 1.0)])], HOSTILE, HOSTILE)],
+            HOSTILE, HOSTILE, [Chart(HOSTILE, [Curve(HOSTILE, [(0, 1.0)])], HOSTILE, HOSTILE)],
             {HOSTILE: HOSTILE}, {HOSTILE: [Example(png(), HOSTILE, HOSTILE, HOSTILE)]},
         )
     )  # fmt: skip
@@ -127,7 +127,7 @@ def test_right_and_wrong_answers_are_marked(found: str, right: bool) -> None:
 
 def test_a_chart_places_its_points_and_leaves_gaps() -> None:
     svg = line_chart(
-        [Line("a", [(0, 4.0), (5, math.nan), (10, 0.0), (20, 2.0)], marked=True)], "step", "loss"
+        [Curve("a", [(0, 4.0), (5, math.nan), (10, 0.0), (20, 2.0)], marked=True)], "step", "loss"
     )
     root = ElementTree.fromstring(svg)
     dots = [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in root.iter("circle")]
@@ -140,14 +140,14 @@ def test_a_chart_places_its_points_and_leaves_gaps() -> None:
 
 @pytest.mark.parametrize("points", [[], [(0, math.nan)]])
 def test_a_chart_without_values_says_so(points: list[tuple[float, float]]) -> None:
-    assert "No values" in line_chart([Line("a", points)], "step", "loss")
+    assert "No values" in line_chart([Curve("a", points)], "step", "loss")
 
 
 @pytest.mark.parametrize(
     "points", [[(3, 1.0)], [(0, 0.0), (1, 0.0)], [(0, 1e-9), (1, 1e9)], [(0, -2.0), (9, 3.0)]]
 )
 def test_a_chart_of_any_range_can_be_drawn(points: list[tuple[float, float]]) -> None:
-    ElementTree.fromstring(line_chart([Line("a", points)], "step", "loss"))
+    ElementTree.fromstring(line_chart([Curve("a", points)], "step", "loss"))
 
 
 def test_curves_come_from_the_metrics_of_a_run(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import pytest
 import restart_policy
 from job_failures import Failure
 from job_states import TRANSITIONS, Event, State
-from restart_policy import Decision, Limits, Phase, decide, limit_reached
+from restart_policy import Decision, Phase, RestartLimits, decide, limit_reached
 
 from megatron_qwenvl.runtime import exit_codes
 
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "slurm/restart_policy.py"
-LIMITS = Limits(failures=10, without_progress=3)
+LIMITS = RestartLimits(failures=10, without_progress=3)
 AWAY = "Unable to contact|timed out"
 
 
@@ -29,7 +29,7 @@ def phase(name: str = "training", code: int = 70, *lines: str, signal: str = "",
     return Phase(name, code, signal, list(lines), checkpoint, bad_nodes, ended)
 
 
-def decided(end: Phase, *history: Failure, limits: Limits = LIMITS) -> Decision:
+def decided(end: Phase, *history: Failure, limits: RestartLimits = LIMITS) -> Decision:
     return decide(end, "7", history, limits, AWAY)
 
 
@@ -118,8 +118,10 @@ def test_limits_of_a_run(history: list[Failure], newest: Failure, limit: str) ->
 
 def test_the_limits_are_the_sites() -> None:
     history = [failed("a"), failed("b"), failed("c")]
-    assert limit_reached(history, failed("d"), Limits(10, 5), excluding=False) == ""
-    assert "4 failures of this job" in limit_reached(history, failed("d"), Limits(4, 9), excluding=False)
+    assert limit_reached(history, failed("d"), RestartLimits(10, 5), excluding=False) == ""
+    assert "4 failures of this job" in limit_reached(
+        history, failed("d"), RestartLimits(4, 9), excluding=False
+    )
 
 
 def test_bad_nodes_are_excluded_and_other_nodes_get_their_attempt() -> None:
@@ -127,7 +129,7 @@ def test_bad_nodes_are_excluded_and_other_nodes_get_their_attempt() -> None:
     history = [failed("preflight: FAILED: node1")] * 3
     decision = decided(end, *history)
     assert (decision.state, decision.exclude) == (State.REQUEUED, "node2")
-    assert decided(end, *history, limits=Limits(4, 3)).state is State.GIVEN_UP
+    assert decided(end, *history, limits=RestartLimits(4, 3)).state is State.GIVEN_UP
     assert decided(end._replace(bad_nodes=""), *history).state is State.GIVEN_UP
 
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_qwenvl.profiling.throughput import (
     IncompleteRun,
     Row,
-    measure,
+    measure_throughput,
     read_metrics,
     render_markdown,
     write_table,
@@ -65,7 +65,7 @@ STEPS = [
 
 
 def test_rates_are_totals_over_total_time() -> None:
-    found = measure(START, STEPS, warmup=2, measured=2)
+    found = measure_throughput(START, STEPS, warmup=2, measured=2)
     assert (found.steps, found.devices, found.data_parallel, found.micro_batches) == (2, 4, 2, 3.5)
     assert (found.step_seconds, found.slowest_step_seconds) == (2.5, 4.0)
     assert found.samples_per_second == 30 / 5  # the mean of the two rates is 7.5
@@ -79,14 +79,14 @@ def test_rates_are_totals_over_total_time() -> None:
 
 
 def test_no_utilisation_without_a_known_peak() -> None:
-    found = measure({**START, "peak_flops_per_device": None}, STEPS, warmup=2, measured=2)
+    found = measure_throughput({**START, "peak_flops_per_device": None}, STEPS, warmup=2, measured=2)
     assert found.mfu is None
 
 
 @pytest.mark.parametrize("steps", [STEPS[:3], [*STEPS[:2], step(3, 1.0), step(4, 1.0)]])
 def test_missing_steps_are_refused(steps: list[dict[str, Any]]) -> None:
     with pytest.raises(IncompleteRun, match="expected records of 4 steps in a row"):
-        measure(START, steps, warmup=2, measured=2)
+        measure_throughput(START, steps, warmup=2, measured=2)
 
 
 def test_only_the_newest_start_counts(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def cells(line: str) -> list[str]:
 
 def test_the_table_says_what_was_measured_and_what_failed(tmp_path: Path) -> None:
     rows = [
-        Row("tensor=2", "runs/01", measure(START, STEPS, warmup=2, measured=2)),
+        Row("tensor=2", "runs/01", measure_throughput(START, STEPS, warmup=2, measured=2)),
         Row("pipeline=2", "runs/02", None, "OutOfMemoryError: a | b"),
     ]
     header = {"recipe": "stage2", "hardware": "4 x NVIDIA H100", "revision": None, "versions": {"torch": "2"}}

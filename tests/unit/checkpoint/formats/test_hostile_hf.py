@@ -25,7 +25,7 @@ from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.checkpoint.storage.json_text import parse_json, show_json, show_name
 from megatron_qwenvl.checkpoint.storage.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from megatron_qwenvl.checkpoint.storage.new_directory import MAKER_NAME, make_tmp_dir, remove_leftovers
-from megatron_qwenvl.checkpoint.storage.safetensors_files import read_header
+from megatron_qwenvl.checkpoint.storage.safetensors_files import read_safetensors_header
 
 from ..hf_cases import TINY, config_json, random_weights, write_hf
 
@@ -124,12 +124,12 @@ def test_a_strange_safetensors_header_is_refused(
     """The safetensors library, which the published code reads with, refuses each of them too."""
     path = tmp_path / "model.safetensors"
     save_file({name: value for name, value in random_weights(TINY).items() if "visual" not in name}, path)
-    assert NORM in read_header(path)
+    assert NORM in read_safetensors_header(path)
     change_header(path, change)
     with pytest.raises(SafetensorError), safe_open(path, "pt") as library:
         library.get_tensor(NORM)
     with pytest.raises(CheckpointError, match=path.name):
-        read_header(path)
+        read_safetensors_header(path)
 
 
 def norm() -> Tensor:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_qwenvl.checkpoint.convert.imports import execute_import, plan_qwenvl
 from megatron_qwenvl.checkpoint.convert.inspect import verify
-from megatron_qwenvl.checkpoint.storage.differences import BLOCK_ELEMENTS, measure
+from megatron_qwenvl.checkpoint.storage.differences import BLOCK_ELEMENTS, measure_difference
 from megatron_qwenvl.engine.checkpoint_index import read_index
 from megatron_qwenvl.engine.checkpoint_tensors import DistributedFolder
 
@@ -36,29 +36,29 @@ LONG = 3 * BLOCK_ELEMENTS + 5
 def test_every_block_counts(dtype: torch.dtype) -> None:
     a = torch.ones(LONG, dtype=dtype)
     b = a.clone()
-    assert (measure(a, b).count, measure(a, b).largest) == (0, 0.0)
+    assert (measure_difference(a, b).count, measure_difference(a, b).largest) == (0, 0.0)
     b[0], b[BLOCK_ELEMENTS], b[-1] = 1.5, 3, 2
-    found = measure(a, b)
+    found = measure_difference(a, b)
     assert (found.elements, found.count, found.largest) == (LONG, 3, 2.0)
-    assert measure(a[1:], b[1:]).count == 2, "also where eight bytes do not divide"
-    assert measure(torch.empty(0), torch.empty(0)).count == 0
+    assert measure_difference(a[1:], b[1:]).count == 2, "also where eight bytes do not divide"
+    assert measure_difference(torch.empty(0), torch.empty(0)).count == 0
 
 
 def test_bits_that_are_not_numbers() -> None:
     a = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0])
-    assert (measure(a, a.clone()).count, measure(a, a.clone()).largest) == (0, 0.0)
+    assert (measure_difference(a, a.clone()).count, measure_difference(a, a.clone()).largest) == (0, 0.0)
     b = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1.25])
-    assert (measure(a, b).count, measure(a, b).largest) == (2, 0.25)
-    assert math.isnan(measure(a, torch.zeros(5)).largest)
-    assert measure(torch.tensor([math.inf]), torch.tensor([1.0])).largest == math.inf
+    assert (measure_difference(a, b).count, measure_difference(a, b).largest) == (2, 0.25)
+    assert math.isnan(measure_difference(a, torch.zeros(5)).largest)
+    assert measure_difference(torch.tensor([math.inf]), torch.tensor([1.0])).largest == math.inf
     late = torch.zeros(LONG)
     late[3] = math.nan
-    assert math.isnan(measure(late, torch.ones(LONG)).largest), "a later block does not hide it"
+    assert math.isnan(measure_difference(late, torch.ones(LONG)).largest), "a later block does not hide it"
 
 
 def test_types_are_compared_by_value() -> None:
     a = torch.tensor([1.0, 1.0 + 2**-10, math.nan])
-    found = measure(a, a.bfloat16())
+    found = measure_difference(a, a.bfloat16())
     assert (found.count, found.largest) == (1, 2**-10)
 
 

@@ -21,7 +21,7 @@ from megatron_qwenvl.data.shards import media, members
 EXPECTED = {
     "version": 6,
     "renderings": "7d009248fe8ea43a",
-    "logic": "08078840a614d031",
+    "logic": "03d4797f9cbed266",
 }
 HELP = """
 {what} changed. If a record may now render to other tokens, or is accepted or refused where it was not before, raise

@@ -10,7 +10,7 @@ import struct
 import pytest
 from PIL import Image
 
-from megatron_qwenvl.data.images import FORMATS, IMAGE_SUFFIXES
+from megatron_qwenvl.data.images import IMAGE_FORMATS, IMAGE_SUFFIXES
 from megatron_qwenvl.data.shards.media import (
     STARTS_WITHIN,
     begins_like_media,
@@ -46,7 +46,7 @@ def test_every_format_that_pillow_writes_is_known_by_its_first_bytes(mode: str) 
             continue
         found.add(kind)
         assert begins_like_media(buffer.getvalue()[:STARTS_WITHIN]), kind
-    assert mode != "RGB" or found > {*FORMATS, "PPM", "EPS", "PDF", "ICO", "DDS", "SGI"}
+    assert mode != "RGB" or found > {*IMAGE_FORMATS, "PPM", "EPS", "PDF", "ICO", "DDS", "SGI"}
 
 
 @pytest.mark.parametrize(
