@@ -5,14 +5,8 @@ rank like the trainer. Checks that all ranks are present; that versions, devices
 product; that the run directory is writable and shared, with space for the next checkpoints; data and start weights;
 the links between nodes and an all-reduce. Also runs through launch/local.sh and launch/mpirun.sh, or as one process.
 
-  --directory DIR     in place of a recipe: check the machines only, for a job that writes to this directory
-  --bad_nodes FILE    write the names of bad nodes to this file, one per line; without bad nodes the file is removed
-  --deadline S        seconds for all ranks to report (default 30); all checks take at most twice as long
-  --slow_nodes W      level of a node whose computation or links are more than twice as slow as the median: warning
-                      (default) or failure
-
 Exit codes: 0 passed; 1 the run cannot work on any nodes; 2 wrong arguments or configuration; 3 one or more nodes are
-bad. torchrun (launch/local.sh) turns every failure into 1.
+bad; 70 an unexpected error. launch/local.sh ends with the code of the rank that failed first.
 """
 
 from __future__ import annotations
@@ -20,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -28,7 +23,7 @@ from megatron_qwenvl.config.cli import HEAD_START_SECONDS, RunArguments, parse_s
 from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.config.schema import CheckpointConfig, RunConfig
 from megatron_qwenvl.preflight.rules import Finding, warning
-from megatron_qwenvl.runtime.exit_codes import BAD_NODES, RUN_ERROR, USAGE_ERROR
+from megatron_qwenvl.runtime.exit_codes import BAD_NODES, CRASHED, RUN_ERROR, USAGE_ERROR
 from megatron_qwenvl.runtime.exit_process import exit_process
 from megatron_qwenvl.runtime.processes import LaunchError, detect_process
 from megatron_qwenvl.runtime.stop_signals import exit_on_stop_signals
@@ -37,22 +32,56 @@ if TYPE_CHECKING:
     from megatron_qwenvl.preflight.run import Checklist
 
 
+def own_options() -> OptionParser:
+    """Make the parser of the options that the trainer does not have."""
+    parser = OptionParser(prog="preflight", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.usage = "[--directory DIR] [--bad_nodes FILE] [--deadline S] [--slow_nodes warning|failure]"
+    parser.add_argument(
+        "--directory",
+        metavar="DIR",
+        help="in place of a recipe: check the machines only, for a job that writes to this directory",
+    )
+    parser.add_argument(
+        "--bad_nodes",
+        type=Path,
+        metavar="FILE",
+        help="write the names of bad nodes to this file, one per line; without bad nodes the file is removed",
+    )
+    parser.add_argument(
+        "--deadline",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="seconds for all ranks to report (default 30); all checks take at most twice as long",
+    )
+    parser.add_argument(
+        "--slow_nodes",
+        choices=("warning", "failure"),
+        default="warning",
+        help="level of a node whose computation or links are more than twice as slow as the median (default warning)",
+    )
+    return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"expected 1 to 3600 seconds, found {text}")
+    return seconds
+
+
 def parse_own_arguments(argv: Sequence[str], quiet: bool = False) -> tuple[argparse.Namespace, list[str]]:
     """Parse the arguments of preflight alone; returns them and the remaining ones, which are the trainer's.
 
     Raises:
         ArgumentError: an invalid value.
     """
-    parser = OptionParser(prog="preflight", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = own_options()
     parser.quiet = quiet
-    parser.add_argument("--directory")
-    parser.add_argument("--bad_nodes", type=Path)
-    deadline = parser.add_argument("--deadline", type=float, default=30.0)
-    parser.add_argument("--slow_nodes", choices=("warning", "failure"), default="warning")
-    arguments, shared = parser.parse_known_args(argv)
-    if not 1 <= arguments.deadline <= 3600:
-        raise argparse.ArgumentError(deadline, f"expected 1 to 3600 seconds, found {arguments.deadline}")
-    return arguments, shared
+    return parser.parse_known_args(argv)
 
 
 def parse_arguments(
@@ -67,11 +96,13 @@ def parse_arguments(
         else:
             print(f"preflight: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
-    if arguments.directory:
+    if arguments.directory and not {"-h", "--help"} & set(shared):
         config = RunConfig(run_dir=arguments.directory, checkpoint=CheckpointConfig(save=False))
         return arguments, RunArguments(config)
     description = __doc__ or ""
-    return arguments, parse_start_arguments(shared, "preflight", description, world_size, quiet)
+    return arguments, parse_start_arguments(
+        shared, "preflight", description, world_size, quiet, own_options()
+    )
 
 
 def write_bad_nodes(path: Path, names: Sequence[str]) -> None:
@@ -160,7 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run() -> NoReturn:
     """Run the program and exit with its code."""
     exit_on_stop_signals("preflight")
-    exit_process(main())  # does not wait for a thread that hangs in a file system or a network
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = CRASHED
+    exit_process(code)  # does not wait for a thread that hangs in a file system or a network
 
 
 if __name__ == "__main__":

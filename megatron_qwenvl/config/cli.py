@@ -64,6 +64,7 @@ def parse_start_arguments(
     description: str,
     world_size: int | None = None,
     quiet: bool = False,
+    own: OptionParser | None = None,
 ) -> RunArguments:
     """Read `--recipe NAME|FILE.yaml [--from_step N] [--print_config] [--print_value FIELD] [--help] [--section.field
     value ...]`.
@@ -78,8 +79,9 @@ def parse_start_arguments(
         world_size: number of processes, checked against the parallel layout if given. `--print_config` and
             `--print_value` run nothing and do not check it.
         quiet: say nothing about a bad configuration: for all processes of a run but the first.
+        own: options of the program that the trainer does not have, for `--help`.
     """
-    parser = _make_parser(prog, description)
+    parser = _make_parser(prog, description, own)
     parser.quiet = quiet
     options, overrides = parser.parse_known_args(list(_with_values(argv)))
     if options.help:
@@ -154,12 +156,15 @@ def _describe(name: str, kind: str, default: str, meaning: str | None) -> list[s
     ]
 
 
-def _make_parser(prog: str, description: str) -> OptionParser:
+def _make_parser(prog: str, description: str, own: OptionParser | None) -> OptionParser:
+    usage = f"{prog} --recipe NAME|FILE.yaml [--from_step N] [--print_config] [--print_value FIELD] "
+    usage += "[--section.field value ...]"
     parser = OptionParser(
         prog=prog,
         description=description,
-        usage=f"{prog} --recipe NAME|FILE.yaml [--from_step N] [--print_config] [--print_value FIELD] "
-        "[--section.field value ...]",
+        usage=f"{usage}\n       {own.usage}" if own else usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[own] if own else [],
         add_help=False,  # printed by `_print_and_exit`, with every field
         allow_abbrev=False,
     )

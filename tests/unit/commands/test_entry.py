@@ -36,7 +36,7 @@ def test_another_broken_pipe_is_a_crash() -> None:
     assert code == 70 and "of a worker" in said
 
 
-@pytest.mark.parametrize("module", ["train"])
+@pytest.mark.parametrize("module", ["train", "commands.preflight"])
 def test_an_unexpected_error_before_the_start_is_a_crash(module: str) -> None:
     program = f"""
 from megatron_qwenvl.config import cli

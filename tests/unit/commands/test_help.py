@@ -37,6 +37,15 @@ def test_help_imports_nothing_heavy(name: str) -> None:
     assert len(done.stdout) > 200
 
 
+def test_help_of_preflight_keeps_its_lines() -> None:
+    shown = call(OURS["qwenvl-preflight"], "--directory", ".", "--help").stdout
+    usage = shown.partition("\n\n")[0]
+    for option in ("--directory", "--bad_nodes", "--deadline", "--slow_nodes"):
+        assert f"[{option} " in usage and f"\n  {option} " in shown
+    assert "\n\nCheck in under a minute that a run can start" in shown
+    assert "\n\nExit codes: 0 passed; 1 " in shown
+
+
 def test_every_tool_is_a_program_with_a_console_script() -> None:
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert tools == {module.rpartition(".")[2] for module in OURS.values()} - {"train"}
