@@ -1,4 +1,4 @@
-"""The typed micro-batch: the one thing that `data/` makes and `model/` reads."""
+"""Typed micro-batch, the interface between `data/`, which makes it, and `model/`, which reads it."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class Batch:
         position_ids: int64 `[T]`, rotary position of every token; restarts at 0 with each segment.
         num_images: images in the micro-batch.
         image_starts: int64 `[num_images]`, position of the first of the `image_tokens` slots of each image,
-            in the order of `pixels`; comes with `tokens`.
-        tokens: int64 `[T]`; image slots hold `<imgpad>`. Needed where the word embedding lives.
-        labels: int64 `[T]`, the next token of each position; needed where the loss is.
+            in the order of `pixels`; None without `tokens`.
+        tokens: int64 `[T]`; image slots hold `<imgpad>`. Needed on the pipeline stage of the word embedding.
+        labels: int64 `[T]`, the next token of each position; needed on the pipeline stage of the loss.
         loss_mask: float32 `[T]`, 1 where the position's label is supervised.
         task_ids: uint8 `[T]`, index into `TASKS` (`data/records/tasks.py`) of a supervised position, else
             `IGNORED_TASK`.
-        sample_ids: int32 `[T]`, ordinal of the sample within the micro-batch, -1 for padding. Lets the loss
-            be taken out for a sample whose image turned out to be unreadable.
-        pixels: uint8 RGB `[num_images, 3, S, S]`, resized but not normalised (a quarter of the bytes between
-            processes; the patch embedding normalises); needed where the patch embedding lives.
+        sample_ids: int32 `[T]`, ordinal of the sample within the micro-batch, -1 for padding. Used to mask the
+            loss of a sample whose image is unreadable.
+        pixels: uint8 RGB `[num_images, 3, S, S]`, resized but not normalized (a quarter of the bytes between
+            processes; the patch embedding normalizes); needed on the pipeline stage of the patch embedding.
         bad_samples: ordinals of samples of this micro-batch that could not be read on this rank; their loss
             must be masked on every rank.
         bad_reasons: name of the sample and reason, for each of `bad_samples`.
-        bad_names: shard and key of each of them, as this rank found them.
+        bad_names: shard and key of each of `bad_samples`.
         repeated_reads: reads of this micro-batch, or of indices for it, that had to be repeated, one line each.
         real_tokens: positions that are not padding.
-        max_segment: length of the longest segment; found from `cu_seqlens` while that is on the CPU.
+        max_segment: length of the longest segment; computed from `cu_seqlens` while that is on the CPU.
     """
 
     cu_seqlens: Tensor
@@ -76,7 +76,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Copy every tensor to page-locked memory, from where a GPU fetches it without waiting."""
+        """Copy every tensor to page-locked memory, for asynchronous copies to a GPU."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:

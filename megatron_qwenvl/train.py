@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 -m megatron_qwenvl.train --recipe tiny_stage1 --parallel.tensor 2
 
-`--print_config` shows the resolved configuration, `--help` explains every field. A run that has a checkpoint in
-its `run_dir` goes on from the newest good one, with `--from_step N` from that of step N. SIGUSR1, SIGTERM or Ctrl-C:
-all ranks finish the same step, save and end with exit code 75; started again the run goes on from there.
+`--print_config` shows the resolved configuration, `--help` explains every field. A run with checkpoints in its
+`run_dir` resumes from the newest undamaged one, or with `--from_step N` from that of step N. On SIGUSR1, SIGTERM or
+Ctrl-C, all ranks finish the same step, save and exit with code 75; the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megatron_qwenvl.runtime.stop_signals import StopRequest
 logger = logging.getLogger(__name__)
 
 PEER_SECONDS = 5.0
-"""A rank that lost a neighbour waits before it ends, so that the launcher sees the neighbour's end first."""
+"""Delay of the exit after a lost connection, so that the launcher notices the failed rank first."""
 START_SECONDS = 10.0
-"""A start that was asked to stop ends by itself after this time; Slurm's KillWait, after which it kills, is 30 s."""
+"""Time limit of a start after a stop signal. Slurm kills after KillWait, 30 s by default."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, start, train, stop; returns the exit code, with which the process is to `leave`."""
-    stop = StopRequest.listen()  # before anything is imported that takes time
+    """Parse the arguments, start the engine, train and stop; returns the exit code for `exit_process`."""
+    stop = StopRequest.listen()  # before any slow import
     try:
         return _run(sys.argv[1:] if argv is None else argv, stop)
     except SystemExit as end:  # after --help and --print_config, or for arguments that cannot be used
@@ -62,7 +62,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     if stop.received():
         return _stopped_early(stop.name)
 
-    # Everything below needs torch; configuration errors are said before it is loaded.
+    # Everything below needs torch; configuration errors are reported before it is imported.
     warnings.filterwarnings(
         "ignore", module=r"megatron\.core"
     )  # what it says on import of kernels that are absent
@@ -98,7 +98,9 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
         logger.error("FAILED (error) %s: %s", type(error).__name__, error)
         return RUN_ERROR
     except Exception as error:
-        if stop.received_before_start and is_lost_peer(error):  # which got the signal, too, and was faster
+        if stop.received_before_start and is_lost_peer(
+            error
+        ):  # the other rank got the signal, too, and ended first
             return _stopped_early(stop.name)
         if is_lost_peer(error):
             logger.error("FAILED (lost peer) %s", " ".join(str(error).split()))

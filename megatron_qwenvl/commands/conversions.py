@@ -26,7 +26,7 @@ from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
 def next_stage(arguments: argparse.Namespace) -> int:
     """Make the start of the next stage from a finished one."""
     plan = plan_transition(arguments.source, arguments.to, arguments.force)
-    _tell(plan.notes)
+    _print_lines(plan.notes)
     work = partial(execute_next_stage, plan, arguments.out)
     sources = {"weights": digest_weights(plan.manifest)}
     return _convert(arguments, [plan.source], plan.manifest.total_bytes, work, lambda: sources)
@@ -46,7 +46,7 @@ def import_qwenvl(arguments: argparse.Namespace) -> int:
 def export_qwenvl(arguments: argparse.Namespace) -> int:
     """Write a checkpoint in the Hugging Face format."""
     plan = plan_export(arguments.source, arguments.tokenizer)
-    _tell(plan.notes)
+    _print_lines(plan.notes)
     work = partial(execute_export, plan, arguments.out)
 
     def digest() -> dict[str, str]:
@@ -58,7 +58,7 @@ def export_qwenvl(arguments: argparse.Namespace) -> int:
 
 def inspect_checkpoint(arguments: argparse.Namespace) -> int:
     """Print what a checkpoint is."""
-    _tell(tuple(describe_checkpoint(arguments.checkpoint)))
+    _print_lines(tuple(describe_checkpoint(arguments.checkpoint)))
     return SUCCESS
 
 
@@ -68,7 +68,7 @@ def compare_checkpoints(arguments: argparse.Namespace) -> int:
     progress = ProgressLine("compare", sum(spec.nbytes for spec in a.specs.values()))
     differences = compare(a, b, arguments.tolerance, progress.add)
     progress.finish()
-    _tell([*table_notes(arguments.a), *table_notes(arguments.b), *differences])
+    _print_lines([*table_notes(arguments.a), *table_notes(arguments.b), *differences])
     print(f"{len(differences)} of {len(a.specs.keys() | b.specs.keys())} tensors differ")
     return RUN_ERROR if differences else SUCCESS
 
@@ -79,13 +79,13 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
     progress = ProgressLine("verify", read_manifest(checkpoint).total_bytes)
     problems = verify(checkpoint, progress.add)
     progress.finish()
-    _tell(problems)
+    _print_lines(problems)
     print(f"{checkpoint}: {f'{len(problems)} problems' if problems else 'good'}")
     return RUN_ERROR if problems else SUCCESS
 
 
 def _import(arguments: argparse.Namespace, plan: Import) -> int:
-    _tell(plan.notes)
+    _print_lines(plan.notes)
     work = partial(execute_import, plan, arguments.out)
 
     def digest() -> dict[str, str]:
@@ -132,7 +132,7 @@ def _convert(
     return SUCCESS
 
 
-def _tell(lines: list[str] | tuple[str, ...]) -> None:
+def _print_lines(lines: list[str] | tuple[str, ...]) -> None:
     for line in lines:
         print(line)
 

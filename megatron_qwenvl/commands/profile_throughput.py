@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_qwenvl.config.options import OptionParser
-from megatron_qwenvl.profiling.layouts import Launcher, Layout, Measurement, ProfileError, check, run_layout
+from megatron_qwenvl.profiling.layouts import (
+    Launcher,
+    Layout,
+    Measurement,
+    ProfileError,
+    run_layout,
+    validate_layouts,
+)
 from megatron_qwenvl.profiling.throughput import Row, read_metrics, render_markdown, write_table
 from megatron_qwenvl.runtime.environment import git_state
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS, USAGE_ERROR
@@ -105,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warmup=arguments.warmup,
         )
         layouts = [Layout.parse(text) for text in arguments.layout or [""]]
-        check(measurement, layouts)
+        validate_layouts(measurement, layouts)
     except ProfileError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

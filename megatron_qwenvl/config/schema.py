@@ -247,7 +247,7 @@ class RuntimeConfig(Section):
     """CPU threads per process; 0: OMP_NUM_THREADS or torch's default."""
 
     @property
-    def patience_seconds(self) -> float:
+    def retry_seconds(self) -> float:
         """`retry_minutes` in seconds, with what stands for none."""
         if self.retry_minutes is not None:
             return 60 * self.retry_minutes

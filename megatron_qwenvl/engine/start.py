@@ -132,7 +132,7 @@ def start_engine(config: RunConfig, process: ProcessInfo | None = None) -> Runti
     process = process or detect_process()
     if (change := choose_temporary_directory()) and process.rank == 0:
         logger.warning(change)
-    retry_read.seconds = config.runtime.patience_seconds
+    retry_read.seconds = config.runtime.retry_seconds
     device = choose_device(config.runtime.device, process.local_rank, process.launcher)
     check_version(on_gpu=device.type == "cuda", log=process.rank == 0)
     kernels = choose_backend(config.runtime.kernels, on_gpu=device.type == "cuda")

@@ -1,6 +1,6 @@
-"""Short runs of one recipe in several layouts, each through a launcher and in a folder of its own.
+"""Short runs of one recipe in several parallel layouts, each through a launcher and in its own folder.
 
-Needs neither torch nor megatron-core: it starts the training program and reads what that leaves behind.
+Needs neither torch nor megatron-core: it starts the training program and reads its metrics and log.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from megatron_qwenvl.runtime.torchrun import local_command
 
 from .throughput import IncompleteRun, Row, measure_throughput, read_metrics
 
-Tell = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 
 
 class ProfileError(Exception):
-    """The measurement cannot start; the message names every problem."""
+    """Invalid measurement; the message names every problem."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """What starts a run: one of the scripts in `launch/`, or torchrun."""
+    """Launcher of a run: one of the scripts in `launch/`, or torchrun."""
 
     script: Path | None
     """The script; None: torchrun with processes on this machine."""
@@ -57,7 +57,7 @@ class Launcher:
 
     @property
     def name(self) -> str:
-        """Name for the table."""
+        """Name of the launcher in the table."""
         return self.script.name if self.script else "torchrun"
 
     def command(self, *arguments: str) -> list[str]:
@@ -83,37 +83,37 @@ def _default_processes(script: Path | None, environment: Mapping[str, str]) -> s
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is run for every layout."""
+    """Common settings of the runs of all layouts."""
 
     recipe: str
     """Name of a recipe, or a YAML file."""
     launcher: Launcher
-    """How the runs are started."""
+    """Launcher of the runs."""
     out: Path
-    """Directory of the table; every layout has a folder below it."""
+    """Directory of the table and of each layout's folder."""
     overrides: tuple[str, ...] = ()
     """`--section.field value` of all layouts."""
     steps: int = 10
-    """Steps that are measured."""
+    """Measured steps."""
     warmup: int = 3
-    """Steps before them."""
+    """Steps before the measured ones."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to run the recipe."""
+    """One parallel layout of the recipe, with any other fields that it changes."""
 
     text: str
-    """As asked for: `field=value` of `parallel`, or `section.field=value` of anything, separated by spaces."""
+    """The argument: `field=value` of `parallel`, or `section.field=value` of any section, separated by spaces."""
     overrides: tuple[str, ...]
-    """The same as overrides of the configuration."""
+    """The layout as overrides of the configuration."""
 
     @classmethod
     def parse(cls, text: str) -> Layout:
         """Read a layout such as `tensor=2 pipeline=4 train.recompute=full`; empty: the recipe as it is.
 
         Raises:
-            ProfileError: a word of another form.
+            ProfileError: a malformed word.
         """
         try:
             words = shlex.split(text)
@@ -129,7 +129,7 @@ class Layout:
 
 
 def run_overrides(measurement: Measurement, layout: Layout, folder: Path) -> list[str]:
-    """All overrides of a layout's run: fresh weights unless some are given, nothing saved, every step logged."""
+    """All overrides of a layout's run: fresh weights by default, no checkpoints, every step logged."""
     return [
         "--checkpoint.init_from=null",
         *measurement.overrides,
@@ -150,13 +150,13 @@ def _fixed(measurement: Measurement, folder: Path) -> dict[str, str]:
 
 
 def layout_folder(measurement: Measurement, layouts: Sequence[Layout], number: int) -> Path:
-    """Folder of a layout: its number and what of its text a file name can hold."""
+    """Folder of a layout: its number, and its text with other characters replaced by `_`."""
     name = re.sub(r"[^\w.=,-]+", "_", layouts[number].text).strip("_")[:80]
     return measurement.out / f"{number + 1:02d}_{name}"
 
 
-def check(measurement: Measurement, layouts: Sequence[Layout]) -> None:
-    """Validate every layout's configuration before anything starts.
+def validate_layouts(measurement: Measurement, layouts: Sequence[Layout]) -> None:
+    """Validate every layout's configuration before the first run.
 
     Raises:
         ProfileError: names all problems of all layouts.
@@ -180,15 +180,17 @@ def check(measurement: Measurement, layouts: Sequence[Layout]) -> None:
         )
 
 
-def run_layout(measurement: Measurement, layouts: Sequence[Layout], number: int, tell: Tell) -> Row:
-    """Run one layout, telling of its steps; a failure becomes a row with its reason."""
+def run_layout(
+    measurement: Measurement, layouts: Sequence[Layout], number: int, report: ProgressCallback
+) -> Row:
+    """Run one layout and report its steps; a failure becomes a row with its reason."""
     layout, folder = layouts[number], layout_folder(measurement, layouts, number)
     folder.mkdir(parents=True, exist_ok=True)
     metrics, log = folder / "metrics.jsonl", folder / "log.txt"
     metrics.unlink(missing_ok=True)
     overrides = run_overrides(measurement, layout, folder)
     command = measurement.launcher.command("--recipe", measurement.recipe, *overrides)
-    code = _run(command, measurement.launcher.environment(), log, metrics, tell)
+    code = _run(command, measurement.launcher.environment(), log, metrics, report)
     if code:
         text = log.read_text(encoding="utf-8", errors="replace")
         return Row(layout.text, str(folder), None, failure_reason(text, code))
@@ -200,21 +202,23 @@ def run_layout(measurement: Measurement, layouts: Sequence[Layout], number: int,
     return Row(layout.text, str(folder), result)
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], log: Path, metrics: Path, tell: Tell) -> int:
-    """Run to the end with all output in `log`; returns the exit code."""
+def _run(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, metrics: Path, report: ProgressCallback
+) -> int:
+    """Run a command to its end with all output in `log`; returns the exit code."""
     with (
         log.open("wb") as output,
         subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
     ):
-        told = 0
+        reported = 0
         try:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=1.0)
                 done = _steps_done(metrics)
-                if done > told:
-                    tell(f"  {done} steps done")
-                    told = done
+                if done > reported:
+                    report(f"  {done} steps done")
+                    reported = done
         except BaseException:
             process.terminate()  # launchers end their processes; leaving the block waits for them
             raise
@@ -225,12 +229,12 @@ def _steps_done(metrics: Path) -> int:
     return metrics.read_bytes().count(b'{"kind": "train"') if metrics.exists() else 0
 
 
-# `DataError: ...` or `torch.OutOfMemoryError: ...`, with whatever a log puts in front, and what the program refuses.
+# `DataError: ...` or `torch.OutOfMemoryError: ...`, with any prefix of the log, and the program's own refusals.
 _ERROR = re.compile(
     r"(?:^|\s)((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)(?:: .+|$))|^(?:train|python -m [\w.]+): (.+)"
 )
 _KILLED = re.compile(r"((?:Signal \d+ \(SIG\w+\)|error: ).*)")
-# What the other ranks and the launcher say once a rank has ended.
+# Messages of the other ranks and of the launcher after a rank has ended.
 _CONSEQUENCE = re.compile(
     r"lost peer|ChildFailedError|DistNetworkError|DistBackendError|Connection (closed|reset|refused)|NCCL|gloo"
 )
@@ -238,11 +242,11 @@ LONGEST_REASON = 300
 
 
 def failure_reason(log: str, code: int) -> str:
-    """Why a run failed: running out of memory, else the last error that is not the consequence of another.
+    """Find the reason of a failure: out of memory, otherwise the last error that is not a consequence of another.
 
     Args:
-        log: everything that the run wrote.
-        code: its exit code.
+        log: output of the run.
+        code: exit code of the run.
     """
     if code == INTERRUPTED:
         return "interrupted by a signal"
@@ -258,5 +262,5 @@ def failure_reason(log: str, code: int) -> str:
 
 
 def _matches(pattern: re.Pattern[str], lines: Sequence[str]) -> list[str]:
-    """What the pattern's groups hold in the lines that it is found in."""
+    """Find the pattern in the lines; returns the group that matched in each."""
     return [next(filter(None, match.groups())) for line in lines if (match := pattern.search(line))]

@@ -1,4 +1,4 @@
-"""What a run achieved over some of its steps, from its metrics, and a table of several runs.
+"""Throughput of a run over some of its steps, from its metrics, and a table of several runs.
 
 Needs neither torch nor megatron-core.
 """
@@ -18,17 +18,17 @@ MetricsRecord = dict[str, Any]
 
 
 class IncompleteRun(RuntimeError):
-    """The metrics do not hold the steps that were to be measured."""
+    """The metrics do not contain all steps to measure."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Totals of the measured steps divided by their total time, so that long steps count for what they are."""
+    """Totals of the measured steps divided by their total time, so that long steps have their full weight."""
 
     steps: int
     """Steps measured."""
     devices: int
-    """Processes, each on a device of its own."""
+    """Processes, each on its own device."""
     data_parallel: int
     """Data-parallel size."""
     micro_batches: float
@@ -36,7 +36,7 @@ class Throughput:
     step_seconds: float
     """Wall time of a step, on average."""
     slowest_step_seconds: float
-    """The same of the slowest step."""
+    """Wall time of the slowest step."""
     samples_per_second: float
     """Over all devices."""
     images_per_second: float
@@ -46,31 +46,31 @@ class Throughput:
     tflops_per_device: float
     """Model FLOPs (see `model.flops`) / 1e12 per second and device."""
     mfu: float | None
-    """The same as a share of the device's dense bf16 peak; None where that is not known."""
+    """Model FLOP/s as a share of the device's dense bf16 peak; None if that is unknown."""
     peak_memory_bytes: int
     """Largest memory of a rank in the measured steps (see `Runtime.peak_memory_bytes`)."""
     data_wait: float
-    """Share of the time in which the rank that waited longest waited for data."""
+    """Share of the time that the rank with the longest data wait waited."""
     padding: float
     """Share of decoder positions that are padding."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what a layout achieved, or why it did not."""
+    """Row of the table: the throughput of a layout, or the reason of its failure."""
 
     layout: str
-    """The layout as it was asked for."""
+    """Text of the layout."""
     folder: str
-    """Where its log and metrics are."""
+    """Folder of its log and metrics."""
     result: Throughput | None
-    """None: it failed."""
+    """Measured throughput; None after a failure."""
     reason: str | None = None
-    """Why it failed."""
+    """Reason of a failure."""
 
 
 def read_metrics(path: Path) -> tuple[MetricsRecord, list[MetricsRecord]]:
-    """The newest start of a run and the step records since.
+    """Read the newest start record of a run and the step records after it.
 
     Raises:
         IncompleteRun: the run never started to train.
@@ -86,7 +86,7 @@ def read_metrics(path: Path) -> tuple[MetricsRecord, list[MetricsRecord]]:
 def measure_throughput(
     start: MetricsRecord, steps: Sequence[MetricsRecord], warmup: int, measured: int
 ) -> Throughput:
-    """Throughput of `measured` steps after the first `warmup`; arguments as from `read_metrics`.
+    """Compute the throughput of `measured` steps after the first `warmup`, from the result of `read_metrics`.
 
     Raises:
         IncompleteRun: there are fewer steps, or not every step was logged.
@@ -141,17 +141,17 @@ _MEANING = (
 
 
 def _digits(value: float) -> str:
-    """Three significant digits, whole numbers in full."""
+    """Format with three significant digits; numbers from 1000 with all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def render_markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The table with what it was measured on; layouts that failed say why in a last column."""
+    """Render the table below its header; a last column holds the reasons of failures, if any."""
     failed = any(row.result is None for row in rows)
     names = ["layout", *_COLUMNS, *(["failed because"] if failed else [])]
     aligned = [":--", *["--:"] * len(_COLUMNS), *([":--"] if failed else [])]
     lines = ["# Throughput", ""]
-    lines += [f"- {name.replace('_', ' ')}: {_shown(value)}" for name, value in header.items()]
+    lines += [f"- {name.replace('_', ' ')}: {_format_value(value)}" for name, value in header.items()]
     lines += ["", _line(names), _line(aligned)]
     for row in rows:
         result = row.result
@@ -160,7 +160,7 @@ def render_markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", _MEANING, ""])
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {inner}" for name, inner in value.items()) or "-"
     return "-" if value in (None, "") else str(value)
@@ -171,7 +171,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def write_table(folder: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write `throughput.json` and `throughput.md`; a reader sees the old file or the new one, never a part."""
+    """Write `throughput.json` and `throughput.md`, each atomically."""
     tree = {**header, "layouts": [asdict(row) for row in rows]}
     _replace(
         folder / "throughput.json", json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""Log of a step's data: samples left out, samples that could not be read, reads that were repeated."""
+"""Log of a step's data: skipped samples, unreadable samples, repeated reads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class DataLog:
-    """Logs warnings about this rank's data, step by step.
+    """Log of warnings about this rank's data, step by step.
 
     Args:
-        runtime: this rank's place in the run. Messages that every rank could log come from rank 0, those of a
-            tensor-parallel group from its first rank.
+        runtime: ranks of this process. Rank 0 logs the messages that would be equal on all ranks, the first rank of a
+            tensor-parallel group those that are equal within the group.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -25,7 +25,7 @@ class DataLog:
         self._repeated_reads = 0
 
     def log_step(self, step: Step, batches: list[Batch]) -> None:
-        """Log the samples of a loaded step that are left out or masked, and its repeated reads."""
+        """Log the samples of a loaded step that are skipped or masked, and its repeated reads."""
         number = step.info.step + 1
         if self._runtime.is_rank0:
             for skipped in step.info.skipped:
@@ -36,12 +36,12 @@ class DataLog:
         self._log_repeated_reads(number, batches)
 
     def take_repeated_reads(self) -> int:
-        """Reads of all ranks, since the last call, that worked only when they were repeated. Collective."""
+        """Count the repeated reads of all ranks since the last call. Collective."""
         repeated, self._repeated_reads = self._runtime.sum_ranks(self._repeated_reads), 0
         return repeated
 
     def _log_repeated_reads(self, number: int, batches: list[Batch]) -> None:
-        """Log one line for all such reads of a step, here or in a worker."""
+        """Log one line for all repeated reads of a step, in this process or in its workers."""
         repeated = [line for batch in batches for line in batch.repeated_reads] + list(retry_read.take())
         if repeated:
             more = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""

@@ -1,5 +1,5 @@
-"""Why a run stops."""
+"""Error that ends a run."""
 
 
 class TrainingError(RuntimeError):
-    """The run cannot usefully go on; the message says why and at which step."""
+    """The run cannot usefully continue; the message names the reason and the step."""

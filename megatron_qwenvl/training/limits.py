@@ -1,4 +1,4 @@
-"""When a run ends by an error because it does not learn, or only from a part of its data."""
+"""Limits at which a run ends with an error: too many steps without an update, too many unreadable samples."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from megatron_qwenvl.data.errors import DataError
 from .errors import TrainingError
 from .progress import Progress
 from .step import StepReport
-from .unreadable import too_many
+from .unreadable import exceeds_share
 
 
 def check_limits(
     config: RunConfig, progress: Progress, report: StepReport, worst_shards: Callable[[], str]
 ) -> None:
-    """End a run that does not learn, or only from a part of its data; every rank decides the same.
+    """Check the limits after a step; the result is the same on every rank.
 
     Args:
-        config: the run.
-        progress: its counters after the step.
-        report: the step.
-        worst_shards: the end of a message about unreadable samples; collective, called only where the run ends.
+        config: configuration of the run.
+        progress: counters after the step.
+        report: report of the step.
+        worst_shards: gives the end of a message about unreadable samples; collective, called only if the run ends.
 
     Raises:
-        TrainingError: too many steps in a row without an update.
-        DataError: too many samples that could not be read.
+        TrainingError: too many consecutive steps without an update.
+        DataError: too many unreadable samples.
     """
     _check_skipped_steps(config.train.max_skipped_steps, progress, report, worst_shards)
     _check_unreadable(config, progress, report, worst_shards)
 
 
 def check_result(config: RunConfig, progress: Progress) -> None:
-    """Make sure that a run which has come to its end has learned something.
+    """Check that a finished run has made at least one update.
 
     Raises:
         TrainingError: no step was applied.
@@ -62,7 +62,7 @@ def _check_unreadable(
     config: RunConfig, progress: Progress, report: StepReport, worst_shards: Callable[[], str]
 ) -> None:
     window, share = config.data.unreadable_window, config.data.max_unreadable_share
-    if not too_many(progress.recent_unreadable, report.samples, window, share):
+    if not exceeds_share(progress.recent_unreadable, report.samples, window, share):
         return
     count, newest = sum(count for _, count in progress.recent_unreadable), max(window, report.samples)
     raise DataError(

@@ -1,4 +1,4 @@
-"""The data of a run on this rank: training steps that go on from a checkpoint's data, and the validation set."""
+"""Loaders of this rank: training steps that continue the data of a checkpoint, and the validation set."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ logger = logging.getLogger(__name__)
 def make_sampler(
     config: RunConfig, tokenizer: Tokenizer, checkpoint: Path | None, first_step: int, ranks: Ranks
 ) -> StepSampler:
-    """The sampler of the training steps, which goes on from what a checkpoint records of its data. Collective: rank 0
-    compares and logs, and all ranks follow the same history.
+    """Make the sampler of the training steps, which continues the data history of a checkpoint.
+
+    Collective: rank 0 compares and logs, and all ranks use the same history.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         tokenizer: its tokenizer.
-        checkpoint: what it goes on from; none: it begins.
-        first_step: steps done.
+        checkpoint: checkpoint to resume from; None: the run starts anew.
+        first_step: number of completed steps.
         ranks: all ranks.
 
     Raises:
-        DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
+        DataError: the data does not fit the configuration, or has changed although `data.on_change` is `stop`.
     """
     sources = open_training_sources(config, tokenizer.fingerprint)
 
@@ -45,8 +46,7 @@ def make_sampler(
         except DataError as error:
             return None, str(error)
 
-    mine = compare() if ranks.is_rank0 else None
-    found, error = ranks.broadcast(mine)
+    found, error = ranks.broadcast(compare() if ranks.is_rank0 else None)
     if found is None:
         raise DataError(error)
     if ranks.is_rank0:
@@ -65,11 +65,12 @@ def make_loaders(
     first_step: int,
     ranks: Ranks,
 ) -> tuple[StepLoader, StepLoader | None]:
-    """This rank's training steps from `first_step` on (counted from 0), and its validation set if there is one.
+    """Make the loaders of this rank: training steps from `first_step` (counted from 0), and the validation set if any.
+
     Collective; arguments as `make_sampler`.
 
     Raises:
-        DataError: data that does not fit the configuration, or has changed where `data.on_change` forbids it.
+        DataError: the data does not fit the configuration, or has changed although `data.on_change` is `stop`.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     sampler = make_sampler(config, tokenizer, checkpoint, first_step, ranks)

@@ -1,4 +1,4 @@
-"""The training loop of one training stage."""
+"""Training loop of one training stage."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepData:
-    """The data of one step on this rank."""
+    """Data of one step on this rank."""
 
     batches: list[Batch]
     """Micro-batches."""
     began: float
-    """When the step began, by `time.monotonic`."""
+    """Start of the step, by `time.monotonic`."""
     waited: float
-    """Seconds from then until the data was there."""
+    """Seconds from then until the data was loaded."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Trainer:
     hold: Hold
     unreadable: UnreadableShards = field(default_factory=UnreadableShards)
     interrupted: bool = False
-    """The run was asked to stop before its end, and did."""
+    """Whether the run stopped before its end on request."""
 
     @classmethod
     def build(
@@ -82,10 +82,10 @@ class Trainer:
         """Set the training stage up: partition, model, data, optimizer, and the state of the newest checkpoint.
 
         Args:
-            config: the run.
-            runtime: this rank's place in it.
-            stop: asks the run to save and stop before its end; none: nothing does.
-            from_step: go on from the checkpoint of this step and move newer ones away; None: from the newest one.
+            config: configuration of the run.
+            runtime: devices and process groups of this rank.
+            stop: request to save and stop before the end; None: there will be none.
+            from_step: resume from the checkpoint of this step and move newer ones away; None: from the newest one.
 
         Raises:
             CheckpointError, DataError: as `prepare_run` and `take_over_run`.
@@ -117,10 +117,11 @@ class Trainer:
         """Train to the configured end, or to the step after a request to stop; returns the final counters.
 
         Raises:
-            TrainingError: too many steps in a row, or all, without a supervised token, or without a finite loss and
+            TrainingError: too many consecutive steps, or all, without a supervised token or without a finite loss and
                 gradient.
-            DataError: a shard cannot be read, or too many samples.
-            CheckpointError: a checkpoint could not be saved; of the last one also where failures do not stop a run.
+            DataError: a shard cannot be read, or too many samples cannot.
+            CheckpointError: a checkpoint could not be saved; for the last one also if `checkpoint.on_failure` is
+                `continue`.
         """
         with self._watched():
             if not self._asked_to_stop():
@@ -144,14 +145,14 @@ class Trainer:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Record and watch the run; however it ends, its directory is free afterwards."""
+        """Record the start and watch the run; release the ownership of its directory at the end in any case."""
         self.metrics.event("start", **start_record(self.config, self.runtime, self.progress.step))
         self.runtime.reset_peak_memory()  # the peak of the set-up is not that of training
         self.watchdog.start()
         try:
             yield
         except (DataError, TrainingError):
-            self.saver.keep_last(self.progress.step)
+            self.saver.finish_background_save(self.progress.step)
             raise
         finally:
             self.watchdog.stop()
@@ -194,13 +195,13 @@ class Trainer:
         return report
 
     def _check_hold(self) -> None:
-        """End on every rank once another start has taken the run over. Collective."""
+        """Raise on every rank if another start has taken the run over. Collective."""
         if self.runtime.any_rank(self.runtime.is_rank0 and self.hold.is_lost()):
             self.hold.check()
             raise OwnershipLost(f"{self.config.run_dir}: the run was taken over by another start")
 
     def _record(self, report: StepReport, step: int, data: StepData, lr: float) -> None:
-        """Log a step with the data wait and peak memory of the rank with most of each."""
+        """Log a step with the largest data wait and the largest peak memory of all ranks."""
         longest, peak = self.runtime.all_max([data.waited, self.runtime.peak_memory_bytes()])
         self.runtime.reset_peak_memory()
         repeated = self.data_log.take_repeated_reads()
@@ -233,13 +234,13 @@ class Trainer:
         self.saver.save(self.progress, self.runner.model.module, self.optimizer, history)
 
     def _save_last(self) -> None:
-        """Complete the save that is going on, and save the last step if it is not saved yet."""
+        """Complete a save in the background, and save the last step if it is not saved yet."""
         step = self.progress.step
         self.saver.wait(step)
         if not self.saver.is_saved(step):
             self._save()
             self.saver.wait(step)
-        self.saver.check_last(step)
+        self.saver.check_last_save(step)
 
     def _worst_shards(self) -> str:
         """Describe the shards with most unreadable samples, as the end of a message. Collective."""

@@ -33,22 +33,22 @@ class StepCost:
     """Time and memory of a step."""
 
     seconds: float
-    """Wall time from asking for its data to the end of its update on every rank."""
+    """Wall time from the request of its data to the end of its update on every rank."""
     data_wait: float
-    """Seconds in which the rank that waited longest for its data did so; the others wait for that rank."""
+    """Longest time in seconds that a rank waited for its data; the others wait for that rank."""
     peak_memory_bytes: int
-    """Largest memory of a rank since the record before (see `Runtime.peak_memory_bytes`)."""
+    """Largest memory of a rank since the previous record (see `Runtime.peak_memory_bytes`)."""
     repeated_reads: int = 0
-    """Reads of all ranks since the record before that a file system refused at first."""
+    """Repeated reads of all ranks since the previous record."""
 
 
 def mfu_reference(config: RunConfig, runtime: Runtime) -> float | None:
-    """Peak bf16 FLOP/s of this rank's device; None where it is not known or the run does not compute in bf16."""
+    """Peak bf16 FLOP/s of this rank's device; None if unknown or if the run does not compute in bf16."""
     return dense_bf16_flops(runtime.device_name()) if config.train.precision == "bf16" else None
 
 
 def start_record(config: RunConfig, runtime: Runtime, step: int) -> dict[str, Any]:
-    """Record of the devices and versions of a run from `step` on, which the rates of its step records refer to."""
+    """Record of devices and versions at the start of a run; the rates of its step records refer to these devices."""
     return {
         "step": step,
         "device": runtime.device_name(),
@@ -79,12 +79,12 @@ def step_metrics(
     devices: int,
     peak_flops: float | None,
 ) -> dict[str, Any]:
-    """The record of one step.
+    """Make the record of one step.
 
     Rates are over all devices unless named `_per_device`; `flops` are model FLOPs of tokens and images without
-    padding (see `model.flops`), `mfu` is their rate's share of `peak_flops` per device, if that is known;
-    `padding` is the share of decoder positions that are padding; `data_wait` is the share of the step in which
-    the rank that waited longest waited for data.
+    padding (see `model.flops`), `mfu` is their rate divided by `peak_flops` per device, if that is known;
+    `padding` is the share of decoder positions that are padding; `data_wait` is the longest data wait of a rank as
+    a share of the step.
     """
     seconds = cost.seconds
     patches = (config.data.image_size // config.model.vision.patch_size) ** 2
@@ -124,7 +124,7 @@ def _mfu(record: dict[str, Any]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`1h 02m`, `3m 07s` or `8s`."""
+    """Format a duration as `1h 02m`, `3m 07s` or `8s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -142,17 +142,17 @@ def _describe_validation(report: StepReport) -> str:
 
 
 class MetricsLog:
-    """Writes metrics of rank 0 under the run directory; does nothing on other ranks.
+    """Writer of the metrics on rank 0; does nothing on other ranks.
 
     Files: `metrics.jsonl` (one record per start, logged step, validation and save, appended over resumes; numbers
-    that are not finite are null) and `tensorboard/`. Steps that were not applied are always logged. A full disk costs
-    records, not the run.
+    that are not finite are null) and `tensorboard/`. Steps that were not applied are always logged. A full disk loses
+    records but does not stop the run.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         is_rank0: whether this is rank 0.
-        first_step: steps done before.
-        guard: called before every write; raises where the run is not this start's any more.
+        first_step: number of steps completed before.
+        guard: called before every write; raises if another start has taken the run over.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class MetricsLog:
                 logger.warning(
                     "logging.tensorboard: expected the package tensorboard, found none; metrics.jsonl alone"
                 )
-            with self._going_on():
+            with self._tolerate_write_errors():
                 self._file = self._open_file()
                 self._board = self._open_board(first_step)
 
@@ -196,7 +196,7 @@ class MetricsLog:
             logger.info("step %d validation: %s", step, _describe_validation(report))
 
     def event(self, kind: str, **values: Any) -> None:
-        """Record something that happened, such as a save."""
+        """Record an event, such as a save."""
         if self._writes:
             self._write({"kind": kind, **values}, prefix=kind)
 
@@ -204,12 +204,12 @@ class MetricsLog:
         """Flush and close the files."""
         for stream in (self._file, self._board):
             if stream is not None:
-                with self._going_on():
+                with self._tolerate_write_errors():
                     stream.close()
 
     @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """Nothing that a disk refuses stops the run: tell once, and again if it worked in between."""
+    def _tolerate_write_errors(self) -> Iterator[None]:
+        """Log a write error in place of raising it: once, and again only after a successful write."""
         try:
             yield
         except OSError as error:
@@ -221,7 +221,7 @@ class MetricsLog:
 
     def _write(self, record: dict[str, Any], prefix: str) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self._going_on():
+        with self._tolerate_write_errors():
             self._guard()
             self._file = self._file or self._open_file()
             self._file.append({**finite, "time": time.time()})
@@ -236,7 +236,7 @@ class MetricsLog:
                 if isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
         except OSError:
-            self._board = None  # its thread has ended with the error; the next record opens another one
+            self._board = None  # its thread has ended with the error; the next record opens a new writer
             raise
 
     def _open_file(self) -> RecordFile:
@@ -245,7 +245,7 @@ class MetricsLog:
         return RecordFile(folder / "metrics.jsonl")
 
     def _open_board(self, first_step: int) -> Any:
-        """A TensorBoard writer whose steps from `first_step` on replace older ones; None if there is to be none."""
+        """Open a TensorBoard writer whose steps from `first_step` replace older ones; None if TensorBoard is off."""
         if not self._has_board:
             return None
         from torch.utils.tensorboard import SummaryWriter

@@ -36,8 +36,8 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
     - No weight decay for 1-D parameters: biases and norms. Weights, embeddings, the position table and the
       adapter's queries decay.
     - Layer-wise learning rate in the ViT: multiplier `vit_layer_decay ** depth`, depth 0 nearest the adapter;
-      the floor of the cosine is multiplied too. `lr_mult` gives every group an identity of its own for
-      megatron-core; `max_lr` and `min_lr` are what the schedule reads.
+      the floor of the cosine is multiplied too. megatron-core distinguishes the groups by `lr_mult`; the schedule
+      reads `max_lr` and `min_lr`.
     """
     optimizer = config.optimizer
     one_dimensional = ParamPredicate(name="one_dimensional", fn=lambda parameter: parameter.dim() == 1)
@@ -56,7 +56,7 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
 
 
 def build_optimizer(model: DistributedDataParallel, config: RunConfig) -> MegatronOptimizer:
-    """megatron-core's optimizer over a wrapped stage: fp32 master weights and moments, sharded if asked."""
+    """Build megatron-core's optimizer of a wrapped stage: fp32 master weights and moments, optionally sharded."""
     settings = config.optimizer
     bf16 = config.train.precision == "bf16"
     engine_config = OptimizerConfig(
@@ -79,7 +79,7 @@ def build_optimizer(model: DistributedDataParallel, config: RunConfig) -> Megatr
 
 
 class Schedule:
-    """Linear warm-up from zero, then cosine to the floor; a pure function of the step."""
+    """Learning-rate schedule: linear warm-up from zero, then cosine to the floor; a pure function of the step."""
 
     def __init__(self, optimizer: MegatronOptimizer, config: RunConfig) -> None:
         settings = config.optimizer
@@ -102,6 +102,6 @@ class Schedule:
         """Set every group's rate for 0-based `step`; the first step already has 1/warmup of the peak.
 
         Returns:
-            The learning rate that the groups without multiplier have got.
+            The learning rate of the groups without a multiplier.
         """
         return set_rates(self._optimizer, self._scheduler, step + 1)

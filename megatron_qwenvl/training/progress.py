@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""Progress of a run: its counters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .step import StepReport
-from .unreadable import Recent, slide
+from .unreadable import RecentUnreadable, slide_window
 
 
 @dataclass
@@ -15,21 +15,21 @@ class Progress:
     """Counters of a run; saved with every checkpoint."""
 
     step: int = 0
-    """Steps done, skipped ones included."""
+    """Completed steps, skipped ones included."""
     samples: int = 0
-    """Samples seen."""
+    """Samples of these steps."""
     skipped_steps: int = 0
     """Steps without an update: loss or gradient not finite, or no supervised token."""
     skipped_in_a_row: int = 0
-    """The same, since the last update."""
+    """Consecutive steps without an update, since the last update."""
     unreadable_samples: int = 0
     """Samples whose loss was masked because they could not be read."""
-    recent_unreadable: Recent = ()
-    """Those within the newest `data.unreadable_window` samples."""
+    recent_unreadable: RecentUnreadable = ()
+    """Unreadable samples among the newest `data.unreadable_window` samples."""
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> Progress:
-        """The counters of a checkpoint; what it holds beside them is left out."""
+        """Read the counters of a checkpoint; unknown entries are ignored."""
         known = {name: saved[name] for name in cls.__dataclass_fields__ if name in saved}
         recent = tuple((seen, count) for seen, count in saved.get("recent_unreadable", ()))
         return cls(**{**known, "recent_unreadable": recent})
@@ -40,7 +40,7 @@ class Progress:
         return self.step - self.skipped_steps
 
     def after(self, report: StepReport, window: int) -> Progress:
-        """Counters after one more step; `window` is `data.unreadable_window`."""
+        """Return the counters after one more step; `window` is `data.unreadable_window`."""
         seen = self.samples + report.samples
         return replace(
             self,
@@ -49,7 +49,7 @@ class Progress:
             skipped_steps=self.skipped_steps + (not report.applied),
             skipped_in_a_row=0 if report.applied else self.skipped_in_a_row + 1,
             unreadable_samples=self.unreadable_samples + report.skipped_samples,
-            recent_unreadable=slide(
+            recent_unreadable=slide_window(
                 self.recent_unreadable, seen, report.samples, report.skipped_samples, window
             ),
         )

@@ -1,4 +1,4 @@
-"""Files of a start in its run directory beside checkpoints and metrics: its configuration and `environment/`."""
+"""Files that a start writes to its run directory besides checkpoints and metrics: configuration and `environment/`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 CONFIG_FOR_TOOLS = "config.json"
-"""The same for tools without YAML."""
+"""The configuration as JSON, for tools without a YAML parser."""
 
 
 def check_run_directory(folder: Path) -> None:
-    """Make sure that a run can write to its directory, which may still have to be made; changes nothing.
+    """Check that a run can write to its directory, which may not exist yet; changes nothing.
 
     Raises:
-        CheckpointError: it, or a part of its path, is no directory, or may not be written to.
-        OSError: the file system refuses the path.
+        CheckpointError: the path, or a part of it, is not a directory or not writable.
+        OSError: a file-system error.
     """
     place = folder.absolute()
     while not _exists(place):
@@ -59,30 +59,31 @@ def _exists(path: Path) -> bool:
 
 
 def record_start(config: RunConfig, process: ProcessInfo) -> None:
-    """Leave the resolved configuration and the environment of this start in the run directory, after telling what
-    has changed since the start before. May be repeated.
+    """Write the resolved configuration and the environment of this start, and log changes since the previous start.
+
+    May be repeated.
 
     Raises:
-        OSError: the file system refuses.
+        OSError: a file-system error.
     """
     folder = Path(config.run_dir)
     environment = folder / "environment"
     environment.mkdir(parents=True, exist_ok=True)
-    _tell_changes(folder, config)
+    _log_changes(folder, config)
     replace_bytes(folder / CONFIG, dump_yaml(config).encode())
     replace_bytes(folder / CONFIG_FOR_TOOLS, json.dumps(plain(config), indent=1).encode())
     described = json.dumps(describe_environment(process).to_json(), indent=1) + "\n"
     replace_bytes(environment / f"{time.strftime('%Y%m%dT%H%M%S')}.json", described.encode())  # one per start
 
 
-def _tell_changes(folder: Path, config: RunConfig) -> None:
-    """Say in what a run that is started again differs from before, except in layout and machine."""
-    before = _configuration_before(folder)
+def _log_changes(folder: Path, config: RunConfig) -> None:
+    """Log the fields that differ from the previous start, except those of parallel layout, runtime and logging."""
+    before = _previous_configuration(folder)
     if before is None:
         return
     now = yaml.safe_load(dump_yaml(config))
-    apart = {"parallel", "runtime", "logging"}
-    for section in sorted((before.keys() | now.keys()) - apart, key=str):
+    ignored = {"parallel", "runtime", "logging"}
+    for section in sorted((before.keys() | now.keys()) - ignored, key=str):
         old, new = before.get(section), now.get(section)
         if not isinstance(old, dict) or not isinstance(new, dict):
             old, new = {"": old}, {"": new}
@@ -94,7 +95,7 @@ def _tell_changes(folder: Path, config: RunConfig) -> None:
                 )
 
 
-def _configuration_before(folder: Path) -> dict[Any, Any] | None:
+def _previous_configuration(folder: Path) -> dict[Any, Any] | None:
     """Read the configuration of the previous start; None if there was none, or if its file is lost, which is logged."""
     path = folder / CONFIG
     try:

@@ -1,4 +1,4 @@
-"""Saves of a run while it trains: begin them, complete them, report them."""
+"""Saving of checkpoints during a run: start, completion and report of each save."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 class RunSaver:
-    """Saves the checkpoints of a run. All methods are collective.
+    """Saver of the checkpoints of a run. All methods are collective.
 
-    A save that fails ends the run or not, as `checkpoint.on_failure` says. The manager lets every rank know of every
-    failure, so all of them continue or end together.
+    `checkpoint.on_failure` decides whether a failed save ends the run. The manager reports every failure to every
+    rank, so all of them continue or end together.
 
     Args:
         settings: the section `checkpoint` of the configuration.
-        checkpoints: the run's checkpoints.
-        metrics: where saves are recorded.
-        watchdog: allows a save more time than a step.
-        saved_step: step of the checkpoint that the run goes on from; -1: none.
+        checkpoints: manager of the run's checkpoints.
+        metrics: records the saves.
+        watchdog: gets a longer limit during a save.
+        saved_step: step of the checkpoint that the run resumes from; -1: none.
     """
 
     def __init__(
@@ -62,24 +62,24 @@ class RunSaver:
     def save(
         self, progress: Progress, model: ModelChunk, optimizer: MegatronOptimizer, history: DataHistory
     ) -> None:
-        """Save a checkpoint, or begin it if files are written in the background.
+        """Save a checkpoint, or start the save if files are written in the background.
 
         Args:
-            progress: the counters.
+            progress: counters of the run.
             model: this rank's part of the model.
             optimizer: its optimizer.
             history: record of the run's data up to this step.
 
         Raises:
-            CheckpointError: it failed, or the one before did, and failures end the run.
+            CheckpointError: this or the previous save failed, and failures end the run.
         """
         if not self._settings.save:
             return
         step = progress.step
-        self.wait(step)  # the save before may still be going on in the background
+        self.wait(step)  # the previous save may still be writing in the background
         began = time.monotonic()
         set_update_count(optimizer, progress.updates)
-        with self._patience(step):
+        with self._extended_hang_limit(step):
             weights = model_state(model)
             state = optimizer_state(optimizer, weights)
         beside = {DATA_RECORD_NAME: encode_history(history, step)} if self._checkpoints.ranks.is_rank0 else {}
@@ -95,25 +95,25 @@ class RunSaver:
         """Complete the background save, if there is one."""
         self._report(step, self._checkpoints.wait)
 
-    def keep_last(self, step: int) -> None:
-        """Complete the background save when the run ends by an error, if all ranks have that error."""
+    def finish_background_save(self, step: int) -> None:
+        """Complete the background save when the run ends with an error, if all ranks have that error."""
         try:
             self._report(step, self._checkpoints.wait_if_all_arrive)
         except CheckpointError as error:
             logger.error("checkpoint not saved: %s", error)
 
-    def check_last(self, step: int) -> None:
-        """Make sure that the last step was saved; a run whose result is lost does not end well.
+    def check_last_save(self, step: int) -> None:
+        """Check that the last step was saved: a run whose result is lost ends with an error.
 
         Raises:
-            CheckpointError: it was not.
+            CheckpointError: it was not saved.
         """
         if self._settings.save and not self.is_saved(step):
             raise CheckpointError(f"step {step}: the last checkpoint of the run could not be saved")
 
     @contextmanager
-    def _patience(self, step: int) -> Iterator[None]:
-        """Allow a save, or its completion, more time than a step before the run counts as hanging."""
+    def _extended_hang_limit(self, step: int) -> Iterator[None]:
+        """Extend the hang limit of the watchdog during a save or its completion."""
         self._watchdog.alive(f"the save at step {step}", 60 * self._settings.timeout_minutes)
         try:
             yield
@@ -123,7 +123,7 @@ class RunSaver:
     def _report(self, step: int, action: Callable[[], SaveReport | None]) -> None:
         """Run an action of the checkpoint manager and report what it saved, or its failure."""
         try:
-            with self._patience(step):
+            with self._extended_hang_limit(step):
                 saved = action()
         except CheckpointError as error:
             if self._settings.on_failure == "stop":

@@ -1,7 +1,7 @@
 """Set-up of a run before its first step, in two parts.
 
-`prepare_run` does everything that can refuse to start, and changes nothing in the run's directory; `take_over_run`
-makes this start the directory's only owner and records it there.
+`prepare_run` performs everything that can fail, without changes in the run's directory; `take_over_run` makes this
+start the directory's only owner and records it there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PreparedRun:
-    """A run that can start."""
+    """Components of a run that is ready to start."""
 
     checkpoints: CheckpointManager
     owner: RunOwner
@@ -58,29 +58,30 @@ class PreparedRun:
     loader: StepLoader
     validation: StepLoader | None
     saved_step: int
-    """Step of the checkpoint of its own that it resumes from; -1: none."""
+    """Step of the run's own checkpoint that it resumes from; -1: none."""
     rewinds: bool
-    """It resumes from an older checkpoint than its newest."""
+    """Whether it resumes from an older checkpoint than its newest."""
 
 
 def prepare_run(config: RunConfig, runtime: Runtime, from_step: int | None) -> PreparedRun:
-    """Build and fill all that a run needs: partition, model, optimizer, data, and the state of its newest checkpoint.
+    """Build partition, model, optimizer and data of a run, and load the state of its newest checkpoint.
+
     Collective; arguments as `Trainer.build`.
 
     Raises:
-        CheckpointError: no usable checkpoint where one is needed, or the run's directory cannot be used.
+        CheckpointError: a required checkpoint is not usable, or the run's directory is not.
         DataError: data that does not fit the configuration.
     """
     partition = make_partition(config, runtime.data_size)
     if runtime.is_rank0:
-        announce(config, partition.describe())
-    checkpoints, owner = look_at_run_directory(config)
+        log_run(config, partition.describe())
+    checkpoints, owner = open_run_directory(config)
     with refused_if_owned(owner, checkpoints.ranks):
         stage = build_stage(config, runtime, partition)
         older = None if from_step is None else checkpoints.rewind_to(from_step)
         newest = older or checkpoints.latest()
         if newest is None:
-            checkpoints.hf_metadata = first_weights(config, runtime, stage, checkpoints.ranks)
+            checkpoints.hf_metadata = load_initial_weights(config, runtime, stage, checkpoints.ranks)
         runner = StepRunner.build(config, runtime, partition, stage)
         optimizer = build_optimizer(runner.model, config)
         progress = Progress() if newest is None else resume(newest, checkpoints, stage, optimizer, runtime)
@@ -98,8 +99,8 @@ def prepare_run(config: RunConfig, runtime: Runtime, from_step: int | None) -> P
     )
 
 
-def look_at_run_directory(config: RunConfig) -> tuple[CheckpointManager, RunOwner]:
-    """The run's checkpoints and its owner, once no other start owns it. Collective.
+def open_run_directory(config: RunConfig) -> tuple[CheckpointManager, RunOwner]:
+    """Open the run's checkpoints and ownership, after waiting until no other start owns it. Collective.
 
     Raises:
         CheckpointError: the directory cannot be written to, or another start owns it.
@@ -116,7 +117,7 @@ def take_over_run(config: RunConfig, runtime: Runtime, run: PreparedRun) -> tupl
     """Become the owner of the run's directory, and record this start there. Collective.
 
     Returns:
-        The hold on the directory, and the metrics, in which a rewind is recorded.
+        The ownership of the directory, and the metrics, in which a rewind is recorded.
 
     Raises:
         CheckpointError: on every rank, if another start was faster or the directory cannot be written to.
@@ -136,19 +137,21 @@ def take_over_run(config: RunConfig, runtime: Runtime, run: PreparedRun) -> tupl
     return hold, metrics
 
 
-def announce(config: RunConfig, partition: str) -> None:
-    """Log what is going to run."""
+def log_run(config: RunConfig, partition: str) -> None:
+    """Log name, directory, parameter counts and partition of the run."""
     logger.info("run %s (%s) in %s", config.name, config.stage, config.run_dir)
     logger.info(describe_parameters(config))
     for line in partition.splitlines():
         logger.info(line)
 
 
-def first_weights(config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks: Ranks) -> HFMetadata | None:
-    """Fill the model for a run that has no checkpoint of its own: with `checkpoint.init_from`, or afresh. Collective.
+def load_initial_weights(
+    config: RunConfig, runtime: Runtime, stage: QwenVLStage, ranks: Ranks
+) -> HFMetadata | None:
+    """Load the weights of `checkpoint.init_from`, or initialize them, for a run without a checkpoint. Collective.
 
     Returns:
-        What is known of the published directory that the weights come from.
+        Metadata of the Hugging Face directory that the weights come from, if any.
 
     Raises:
         CheckpointError: `checkpoint.init_from` cannot be used.
@@ -171,7 +174,7 @@ def resume(
     optimizer: MegatronOptimizer,
     runtime: Runtime,
 ) -> Progress:
-    """Take weights, optimizer state and counters from a checkpoint of this run. Collective.
+    """Load weights, optimizer state and counters from a checkpoint of this run. Collective.
 
     Raises:
         CheckpointError: it does not fit the run.
@@ -189,7 +192,7 @@ def resume(
 
 
 def rewind_checkpoints(checkpoints: CheckpointManager, step: int) -> Rewind:
-    """Move the checkpoints that are newer than the one that `--from_step` names, and log where they are. Collective.
+    """Move the checkpoints that are newer than that of `--from_step`, and log their new directory. Collective.
 
     Raises:
         CheckpointError: they cannot be moved.

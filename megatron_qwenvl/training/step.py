@@ -37,7 +37,7 @@ class StepReport:
     loss: float
     """Mean cross-entropy per supervised token of the global batch, in nats; NaN where there is none."""
     task_losses: dict[str, float]
-    """The same per task, for tasks with supervised tokens in the step."""
+    """Mean loss per task in nats, for tasks with supervised tokens in the step."""
     loss_tokens: int
     tokens: int
     """Decoder positions without padding."""
@@ -48,7 +48,7 @@ class StepReport:
     skipped_samples: int
     """Samples whose loss was masked because they could not be read."""
     attention_pairs: int
-    """Sum over what attends to itself (a sample, or an interleaved pack) of length^2."""
+    """Sum of length^2 over the attention segments (samples, or interleaved packs)."""
     micro_batches: int
     """Micro-batches of each data-parallel rank."""
     grad_norm: float = 0.0
@@ -56,7 +56,7 @@ class StepReport:
 
     @property
     def not_applied_because(self) -> str | None:
-        """Why the weights were left as they were; None where they were not."""
+        """Reason why the weights were not updated; None if they were."""
         if self.applied:
             return None
         return "loss or gradient not finite" if self.loss_tokens else "no supervised token"
@@ -67,7 +67,7 @@ class StepReport:
 
 
 def wrap_model(config: RunConfig, runtime: Runtime, stage: QwenVLStage) -> DistributedDataParallel:
-    """Wrap a frozen and tagged stage in megatron-core's DDP with fp32 gradients."""
+    """Tag the parameters of a frozen pipeline stage and wrap it in megatron-core's DDP with fp32 gradients."""
     tag_parameters(stage, config)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -85,7 +85,7 @@ def wrap_model(config: RunConfig, runtime: Runtime, stage: QwenVLStage) -> Distr
 
 @dataclass
 class StepRunner:
-    """Runs micro-batches of a step through the pipeline; knows nothing of data sources or files."""
+    """Runner of a step's micro-batches through the pipeline; independent of data sources and files."""
 
     config: RunConfig
     runtime: Runtime
@@ -100,7 +100,7 @@ class StepRunner:
     def build(
         cls, config: RunConfig, runtime: Runtime, partition: Partition, stage: QwenVLStage
     ) -> StepRunner:
-        """Wrap a stage and connect it to its neighbours."""
+        """Wrap a pipeline stage and connect it to the previous and the next one."""
         rank = runtime.pipeline_rank
         through = rank + 1 == runtime.pipeline_size or trains_before(config, partition, rank + 1)
         communicator = FrozenPrefixCommunicator(
@@ -120,8 +120,10 @@ class StepRunner:
         return self._run(batches, forward_only=False)
 
     def train(self, batches: Sequence[Batch], optimizer: MegatronOptimizer) -> StepReport:
-        """One optimizer step over the global batch of which `batches` is this rank's share; without a finite loss,
-        and without a supervised token in it, nothing is changed."""
+        """Make one optimizer step over the global batch, of which `batches` is this rank's share.
+
+        The weights stay unchanged if the loss is not finite or the global batch has no supervised token.
+        """
         optimizer.zero_grad()
         report = self.accumulate(batches)
         update = apply_gradients(optimizer, self.config.train.clip_grad, math.isfinite(report.loss))
@@ -149,9 +151,9 @@ class StepRunner:
             p2p_communicator=self.communicator,
             pg_collection=self.runtime.groups,
         )
-        return self._report(masked, torch.stack(outputs).sum(0) if outputs else self._no_sums())
+        return self._report(masked, torch.stack(outputs).sum(0) if outputs else self._zero_sums())
 
-    def _no_sums(self) -> Tensor:
+    def _zero_sums(self) -> Tensor:
         return torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.runtime.device)
 
     def _forward_step(
@@ -166,7 +168,7 @@ class StepRunner:
             assert weights is not None and tasks is not None
             weight = weights.to(device)
             weighted = losses * weight
-            sums = self._no_sums()
+            sums = self._zero_sums()
             index = tasks.to(device)
             sums[0].index_add_(0, index, weighted.detach().double())
             sums[1].index_add_(0, index, weight.double())
@@ -175,7 +177,7 @@ class StepRunner:
         return output, loss
 
     def _mask_unreadable(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Take the loss out of samples that any rank of the model replica could not read."""
+        """Mask the loss of samples that any rank of the model replica could not read."""
         counts = [batch.num_samples for batch in batches]
         flags = torch.zeros(max(1, sum(counts)), dtype=torch.uint8)
         offset = 0
@@ -190,7 +192,7 @@ class StepRunner:
         return masked
 
     def _report(self, batches: Sequence[Batch], sums: Tensor) -> StepReport:
-        """Reduce counts and losses over all ranks, each quantity contributed once per data-parallel rank."""
+        """Reduce counts and losses over all ranks; each model replica contributes once."""
         counts_here = self.runtime.is_last_stage and self.runtime.tensor_rank == 0
         counts = torch.tensor(
             _counts(batches, self.config.data.packing == "interleaved"),
@@ -216,7 +218,7 @@ class StepRunner:
 
 
 def _supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions with loss, their weights and tasks; one position of weight 0 where there is none."""
+    """Positions with loss, their weights and tasks; a single position of weight 0 if there is none."""
     assert batch.loss_mask is not None and batch.task_ids is not None
     positions = batch.loss_mask.nonzero().flatten()
     if not len(positions):
@@ -234,7 +236,7 @@ def _without_loss_of(batch: Batch, bad: tuple[int, ...]) -> Batch:
 
 
 def _counts(batches: Sequence[Batch], interleaved: bool) -> list[float]:
-    """Tokens, padded tokens, images, samples, unreadable samples, attention pairs."""
+    """Count tokens, padded tokens, images, samples, unreadable samples and attention pairs."""
     return [
         sum(batch.real_tokens for batch in batches),
         sum(batch.length for batch in batches),
@@ -246,7 +248,7 @@ def _counts(batches: Sequence[Batch], interleaved: bool) -> list[float]:
 
 
 def _attention_pairs(batch: Batch, interleaved: bool) -> float:
-    """Sum of squared lengths of what attends to itself: the filled part of an interleaved pack, or a sample."""
+    """Sum of squared lengths of the attention segments: the filled part of an interleaved pack, or each sample."""
     if interleaved:
         return float(batch.real_tokens) ** 2
     assert batch.sample_ids is not None, "samples are known to every pipeline stage"

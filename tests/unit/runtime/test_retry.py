@@ -91,7 +91,7 @@ def test_short_reads_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def patience(*overrides: str) -> float:
-    return load_config("tiny_stage1", overrides).runtime.patience_seconds / 60
+    return load_config("tiny_stage1", overrides).runtime.retry_seconds / 60
 
 
 def test_no_hang_verdict_falls_while_a_read_is_repeated() -> None:

@@ -12,10 +12,10 @@ from megatron_qwenvl.profiling.layouts import (
     Layout,
     Measurement,
     ProfileError,
-    check,
     failure_reason,
     layout_folder,
     run_overrides,
+    validate_layouts,
 )
 
 LAUNCH = Path(__file__).parents[3] / "launch"
@@ -51,19 +51,21 @@ def test_weights_are_fresh_unless_some_are_given(tmp_path: Path) -> None:
 def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     layouts = [Layout.parse(text) for text in ("tensor=3", "tensor=2", "pipelines=2", "train.stop_after=3")]
     with pytest.raises(ProfileError) as error:
-        check(measurement(tmp_path), layouts)
+        validate_layouts(measurement(tmp_path), layouts)
     text = str(error.value)
     assert "layout tensor=3: configuration tiny_stage2" in text
     assert "a multiple of 3 x 1 = 3, found 4" in text
     assert "layout pipelines=2: " in text and "parallel.pipelines: unknown key" in text
     assert "layout train.stop_after=3: train.stop_after: set by the measurement itself" in text
     assert "layout tensor=2" not in text
-    check(measurement(tmp_path), [Layout.parse("tensor=2")])
+    validate_layouts(measurement(tmp_path), [Layout.parse("tensor=2")])
 
 
 def test_a_problem_of_all_layouts_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(ProfileError) as error:
-        check(measurement(tmp_path, steps=9999), [Layout.parse("tensor=2"), Layout.parse("pipeline=2")])
+        validate_layouts(
+            measurement(tmp_path, steps=9999), [Layout.parse("tensor=2"), Layout.parse("pipeline=2")]
+        )
     assert str(error.value).count("train.stop_after: expected at most train.steps") == 1
     assert str(error.value).startswith("layout tensor=2; pipeline=2: ")
 

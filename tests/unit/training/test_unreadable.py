@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_qwenvl.training.unreadable import Recent, slide, too_many, worst_shards
+from megatron_qwenvl.training.unreadable import RecentUnreadable, exceeds_share, slide_window, worst_shards
 
 
-def after(steps: list[tuple[int, int]], window: int) -> Recent:
+def after(steps: list[tuple[int, int]], window: int) -> RecentUnreadable:
     """The window after steps of (samples, unreadable)."""
-    recent: Recent = ()
+    recent: RecentUnreadable = ()
     seen = 0
     for samples, unreadable in steps:
         seen += samples
-        recent = slide(recent, seen, samples, unreadable, window)
+        recent = slide_window(recent, seen, samples, unreadable, window)
     return recent
 
 
@@ -33,11 +33,11 @@ def test_what_the_window_holds(steps: list[tuple[int, int]], window: int, inside
 
 
 def test_a_window_that_is_not_full_yet_counts_as_a_full_one() -> None:
-    assert not too_many(((4, 4),), batch=4, window=40, share=0.1)
-    assert too_many(((4, 4), (8, 1)), batch=4, window=40, share=0.1)
-    assert too_many(((40, 5),), batch=40, window=1, share=0.1)
-    assert not too_many(((4, 4),), batch=4, window=4, share=1.0)
-    assert too_many(((4, 1),), batch=4, window=4, share=0.0)
+    assert not exceeds_share(((4, 4),), batch=4, window=40, share=0.1)
+    assert exceeds_share(((4, 4), (8, 1)), batch=4, window=40, share=0.1)
+    assert exceeds_share(((40, 5),), batch=40, window=1, share=0.1)
+    assert not exceeds_share(((4, 4),), batch=4, window=4, share=1.0)
+    assert exceeds_share(((4, 1),), batch=4, window=4, share=0.0)
 
 
 def test_a_sample_that_several_ranks_read_counts_once() -> None:
