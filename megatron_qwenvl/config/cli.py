@@ -1,6 +1,6 @@
-"""The command-line arguments of a run, shared by the trainer and the tools.
+"""Command-line arguments of a run, shared by the trainer and the tools.
 
-Needs neither torch nor megatron-core, so that `--help` and every configuration error come at once.
+Imports neither torch nor megatron-core, so that `--help` and configuration errors are printed at once.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from .schema import RunConfig, SourceConfig
 
 _OWN_OPTIONS = {"--recipe", "--print_config", "--print_value", "--help"}
 HEAD_START_SECONDS = 1.0
-"""Launchers end all processes once one has ended; the one that speaks must be first."""
+"""Delay of the exit of silent ranks: launchers end all processes once one has ended, and rank 0 must print first."""
 
 
 @dataclass(frozen=True)
 class RunArguments:
-    """What the command line of a run says."""
+    """Parsed command line of a run."""
 
     config: RunConfig
     """The resolved configuration."""
     from_step: int | None = None
-    """Go on from the run's checkpoint of this step; none: from its newest one."""
+    """Resume from the run's checkpoint of this step; None: from its newest one."""
 
 
 def parse_run_arguments(
@@ -54,7 +54,7 @@ def parse_run_arguments(
     world_size: int | None = None,
     quiet: bool = False,
 ) -> RunConfig:
-    """The configuration of a run; arguments as `parse_start_arguments`."""
+    """Parse the configuration of a run; arguments as `parse_start_arguments`."""
     return parse_start_arguments(argv, prog, description, world_size, quiet).config
 
 
@@ -66,19 +66,19 @@ def parse_start_arguments(
     quiet: bool = False,
     own: OptionParser | None = None,
 ) -> RunArguments:
-    """Read `--recipe NAME|FILE.yaml [--from_step N] [--print_config] [--print_value FIELD] [--help] [--section.field
+    """Parse `--recipe NAME|FILE.yaml [--from_step N] [--print_config] [--print_value FIELD] [--help] [--section.field
     value ...]`.
 
-    Exits with 0 after `--help`, `--print_config` or `--print_value`, with 2 and a message on standard error for bad
-    input.
+    Exits with 0 after `--help`, `--print_config` or `--print_value`, with 2 and a message on standard error for
+    invalid input.
 
     Args:
         argv: arguments without the program's name.
-        prog: how the program is called, for the usage line.
-        description: what the program does, for `--help`.
+        prog: name of the program in the usage line.
+        description: description of the program in `--help`.
         world_size: number of processes, checked against the parallel layout if given. `--print_config` and
-            `--print_value` run nothing and do not check it.
-        quiet: say nothing about a bad configuration: for all processes of a run but the first.
+            `--print_value` start no run and do not check it.
+        quiet: print no error message; for all ranks of a run except rank 0.
         own: options of the program that the trainer does not have, for `--help`.
     """
     parser = _make_parser(prog, description, own)
@@ -104,7 +104,7 @@ def parse_start_arguments(
 
 
 def _with_values(argv: Sequence[str]) -> Iterator[str]:
-    """The arguments with every override and its value as one: `--name -h` asks for no help."""
+    """Join every override and its value to one argument, so that `--name -h` does not print the help."""
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -116,7 +116,7 @@ def _with_values(argv: Sequence[str]) -> Iterator[str]:
 
 
 def show_value(config: RunConfig, path: str) -> str:
-    """One resolved value for scripts: text as it is, without quotes; anything else as JSON in one line.
+    """Format one resolved value for scripts: text as it is, without quotes; other values as JSON in one line.
 
     Raises:
         ConfigError: `path` is neither a field nor a section.
@@ -130,7 +130,7 @@ def show_value(config: RunConfig, path: str) -> str:
 
 
 def describe_fields() -> str:
-    """Every field of the schema with its type, default and meaning."""
+    """Describe every field of the schema with its type, default and meaning."""
     title = "fields (defaults are the schema's; --print_config shows a recipe's values):"
     source = [f"a source of data.sources and data.validation_sources: {SourceConfig.__doc__}"]
     for name, field in walk_fields(SourceConfig):
@@ -173,7 +173,7 @@ def _make_parser(prog: str, description: str, own: OptionParser | None) -> Optio
         "--from_step",
         type=_step,
         metavar="N",
-        help="go on from the run's checkpoint of step N; newer ones are moved away, not deleted",
+        help="resume from the run's checkpoint of step N; newer ones are moved away, not deleted",
     )
     parser.add_argument(
         "--print_config", action="store_true", help="print the resolved configuration and exit"
@@ -194,7 +194,7 @@ def _step(text: str) -> int:
 
 
 def _print_and_exit(text: str) -> NoReturn:
-    """Print and exit with 0, also into a pipe whose reader has seen enough."""
+    """Print and exit with 0, also if the reader of a pipe has closed it."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

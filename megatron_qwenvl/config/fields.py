@@ -1,4 +1,4 @@
-"""The fields of the schema as dotted paths, for overrides, error messages and the command line's help."""
+"""Fields of the schema as dotted paths, for overrides, error messages and `--help`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .schema import RunConfig, Section, SourceConfig
 
 
 def walk_fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every field below `section` with its dotted path, sections before their fields, in reading order."""
+    """Yield every field below `section` with its dotted path in schema order, sections before their fields."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
         if is_section(field):
@@ -24,7 +24,7 @@ def walk_fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str,
 
 
 def is_section(field: FieldInfo) -> bool:
-    """True if the field is a group of fields rather than a value."""
+    """Return whether the field is a section of fields and not a value."""
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
@@ -42,7 +42,7 @@ def section_paths() -> frozenset[str]:
 
 @cache
 def text_paths() -> dict[str, bool]:
-    """Dotted paths of the fields that hold any text, and whether they may be null instead."""
+    """Dotted paths of the text fields, and whether each may be null."""
     found = {}
     for path, field in walk_fields(RunConfig):
         kinds = set(get_args(field.annotation)) or {field.annotation}
@@ -52,11 +52,11 @@ def text_paths() -> dict[str, bool]:
 
 
 SOURCE_LISTS = ("data.sources", "data.validation_sources")
-"""Fields that are lists of sources, of which one field of one source can be changed by the source's name."""
+"""Lists of sources. Fields of one source can be overridden by its name."""
 SOURCE_FIELDS = tuple(name for name in SourceConfig.model_fields if name != "name")
-"""Fields of a source that can be changed so."""
+"""Fields of a source that can be overridden by the source's name."""
 SOURCE_TEXTS = tuple(name for name in SOURCE_FIELDS if SourceConfig.model_fields[name].annotation is str)
-"""Those of them that hold any text."""
+"""Text fields among `SOURCE_FIELDS`."""
 
 
 def split_source_path(path: str) -> tuple[str, str, str] | None:
@@ -69,7 +69,7 @@ def split_source_path(path: str) -> tuple[str, str, str] | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known name most like `name`, or an empty string where none is similar.
+    """Format `; did you mean X?` with the known name most similar to `name`; empty if none is similar.
 
     A bare field name finds its dotted path: `steps` finds `train.steps`.
     """
@@ -82,7 +82,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def describe_type(annotation: Any) -> str:
-    """The YAML that a field takes, in words: `integer`, `none|isolated|interleaved`, `list of integer or null`."""
+    """Describe the type of a field: `integer`, `none|isolated|interleaved`, `list of integer or null`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "|".join(str(choice) for choice in arguments)
@@ -97,7 +97,7 @@ def describe_type(annotation: Any) -> str:
 
 
 def describe_default(field: FieldInfo) -> str:
-    """The default as YAML would show it."""
+    """Format the default value of a field as YAML."""
     default = field.default
     if field.is_required():
         return "required"
@@ -109,11 +109,11 @@ def describe_default(field: FieldInfo) -> str:
 
 
 def plain(config: BaseModel) -> dict[str, Any]:
-    """The configuration as nested dictionaries and lists of plain values."""
+    """Convert the configuration to nested dictionaries and lists of plain values."""
     return config.model_dump(mode="json")
 
 
 def quote_value(value: Any) -> str:
-    """Quote a value as the user wrote it, cut to a readable length."""
+    """Quote a value as the user wrote it, truncated to 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

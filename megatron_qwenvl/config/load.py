@@ -1,6 +1,6 @@
-"""From a recipe or YAML file and `--section.field value` overrides to one validated configuration.
+"""Loading of a configuration from a recipe or YAML file and `--section.field value` overrides.
 
-Everything that is wrong is reported at once: unknown keys, values of the wrong type and contradictions.
+All problems are reported together: unknown keys, values of the wrong type and contradictions.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def load_config(recipe: str, overrides: Sequence[str] = (), world_size: int | No
     """Resolve and validate the configuration of a run.
 
     Args:
-        recipe: name of a recipe, or path of a YAML file. The file holds differences to what its key `base` names (a
-            recipe, or another file, relative to this one), or, without `base`, to the schema's defaults (a saved
-            configuration is complete).
-        overrides: `--section.field value` or `--section.field=value`. A field of type text takes the value as it is
-            (in quotes: without them; `null` where that is allowed); other values are YAML. The last one wins.
+        recipe: name of a recipe, or path of a YAML file. The file holds differences from its `base` (a recipe, or
+            another file, relative to this one) or, without `base`, from the schema's defaults (a saved configuration
+            is complete).
+        overrides: `--section.field value` or `--section.field=value`. A text field takes the value as it is (without
+            enclosing quotes; `null` if it may be null); other values are YAML. The last override of a field wins.
             `--data.sources.NAME.weight value` changes one field of the source of that name.
         world_size: number of processes, checked against the parallel layout if given.
 
@@ -56,7 +56,7 @@ def load_config(recipe: str, overrides: Sequence[str] = (), world_size: int | No
     accepted, unknown = _split_unknown(changes + override_changes)
     config, type_problems, unread = _apply(base, accepted)
     contradictions = find_problems(config, world_size)
-    # A contradiction with a value that could not be read would only confuse.
+    # Contradictions with the old value of a field whose new value is invalid would be misleading.
     contradictions = [
         line for line in contradictions if not any(re.search(rf"\b{path}\b", line) for path in unread)
     ]
@@ -73,7 +73,7 @@ def dump_yaml(config: RunConfig) -> str:
 
 
 def _parse_overrides(arguments: Sequence[str]) -> tuple[list[FieldValue], list[str]]:
-    """The overrides as changes, and what is wrong with their form."""
+    """Parse the overrides; returns the changes and the problems of malformed ones."""
     changes: list[FieldValue] = []
     problems: list[str] = []
     rest = list(arguments)
@@ -100,7 +100,7 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[list[FieldValue], list[s
 
 
 def _parse_value(path: str, text: str) -> Any:
-    """What an override's text means for the field at `path`.
+    """Parse the text of an override as a value of the field at `path`.
 
     Raises:
         YAMLError: not YAML, for a field that is not text.
@@ -125,7 +125,7 @@ def _hint(path: str) -> str:
 
 
 def _split_unknown(changes: Sequence[FieldValue]) -> tuple[list[FieldValue], list[str]]:
-    """The changes of known fields, and a problem for each of the others."""
+    """Return the changes of known fields, and a problem for each of the others."""
     known, sections = leaf_paths(), section_paths()
     accepted, problems = [], []
     for change in changes:
@@ -169,7 +169,7 @@ def _apply(base: RunConfig, changes: Sequence[FieldValue]) -> tuple[RunConfig, l
 
 
 def _validate(tree: dict[str, Any]) -> RunConfig:
-    """Strict in types, as JSON is: text is no number, a number no truth value, an integer is a number."""
+    """Validate with the strict types of JSON: no text for a number, no number for a bool; integers are numbers."""
     return RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
 
 
@@ -187,7 +187,7 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
 def _set_in_source(
     tree: dict[str, Any], sources: str, name: str, field: str, change: FieldValue
 ) -> list[str]:
-    """Change one field of the source of a name; gives a problem where there is none of that name."""
+    """Change one field of the source of a name; returns a problem if there is no such source."""
     listed = _get(tree, sources)
     if not isinstance(listed, list):
         return []  # the list itself has the wrong type, which is reported

@@ -1,4 +1,4 @@
-"""Options of the command-line programs, written like fields: words are joined by underscores."""
+"""Options of the command-line programs, spelled like fields: with underscores between words."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 
 
 def current_spelling(option: str) -> str:
-    """Give the name of an option, `--dry_run` for `--dry-run`."""
+    """Return the current spelling of an option: `--dry_run` for `--dry-run`."""
     return option[:2] + option[2:].replace("-", "_")
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser that also takes the dashed spelling of an option (`--dry-run`), with a warning on standard error.
+    """Parser that also accepts the dashed spelling of an option (`--dry-run`), with a warning on standard error.
 
-    Up to version 0.2 the words of an option were joined by dashes and those of a field by underscores. Version 0.3
-    takes both; the next one will take underscores alone.
+    Up to version 0.2 options were spelled with dashes and fields with underscores. Version 0.3 accepts both for
+    options; the next one will accept underscores only.
     """
 
     quiet = False
-    """Say nothing about a spelling: for all processes of a run but the first."""
+    """Print no warning; for all ranks of a run except rank 0."""
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """Parse as the base class does, after old spellings were replaced."""
+        """Parse like the base class after replacing old spellings."""
         given = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._current_spelling(argument) for argument in given], namespace)
 

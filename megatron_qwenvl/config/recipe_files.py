@@ -17,18 +17,18 @@ from .yaml_format import describe_yaml_error, parse_yaml
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the message names every problem, one a line."""
+    """Invalid configuration; the message names every problem, one per line."""
 
 
 @dataclass(frozen=True)
 class FieldValue:
-    """One value that a file or the command line sets."""
+    """Value of a field that a file or the command line sets."""
 
     path: str
     """Dotted path, not yet checked."""
     value: Any
     origin: str
-    """Who set it, for messages: a file's name or the override itself."""
+    """Origin for messages: the name of a file, or the override itself."""
 
 
 def read_recipe(recipe: str) -> tuple[RunConfig, list[FieldValue]]:
@@ -91,7 +91,7 @@ def _read_yaml_file(path: Path) -> dict[Any, Any]:
 
 
 def flatten(value: Any, origin: str, path: str = "") -> Iterator[FieldValue]:
-    """Give one change per value; mappings are descended into where the schema has a section.
+    """Yield one change per value of a tree; mappings that stand for sections of the schema are flattened.
 
     A mapping in place of a list of sources changes fields of sources by name: `sources: {vqa: {weight: 2}}`.
     """

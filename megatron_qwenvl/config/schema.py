@@ -1,8 +1,8 @@
-"""The one configuration schema: every field that a run can be given, with its meaning and unit.
+"""Configuration schema: every field of a run with its meaning and unit.
 
-Section order is reading order: what is trained (`model`), on what (`data`), how (`train`, `optimizer`),
-on which machines (`parallel`, `runtime`) and what is kept (`checkpoint`, `logging`). The string below a
-field is its documentation and is what `python -m megatron_qwenvl.train --help` prints.
+The sections are in reading order: the model (`model`), its data (`data`), the training (`train`, `optimizer`), the
+machines (`parallel`, `runtime`) and the output (`checkpoint`, `logging`). The string below a field is its
+documentation, which `python -m megatron_qwenvl.train --help` and docs/configuration.md show.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class VisionConfig(Section):
 
 
 class AdapterConfig(Section):
-    """The position-aware adapter: one cross-attention from learned queries to the image's patches."""
+    """The position-aware adapter: a single cross-attention from learned queries to the patches of an image."""
 
     query_grid: int = Field(16, ge=1)
     """Side of the square grid of learned queries; an image becomes query_grid^2 decoder tokens."""
@@ -65,8 +65,8 @@ class DecoderConfig(Section):
     heads: int = Field(32, ge=1)
     """Attention heads; must divide `hidden` into even head sizes."""
     query_groups: int | None = Field(None, ge=1)
-    """Key and value heads, each shared by a group of attention heads (grouped-query attention, `qwen2` alone); none:
-    every attention head has its own."""
+    """Number of key-value heads, each shared by a group of attention heads (grouped-query attention; `qwen2` only);
+    none: equal to `heads`."""
     ffn_hidden: int = Field(11008, ge=1)
     """Hidden size of the SwiGLU MLP (half of the published `intermediate_size`)."""
     vocab_size: int = Field(151936, ge=1)
@@ -87,7 +87,7 @@ class ModelConfig(Section):
     decoder: DecoderConfig = DecoderConfig()
     """The decoder."""
     init_std: float = Field(0.02, gt=0)
-    """Standard deviation of freshly initialized linear layers and embeddings."""
+    """Standard deviation of the initialization of linear layers and embeddings."""
 
     @property
     def image_tokens(self) -> int:
@@ -105,54 +105,54 @@ class SourceConfig(Section):
     weight: float = Field(1.0, gt=0)
     """Share of the samples drawn from this source, relative to the other sources' weights."""
     language: Literal["en", "zh"] = "en"
-    """Language of the caption prompt for samples that do not say theirs (img2dataset shards)."""
+    """Language of the caption prompt of samples without a language of their own (img2dataset shards)."""
 
 
 class DataConfig(Section):
-    """What a step is made of."""
+    """Sources, images, batches, packing and loading."""
 
     root: str = "data"
-    """Directory that relative source paths start from."""
+    """Base directory of relative source paths."""
     sources: tuple[SourceConfig, ...] = ()
     """The training mixture."""
     validation_sources: tuple[SourceConfig, ...] = ()
     """Held-out sources for periodic validation; empty: no validation."""
     tokenizer: str | None = None
     """Path of the vocabulary: a `qwen.tiktoken` for a decoder of the family `qwen`, a `tokenizer.json` for `qwen2`;
-    none: the embedded byte-level encoding."""
+    none: the built-in byte-level encoding."""
     image_size: int = Field(224, ge=1)
-    """Side in pixels that every image is resized to; a multiple of the patch size."""
+    """Side in pixels to which every image is resized; a multiple of the patch size."""
     global_batch_size: int = Field(30720, ge=1)
     """Samples per optimizer step over all ranks."""
     packing: Packing = "isolated"
-    """`none`: one sample a row, padded; `isolated`: packed under a block-diagonal mask, samples do not see each other;
-    `interleaved`: samples of one task packed into one sequence under a plain causal mask."""
+    """`none`: one padded sample per row; `isolated`: packed with a block-diagonal mask, so that samples do not attend
+    to each other; `interleaved`: samples of one task packed into one sequence with a causal mask."""
     max_sample_length: int = Field(512, ge=8)
-    """Longest sample in tokens (image slots included); longer ones are skipped and counted."""
+    """Maximum length of a sample in tokens (image slots included); longer samples are skipped and counted."""
     pack_length: int = Field(4096, ge=8)
-    """Most tokens of one pack; a packed micro-batch is one pack, padded to a multiple of 64 positions. Unused
-    with `packing: none`."""
+    """Maximum length of a pack in tokens; a packed micro-batch is one pack, padded to a multiple of 64 positions.
+    Unused with `packing: none`."""
     max_image_pixels: int = Field(50_000_000, ge=1, le=178_956_970)
-    """Images with more pixels (width x height) than this are skipped and counted; the index leaves out those with more
-    than 178,956,970, Pillow's own limit, in any case."""
+    """Maximum number of pixels (width x height) of an image; samples with larger images are skipped and counted. The
+    index excludes images of more than 178,956,970 pixels, Pillow's own limit, in any case."""
     shuffle_window: int = Field(8, ge=1)
-    """Shards that are open for shuffling at a time; 1 keeps reads most sequential."""
+    """Number of shards among which samples are shuffled; with 1, reads are the most sequential."""
     skip_steps: tuple[tuple[int, int], ...] = ()
-    """Ranges [a, b] of steps whose data is left out, both ends included; step a trains on what step b + 1 would have
-    had. Steps count from 0, as metrics.jsonl and show_step have them, and as they were before the range was added.
-    Steps and learning rate go on as without it."""
+    """Ranges [a, b] of steps whose data is skipped, both ends included: step a trains on the data of step b + 1. Steps
+    count from 0, as in metrics.jsonl and show_step, and are numbered as without the range. Step numbers and learning
+    rate are not affected."""
     on_change: Literal["continue", "stop"] = "continue"
-    """What a start does where data, mixture or batch size differ from what the checkpoint records: say it and go on
-    from the samples that each source has given, or refuse."""
+    """Action at the start if data, mixture or batch size differ from the checkpoint's record: `continue` logs the
+    differences and continues with the next samples of each source, `stop` refuses to start."""
     workers: int = Field(4, ge=0)
-    """Worker processes per rank that read and decode ahead of the step; 0: in the main process."""
+    """Worker processes per rank that read and decode ahead of the step; 0: the main process reads."""
     prefetch: int = Field(4, ge=1)
-    """Micro-batches that each worker prepares ahead, at least; more where a step has more."""
+    """Minimum number of micro-batches that each worker prepares ahead; larger if a step has more."""
     max_unreadable_share: float = Field(0.05, ge=0, le=1)
-    """Largest share of unreadable samples among the newest `unreadable_window`; a larger one stops the run with the
-    worst shards named; 1: never."""
+    """Maximum share of unreadable samples among the newest `unreadable_window`; beyond it the run stops with a message
+    that names the worst shards; 1: no limit."""
     unreadable_window: int = Field(2000, ge=1)
-    """Samples over which that share is taken; at least a global batch."""
+    """Number of samples over which that share is computed; at least a global batch."""
 
 
 class TrainConfig(Section):
@@ -161,26 +161,26 @@ class TrainConfig(Section):
     steps: int = Field(50_000, ge=1)
     """Optimizer steps of the whole run."""
     stop_after: int | None = Field(None, ge=1)
-    """Stop (with a checkpoint, see `checkpoint.save`) after this step although the schedule goes on; none: run
+    """Stop after this step (with a checkpoint, see `checkpoint.save`), without a change of the schedule; none: run
     to `steps`."""
     frozen: tuple[FreezableGroup, ...] = ()
-    """Parts that are not trained. `adapter_output` is the adapter's final norm and projection alone."""
+    """Parts of the model that are not trained. `adapter_output` is the adapter's final norm and projection only."""
     gradient_accumulation: int = Field(6, ge=1)
-    """Micro-batches per step and data-parallel rank with `packing: none`. With packing the packs of the
-    step decide: ceil(packs / data-parallel size)."""
+    """Micro-batches per step and data-parallel rank with `packing: none`. With packing their number is
+    ceil(packs of the step / data-parallel size)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Parameter and activation type; gradients and optimizer state are fp32 in both."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, attention scores only, or whole layers."""
     clip_grad: float = Field(1.0, ge=0)
-    """Largest global L2 norm of the gradient; 0: no clipping."""
+    """Maximum global L2 norm of the gradient; 0: no clipping."""
     max_skipped_steps: int = Field(10, ge=0)
-    """Consecutive steps skipped for a non-finite loss or gradient, or without a supervised token, before the run
-    stops."""
+    """Maximum number of consecutive skipped steps (non-finite loss or gradient, or no supervised token); beyond it
+    the run stops."""
     validation_interval: int = Field(1000, ge=0)
-    """Steps between validations; 0: never."""
+    """Steps between validations; 0: no validation."""
     validation_samples: int = Field(4096, ge=1)
-    """Samples of one validation."""
+    """Number of samples of a validation."""
 
 
 class OptimizerConfig(Section):
@@ -197,18 +197,18 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.98, ge=0, lt=1)
     """Decay of the second moment."""
     eps: float = Field(1e-6, gt=0)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay; not applied to biases, norms and other 1-D parameters."""
     vit_layer_decay: float = Field(0.95, gt=0, le=1)
-    """Learning-rate multiplier per ViT layer counted down from the adapter: the layer nearest the adapter
-    has multiplier 1, the patch embedding and positions vit_layer_decay^layers; 1: no decay."""
+    """Layer-wise learning-rate decay of the ViT: multiplier per layer of distance from the adapter. The last layer
+    has multiplier 1, the patch embedding and positions have vit_layer_decay^layers; 1: no decay."""
     sharded: bool = True
     """Shard optimizer state over data-parallel ranks (distributed optimizer)."""
 
 
 class ParallelConfig(Section):
-    """How the model is cut. Data parallelism is what remains of the world size."""
+    """Parallel layout. The data-parallel size is the world size divided by `tensor` x `pipeline`."""
 
     tensor: int = Field(1, ge=1)
     """Tensor-parallel size of ViT, adapter and decoder."""
@@ -218,7 +218,7 @@ class ParallelConfig(Section):
     """Shard activations between tensor-parallel regions along the sequence, in both towers."""
     layout: tuple[int, ...] | None = None
     """Index of the first layer of pipeline stages 2..N in the list patch embedding, ViT layers, adapter,
-    word embedding, decoder layers, head; none: chosen by cost."""
+    word embedding, decoder layers, head; none: balanced by estimated cost."""
     overlap_grad_reduce: bool = False
     """Overlap the gradient reduction with the backward pass."""
 
@@ -229,26 +229,26 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto`: CUDA with NCCL when a GPU is visible, otherwise CPU with gloo."""
     kernels: Literal["auto", "te", "apex", "torch"] = "auto"
-    """GEMM layers, norms and optimizer: Transformer Engine, apex norms and optimizer, or plain torch.
-    `auto`: the first of te, apex, torch that works on the device."""
+    """Implementation of linear layers, norms and optimizer: `te` is Transformer Engine, `apex` has the norms and the
+    optimizer of apex, `torch` is plain torch. `auto`: the first of te, apex, torch that works on the device."""
     hang_minutes: float = Field(15, ge=0)
-    """Time without a step, a validation or a save after which every rank writes its stacks to `run_dir`/stacks and the
-    run ends; 0: never."""
+    """Time without a completed step, validation or save after which every rank writes its stacks to `run_dir`/stacks
+    and the run ends; 0: no limit."""
     timeout_minutes: float = Field(20, gt=0)
-    """Time after which a collective that does not finish ends the run; longer than `hang_minutes`, so that the stacks
-    are written first."""
+    """Timeout of a collective, after which the run ends; longer than `hang_minutes`, so that the stacks are written
+    first."""
     retry_minutes: float | None = Field(None, ge=0)
-    """Time for which a read of data or of a checkpoint is repeated where a file system gives an error that may go away;
-    less than `hang_minutes`. none: 10, or two thirds of `hang_minutes` if that is less; 0: the first error counts."""
+    """Time for which a read of data or of a checkpoint is repeated after a transient file-system error; less than
+    `hang_minutes`. none: 10, or two thirds of `hang_minutes` if that is less; 0: no repetition."""
     takeover_minutes: float = Field(2, gt=0)
-    """A run directory has one owner. Time without a sign of life after which a start takes over from an owner of which
-    it can find out nothing else: one on another machine, outside of Slurm. By the clock of the start."""
+    """Time without a heartbeat after which a start takes over the run directory from an owner whose state it cannot
+    determine otherwise: one on another machine, outside of Slurm. Measured by the clock of the start."""
     threads: int = Field(0, ge=0)
     """CPU threads per process; 0: OMP_NUM_THREADS or torch's default."""
 
     @property
     def retry_seconds(self) -> float:
-        """`retry_minutes` in seconds, with what stands for none."""
+        """`retry_minutes` in seconds, with the default resolved."""
         if self.retry_minutes is not None:
             return 60 * self.retry_minutes
         return 60 * min(10.0, (self.hang_minutes or self.timeout_minutes) * 2 / 3)
@@ -258,26 +258,26 @@ class CheckpointConfig(Section):
     """Saving and loading."""
 
     init_from: str | None = None
-    """Checkpoint directory whose weights start the run when the run has no checkpoint of its own."""
+    """Checkpoint directory with the initial weights of the run, used if the run has no checkpoint of its own."""
     save: bool = True
-    """False saves nothing, for throughput measurements; needs `train.stop_after`."""
+    """Save checkpoints; false is for throughput measurements and needs `train.stop_after`."""
     interval: int = Field(500, ge=0)
     """Steps between saves; 0: only at the end."""
     keep_last: int = Field(3, ge=1)
-    """Checkpoints kept; older ones are removed after a newer save is complete."""
+    """Number of newest checkpoints to keep; older ones are removed after a newer save is complete."""
     keep_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this step are never removed; 0: none."""
     asynchronous: bool = False
-    """Copy the state to host memory and write it while training goes on."""
+    """Copy the state to host memory and write it in the background while training continues."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """What a failed save (a full disk) does to the run; the older checkpoints stay in both cases."""
+    """Action after a failed save (a full disk): stop the run or continue; older checkpoints are kept in both cases."""
     timeout_minutes: float = Field(240, gt=0)
-    """Time for which ranks wait for each other while a checkpoint is written, checked or put in place; meanwhile
-    runtime.hang_minutes and runtime.timeout_minutes do not count."""
+    """Timeout of collectives while a checkpoint is written, verified or moved into place; runtime.hang_minutes and
+    runtime.timeout_minutes do not apply meanwhile."""
 
 
 class LoggingConfig(Section):
-    """What a run tells."""
+    """Progress lines and metrics."""
 
     interval: int = Field(1, ge=1)
     """Steps between progress lines and metric records."""
@@ -286,29 +286,29 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    """A complete run."""
+    """Complete configuration of a run."""
 
     name: str = "stage1"
     """Name of the run, shown in logs."""
     stage: Stage = "stage1"
     """Training stage; recorded in checkpoints and checked by stage transitions."""
     run_dir: str = "runs/stage1"
-    """Directory for the resolved configuration, metrics and checkpoints."""
+    """Directory of the resolved configuration, metrics and checkpoints."""
     seed: int = Field(1234, ge=0)
     """Seed of initialization and of the data order."""
     model: ModelConfig = ModelConfig()
     """Shape of the model."""
     data: DataConfig = DataConfig()
-    """What a step is made of."""
+    """Data, batches and packing."""
     train: TrainConfig = TrainConfig()
     """The training loop."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
     parallel: ParallelConfig = ParallelConfig()
-    """How the model is cut."""
+    """Parallel layout."""
     runtime: RuntimeConfig = RuntimeConfig()
-    """Devices and kernels."""
+    """Devices, kernels and processes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and loading."""
     logging: LoggingConfig = LoggingConfig()
-    """What a run tells."""
+    """Progress lines and metrics."""

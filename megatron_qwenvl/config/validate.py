@@ -1,6 +1,6 @@
-"""Contradictions between fields: what the schema cannot say about one field alone.
+"""Validation across fields: contradictions that the type of a single field cannot exclude.
 
-Every message starts with the fields concerned and says what was expected and what was found.
+Every message starts with the fields concerned and names the expected and the found values.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from .schema import RunConfig, SourceConfig
 
 
 def find_problems(config: RunConfig, world_size: int | None) -> list[str]:
-    """All contradictions in a configuration.
+    """Find all contradictions in a configuration.
 
     Args:
-        config: configuration whose fields are valid one by one.
-        world_size: number of processes; None: not known, what depends on it is not checked.
+        config: configuration whose single fields are valid.
+        world_size: number of processes; None: unknown, the fields that depend on it are not checked.
 
     Returns:
         One line per contradiction, empty if there is none.
@@ -44,7 +44,7 @@ def _indivisible(name: str, value: int, by_name: str, by: int) -> Iterator[str]:
 
 
 def _shape_problems(config: RunConfig) -> Iterator[str]:
-    """Head sizes: whole everywhere, even in the decoder for rotary, a multiple of 4 for sin-cos positions."""
+    """Check head sizes: integers, even in the decoder for rotary, a multiple of 4 for sin-cos positions."""
     vision, adapter, decoder = config.model.vision, config.model.adapter, config.model.decoder
     hidden = "model.decoder.hidden"
     yield from _indivisible("model.vision.width", vision.width, "model.vision.heads", vision.heads)
@@ -78,7 +78,7 @@ def _parallel_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _layout_problems(config: RunConfig) -> Iterator[str]:
-    """The layer list is patch embedding, ViT layers, adapter, word embedding, decoder layers, head."""
+    """Check the layout of the list of patch embedding, ViT layers, adapter, word embedding, decoder layers, head."""
     pipeline, layout = config.parallel.pipeline, config.parallel.layout
     layers = config.model.vision.layers + config.model.decoder.layers + 4
     if pipeline > layers:
@@ -153,7 +153,7 @@ def _length_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _tokenizer_problems(config: RunConfig) -> Iterator[str]:
-    """A vocabulary of another family would give the special tokens ids that mean something else to the weights."""
+    """Check that vocabulary and decoder are of one family; otherwise the ids of special tokens would not match."""
     family, path = family_of(config.model.decoder), config.data.tokenizer
     if path is not None and path.endswith(".json") != (family.tokenizer_file.endswith(".json")):
         yield (
@@ -170,7 +170,7 @@ def _source_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _skip_problems(config: RunConfig) -> Iterator[str]:
-    """Ranges of steps, each in order, none overlapping another."""
+    """Check that ranges of steps are ordered and do not overlap."""
     ranges = sorted(config.data.skip_steps)
     for first, last in ranges:
         if not 0 <= first <= last:

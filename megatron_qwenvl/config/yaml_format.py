@@ -1,4 +1,4 @@
-"""YAML as configurations use it: plain scalars mean what they look like."""
+"""YAML dialect of the configurations: only null, true, false and decimal numbers are not text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML whose plain scalars mean what they look like: null, true, false, decimal numbers, else text.
+    """Loader that reads plain scalars as null, true, false or decimal numbers, and all others as text.
 
     YAML 1.1 would read `2e-4` as text, `no` as false, `010` as eight and take the last of two equal keys.
     """
@@ -34,7 +34,7 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 class _YamlDumper(yaml.SafeDumper):
-    """Writes text that `_YamlLoader`, or any other reader of YAML, would take for something else in quotes."""
+    """Dumper that quotes text which `_YamlLoader`, or any other YAML reader, would not read as text."""
 
 
 _NEVER = 1 << 30
@@ -76,7 +76,7 @@ def describe_yaml_error(error: yaml.YAMLError) -> str:
 
 
 def without_quotes(text: str) -> str:
-    """Give the text, or what stands between its quotes if YAML would read all of it as one quoted value."""
+    """Remove the quotes of a text that is, as a whole, one quoted YAML value; other text is returned unchanged."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         with suppress(yaml.YAMLError):
             node = yaml.compose(text, Loader=_YamlLoader)
@@ -86,7 +86,7 @@ def without_quotes(text: str) -> str:
 
 
 def find_comment(text: str) -> str:
-    """Find the part of a text that YAML would leave out as a comment; empty if there is none.
+    """Find the part of a text that YAML would ignore as a comment; empty without one.
 
     Raises:
         YAMLError: not YAML.

@@ -82,7 +82,7 @@ def test_help_explains_every_field_at_once() -> None:
         "  --data.packing  none|isolated|interleaved  (default isolated)",
         "  --parallel.layout  list of integer or null  (default null)",
         "  --optimizer.sharded  true|false  (default true)",
-        "      Side in pixels that every image is resized to; a multiple of the patch size.",
+        "      Side in pixels to which every image is resized; a multiple of the patch size.",
         "  weight  number  (default 1.0)",
         "  path  text  (default required)",
     ):
