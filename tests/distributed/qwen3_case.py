@@ -33,6 +33,10 @@ class HFQwen3(HFQwen2):
     family = "qwen3"  # type: ignore[assignment]
     model_type = "qwen3"
     class_part = "Qwen3"
+    states_head_size = True
+    defaults = {**HFQwen2.defaults, "head_dim": 128}  # noqa: RUF012
+    pretrained_model = "Qwen3-8B-Base"
+    chat_model = "Qwen3-8B"
     layer_tensors = {  # noqa: RUF012
         **HFQwen2.layer_tensors,
         "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",

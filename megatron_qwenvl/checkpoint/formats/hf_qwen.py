@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_qwenvl.architecture.tower import Tower
 from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
-from megatron_qwenvl.config.schema import DecoderConfig
+from megatron_qwenvl.config.schema import DecoderConfig, Family
 
 from .config_comparison import Expected, one_of
 from .hf_decoder import HFDecoder
@@ -22,7 +22,7 @@ _AUTO_MAP = {
 class HFQwen(HFDecoder):
     """Names and keys of Qwen-7B."""
 
-    family = "qwen"
+    family: ClassVar[Family] = "qwen"
     model_type = "qwen"
     class_part = "QWen"
     embedding = "transformer.wte.weight"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from megatron_qwenvl.architecture.model import family_of
 from megatron_qwenvl.architecture.tower import Tower
 from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
-from megatron_qwenvl.config.schema import DecoderConfig
+from megatron_qwenvl.config.schema import DecoderConfig, Family
 
 from .config_comparison import Expected, one_of
 from .config_keys import NAMES
@@ -24,7 +25,10 @@ _TRAINED_LENGTH = 32768
 class HFQwen2(HFDecoder):
     """Names and keys of Qwen2.5-7B."""
 
-    family = "qwen2"
+    states_head_size: ClassVar[bool] = False
+    """Whether `config.json` has the key `head_dim` (Qwen3); without it a head has `hidden_size / num_attention_heads`
+    channels."""
+    family: ClassVar[Family] = "qwen2"
     model_type = "qwen2"
     class_part = "Qwen2"
     embedding = "model.embed_tokens.weight"
@@ -75,9 +79,10 @@ class HFQwen2(HFDecoder):
         return next((config[name] for name in NAMES["kv_heads"] if config.get(name) is not None), None)
 
     def config(self, decoder: DecoderConfig, dtype: str, hf_metadata: HFMetadata) -> dict[str, Any]:
-        """`config.json` by which transformers loads the decoder as `Qwen2ForCausalLM`."""
+        """`config.json` by which transformers loads the decoder."""
+        tower = family_of(decoder).tower(decoder)
         return {
-            "architectures": ["Qwen2ForCausalLM"],
+            "architectures": [f"{self.class_part}ForCausalLM"],
             "attention_dropout": 0.0,
             "bos_token_id": 151643,
             "eos_token_id": 151643,
@@ -87,13 +92,14 @@ class HFQwen2(HFDecoder):
             "use_cache": True,
             "vocab_size": decoder.vocab_size,
             **{key: hf_metadata.config[key] for key in self.kept if key in hf_metadata.config},
+            **({"head_dim": tower.head_size} if self.states_head_size else {}),
             "hidden_act": "silu",
             "hidden_size": decoder.hidden,
             "intermediate_size": decoder.ffn_hidden,
             "max_position_embeddings": hf_metadata.seq_length,
             "num_attention_heads": decoder.heads,
             "num_hidden_layers": decoder.layers,
-            "num_key_value_heads": decoder.query_groups or decoder.heads,
+            "num_key_value_heads": tower.query_groups,
             "rms_norm_eps": decoder.norm_eps,
             "rope_theta": float(decoder.rotary_base),
             "tie_word_embeddings": False,
