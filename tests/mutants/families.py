@@ -69,7 +69,7 @@ FAMILIES = [
     ),
     Mutant(
         "families: an export loses the groups", HF_QWEN2,
-        '"num_key_value_heads": decoder.query_groups or decoder.heads', '"num_key_value_heads": decoder.heads',
+        '"num_key_value_heads": tower.query_groups', '"num_key_value_heads": decoder.heads',
         CONVERSION,
     ),
     Mutant(
