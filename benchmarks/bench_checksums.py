@@ -1,8 +1,8 @@
 """python benchmarks/bench_checksums.py [--samples 256] [--side 448]
 
-Measures what the checksums of text and images cost the loader: CPU time of reading, decoding and rendering samples of
-one 640x480 JPEG each, and the share of it that is spent in the checksums. The caches are warm: on a cold disk the
-share is smaller.
+Measure the cost of the checksums of text and images in the loader: CPU time of reading, decoding and rendering samples
+of one 640x480 JPEG each, and the share of the checksums in it. The page cache is warm; on a cold disk the share is
+smaller.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def change_all(folder: Path) -> None:
 
 def run(*command: str, expected: int = 0) -> tuple[float, int]:
     """Seconds and peak resident bytes of a command that must end with the expected exit code."""
-    os.sync()  # what was written before is not for this command to wait for
+    os.sync()  # so that the command does not wait for earlier writes
     began, peak = time.monotonic(), 0
     with subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -157,7 +157,7 @@ def main() -> int:
     )
     hf, megatron = scratch / "hf", scratch / "megatron"
     size = write_hf_directory(hf, model)
-    copy(hf)  # a machine that was idle is slow at first
+    copy(hf)  # warm-up: the first copy on an idle machine is slow
     before = copy(hf)
     print(f"{size / 1e9:.2f} GB; copy with fsync {before:.1f} s ({size / before / 1e6:.0f} MB/s)", flush=True)
     exported = ["export-qwenvl", "--from", str(megatron), "--out", str(scratch / "exported")]

@@ -1,9 +1,9 @@
-"""Look at batches of a run and ask its model, in one process: `python examples/notebook.py RUN IMAGE QUESTION`.
+"""Show batches of a run and question its model, in one process: `python examples/notebook.py RUN IMAGE QUESTION`.
 
-Each `# %%` begins a cell for editors that show such files as notebooks. Nothing needs a launcher or a GPU.
+Each `# %%` begins a cell for editors that open such files as notebooks. Nothing needs a launcher or a GPU.
 """
 
-# %% What to look at: a run's directory (`make demo` leaves runs/demo/stage3), an image and a question about it
+# %% Arguments: a run's directory (`make demo` leaves runs/demo/stage3), an image and a question about it
 import sys
 
 from megatron_qwenvl import Generator, build_loader, load_config, load_model
@@ -23,7 +23,7 @@ for step in build_loader(config):
             f"step {step.info.step} micro-batch {number}: {batch.real_tokens} tokens, {batch.num_images} images"
         )
 
-# %% The newest checkpoint, whatever layout wrote it; `with` closes the model and leaves torch as it was
+# %% The newest checkpoint, of any parallel layout; `with` closes the model and restores torch's settings
 with load_model(config, run) as model:
     parameters = sum(parameter.numel() for parameter in model.stage.parameters())
     print(f"{parameters} parameters on {model.runtime.device}")

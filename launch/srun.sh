@@ -2,8 +2,8 @@
 # Train inside a Slurm allocation (salloc or sbatch), one process per task:
 #   salloc --nodes 2 --ntasks-per-node 8 launch/srun.sh --recipe stage2
 # NPROC takes another number of tasks than the allocation has, SRUN_OPTIONS further options of srun, separated by blanks.
-# The first node of the allocation is the rendezvous; MASTER_ADDR and MASTER_PORT override, and must where
-# SRUN_OPTIONS leave that node out. PROGRAM, PYTHON and CONTAINER_* are explained in launch/env.sh.
+# The first node of the allocation is the rendezvous; MASTER_ADDR and MASTER_PORT override it, and are needed if
+# SRUN_OPTIONS exclude that node. PROGRAM, PYTHON and CONTAINER_* are explained in launch/env.sh.
 # The exit code is srun's: the highest of all tasks, where a task that a signal ended counts as 128 + the signal.
 set -euo pipefail
 # shellcheck source=launch/env.sh

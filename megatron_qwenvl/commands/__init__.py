@@ -1,5 +1,5 @@
 """The command-line programs: `tools/NAME.py` and the console script `qwenvl-...` both start `NAME.run`.
 
-A module holds its program's arguments and `main`, and imports what takes time (torch, megatron-core, numpy) only after
-the arguments were read, so that `--help` and wrong arguments answer at once and stop signals are answered meanwhile.
+A module holds its program's arguments and `main`. It imports torch, megatron-core and numpy only after parsing the
+arguments, so that `--help` and usage errors are printed at once and stop signals are handled during the imports.
 """

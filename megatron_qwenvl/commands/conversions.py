@@ -1,4 +1,4 @@
-"""The commands of `convert_checkpoint`: plan a conversion, check where it goes, execute it with a line of progress."""
+"""Commands of `convert_checkpoint`: plan a conversion, check its directories, execute it with a progress line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
 
 
 def next_stage(arguments: argparse.Namespace) -> int:
-    """Make the start of the next stage from a finished one."""
+    """Make the initial weights of the next training stage from a finished one."""
     plan = plan_transition(arguments.source, arguments.to, arguments.force)
     _print_lines(plan.notes)
     work = partial(execute_next_stage, plan, arguments.out)
@@ -33,7 +33,7 @@ def next_stage(arguments: argparse.Namespace) -> int:
 
 
 def import_parts(arguments: argparse.Namespace) -> int:
-    """Make the start of stage 1 from published ViT and decoder."""
+    """Make the initial weights of stage 1 from a published ViT and decoder."""
     recipe = RECIPES[arguments.recipe]()
     return _import(arguments, plan_parts(arguments.vit, arguments.llm, recipe, arguments.seed))
 
@@ -57,7 +57,7 @@ def export_qwenvl(arguments: argparse.Namespace) -> int:
 
 
 def inspect_checkpoint(arguments: argparse.Namespace) -> int:
-    """Print what a checkpoint is."""
+    """Print a description of a checkpoint."""
     _print_lines(tuple(describe_checkpoint(arguments.checkpoint)))
     return SUCCESS
 
@@ -74,7 +74,7 @@ def compare_checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def verify_checkpoint(arguments: argparse.Namespace) -> int:
-    """Print what is wrong with a checkpoint."""
+    """Print the damage of a checkpoint."""
     checkpoint = find_checkpoint(arguments.checkpoint)
     progress = ProgressLine("verify", read_manifest(checkpoint).total_bytes)
     problems = verify(checkpoint, progress.add)
@@ -109,12 +109,12 @@ def _convert(
     work: Callable[[OnBytes, Conversion], None],
     digest: Callable[[], dict[str, str]],
 ) -> int:
-    """Do it, unless it was done before: a requeued job repeats its conversion."""
-    apart = ("command", "out", "dry_run")
+    """Execute a conversion, unless it was completed before: a requeued job repeats its conversion."""
+    not_settings = ("command", "out", "dry_run")
     settings = {
         name: value
         for name, value in vars(arguments).items()
-        if name not in apart and value is not None and not isinstance(value, Path)
+        if name not in not_settings and value is not None and not isinstance(value, Path)
     }
     check_places(arguments.out, sources)
     if is_done(arguments.out, arguments.command, settings, digest):
@@ -146,4 +146,4 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compare": compare_checkpoints,
     "verify": verify_checkpoint,
 }
-"""What runs a command; each returns the exit code."""
+"""Function of each command; returns the exit code."""

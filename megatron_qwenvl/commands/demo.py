@@ -2,9 +2,9 @@
 
     python tools/demo.py [--tensor 2] [--pipeline 2] [--out runs/demo] [--data data/demo]
 
-Writes the data set, trains stage 1, converts, trains stage 2, converts, trains stage 3 as tensor x pipeline
-processes over gloo, then asks. OUT/report.html shows images with questions and answers, loss curves and scores;
-scores and seconds are in OUT/report.json.
+Writes the data set, trains stages 1, 2 and 3 with conversions between them, as tensor x pipeline processes over gloo,
+and questions the model. OUT/report.html shows images with questions and answers, loss curves and scores; scores and
+seconds are in OUT/report.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VQA_GOAL = 0.90
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns 1 if a part of it fails or the model did not learn to see."""
+    """Run the demo; returns 1 if a step fails or the model did not learn to use the images."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensor", type=int, default=2, help="tensor-parallel size")
     parser.add_argument("--pipeline", type=int, default=2, help="pipeline-parallel size")
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_result(report: dict[str, Any], out: Path) -> int:
-    """Say what came out."""
+    """Print the scores and the path of the report; returns the exit code."""
     learned = report["vqa_accuracy"] >= VQA_GOAL
     print(
         f"\nAfter {report['seconds']:.0f} s. To look at: {out / 'report.html'} (scores: {out / 'report.json'})"

@@ -1,4 +1,4 @@
-"""The start and the end of every command-line program."""
+"""Entry and exit of every command-line program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run_program(name: str, main: Callable[[], int], seconds: float = CLEANUP_SEC
 
     Args:
         name: name of the program in messages.
-        main: returns one of `runtime.exit_codes`; an exception that it lets through is a crash.
+        main: returns one of `runtime.exit_codes`; an exception that it raises is a crash.
         seconds: time to clean up after a stop signal.
     """
     exit_on_stop_signals(name, seconds)
@@ -36,7 +36,7 @@ def run_program(name: str, main: Callable[[], int], seconds: float = CLEANUP_SEC
 
 
 def _output_is_closed() -> bool:
-    """Whether the reader of a pipe has ended, as `head` does once it has seen enough."""
+    """Return whether the reader of a pipe has ended, as `head` does after its last line."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in output.poll(0))

@@ -27,7 +27,7 @@ from .entry import run_program
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="directory of *.tar shards")
     parser.add_argument(
@@ -48,9 +48,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("outside", "inside"),
         help="where the blank before a phrase of a grounded caption stands; first: outside",
     )
-    look = parser.add_mutually_exclusive_group()
-    look.add_argument("--check", action="store_true", help="compare the digests of all shards; write nothing")
-    look.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="compare the digests of all shards; write nothing")
+    mode.add_argument(
         "--list_skipped",
         action="store_true",
         help="print every sample that the indices leave out; write nothing",

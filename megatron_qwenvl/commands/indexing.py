@@ -1,4 +1,4 @@
-"""The work of `index_shards`: over MPI ranks, worker processes or this process, with lines of progress."""
+"""Indexing of `index_shards`, on MPI ranks, in worker processes or in this process, with progress lines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_qwenvl.runtime.stop_signals import blocked_stop_signals
 from megatron_qwenvl.runtime.worker_processes import prepare_worker, start_resource_tracker
 
 SIGNAL_SECONDS = 0.5
-"""A signal that ended a worker may be on its way to this process, too."""
+"""Time for a signal that ended a worker to arrive in this process, too."""
 
 
 def index_directories(arguments: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def index_directories(arguments: argparse.Namespace) -> int:
 
     Raises:
         DataError: a directory cannot be indexed, or a worker process was killed.
-        LaunchError: as of `open_executor`.
+        LaunchError: see `open_executor`.
     """
     wanted = {"unparsed_markup": arguments.unparsed_markup, "ref_blank": arguments.ref_blank}
     options = {name: value for name, value in wanted.items() if value}
@@ -58,7 +58,7 @@ def check_directory(directory: Path, vocabulary: str | None) -> None:
     """Compare every shard with the digest in its index.
 
     Raises:
-        DataError: names what differs or is not indexed.
+        DataError: a shard differs or is not indexed; the message names it.
     """
     fingerprint = load_tokenizer(vocabulary).fingerprint
     open_directory(directory, fingerprint, verify_digests=True, vocabulary=vocabulary)
@@ -69,10 +69,10 @@ def check_directory(directory: Path, vocabulary: str | None) -> None:
 def open_executor(workers: int) -> Iterator[Executor | None]:
     """Open the executor of the shards: MPI ranks, a process pool, or a thread of this process.
 
-    Gives None on all ranks but the first; those of MPI have worked for it by then.
+    Yields None on all ranks except rank 0; under MPI they work for rank 0 first.
 
     Raises:
-        LaunchError: the launcher contradicts itself, or its ranks cannot work together through mpi4py.
+        LaunchError: contradictory launcher variables, or mpi4py cannot connect the ranks.
     """
     process = detect_process(rendezvous=False)
     if process.world_size > 1 and process.launcher in ("mpi", "slurm"):
@@ -89,7 +89,7 @@ def open_executor(workers: int) -> Iterator[Executor | None]:
 
 
 def worker_processes(workers: int) -> ProcessPoolExecutor:
-    """A pool whose workers all run."""
+    """Make a process pool and start all its workers."""
     start_resource_tracker()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
@@ -101,7 +101,7 @@ def worker_processes(workers: int) -> ProcessPoolExecutor:
 
 @contextlib.contextmanager
 def mpi_ranks(process: ProcessInfo) -> Iterator[Executor | None]:
-    """All ranks as one executor, on rank 0; the others work for it and get None."""
+    """Open an executor of all ranks on rank 0; the other ranks work for it and get None."""
     world = load_mpi(f"started as {process.world_size} ranks, which needs mpi4py").COMM_WORLD
     if world.size != process.world_size:  # each rank would index everything
         raise LaunchError(
@@ -136,7 +136,7 @@ def progress(directory: Path) -> Callable[[ShardResult, int], None]:
 
 
 def summarize(directory: Path, results: list[ShardResult]) -> int:
-    """Print what a directory holds; the number of shards that failed."""
+    """Print the contents of a directory; returns the number of shards that failed."""
     entries = [result.entry for result in results if result.entry]
     failed = len(results) - len(entries)
     print(

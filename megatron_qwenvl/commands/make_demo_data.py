@@ -21,7 +21,7 @@ from .entry import run_program
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
     parser.add_argument("--train", type=_count, default=30_000, metavar="N", help="training samples in all")
@@ -33,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    """A number of samples that gives every source some."""
+    """Parse a number of samples, large enough for every source to get some."""
     if not text.isdecimal() or int(text) < 100:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 100, found {text!r}")
     return int(text)

@@ -4,11 +4,11 @@
         --layout 'tensor=2 pipeline=2 sequence_parallel=true' \\
         --layout 'tensor=1 pipeline=4 train.recompute=full data.pack_length=4096'
 
-Every layout is `field=value` of `parallel`, or `section.field=value` of anything, separated by spaces; without
-`--layout` the recipe is measured as it is. `--section.field value` holds for all layouts. Each is trained for some
-steps from fresh weights (or from `--checkpoint.init_from`) in a folder of its own below OUT, where its log is;
-nothing is saved. OUT/throughput.json and OUT/throughput.md are written anew after every layout. All layouts are
-checked before the first one starts; one that fails is a line with its reason.
+Every layout is `field=value` of `parallel`, or `section.field=value` of any section, separated by spaces; without
+`--layout` the recipe is measured unchanged. `--section.field value` applies to all layouts. Each layout is trained for
+a few steps from fresh weights (or from `--checkpoint.init_from`) in its own folder below OUT, which holds its log; no
+checkpoint is saved. OUT/throughput.json and OUT/throughput.md are rewritten after every layout. All layouts are
+validated before the first one starts; a failed one has a row with the reason.
 Exit codes: 0 a layout was measured; 1 none was; 2 wrong usage.
 """
 
@@ -39,11 +39,11 @@ from .entry import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_SECONDS = 20.0
-"""Time for the launcher, which ends its processes, after a stop signal."""
+"""Time for the launcher to end its processes after a stop signal."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line and the configuration overrides in it."""
+    """Parse the command line; returns the options and the configuration overrides."""
     parser = OptionParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -68,19 +68,19 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
 
 
 def default_launcher() -> Path | None:
-    """`launch/local.sh` of a checkout; None where the package is installed without it."""
+    """Path of `launch/local.sh` in a checkout; None if the package is installed without it."""
     script = ROOT / "launch/local.sh"
     return script if script.is_file() else None
 
 
 def revision() -> str | None:
-    """The checkout's commit, `-dirty` with changes; None where it is no checkout."""
+    """Commit of the checkout, with `-dirty` if it has changes; None outside of a checkout."""
     commit, dirty = git_state(ROOT)
     return commit and commit[:12] + ("-dirty" if dirty else "")
 
 
 def describe_measurement(measurement: Measurement, rows: list[Row]) -> dict[str, Any]:
-    """What the table was measured on; devices and versions are those that the runs report."""
+    """Describe recipe, hardware and versions for the table; devices and versions are those of the runs' metrics."""
     measured = next((row for row in rows if row.result is not None), None)
     start = read_metrics(Path(measured.folder) / "metrics.jsonl")[0] if measured is not None else {}
     versions = ("python", "torch", "megatron_core", "kernels", "transformer_engine")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line and the configuration overrides in it."""
+    """Parse the command line; returns the options and the configuration overrides."""
     parser = OptionParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -73,7 +73,7 @@ def open_sampler(arguments: argparse.Namespace, overrides: list[str]) -> StepSam
 
 
 def print_step(described: dict[str, Any]) -> None:
-    """The human form: a line a pack, and below it a line a sample."""
+    """Print a line for each pack and, below it, a line for each sample."""
     packs = described["packs"]
     print(
         f"step {described['step']}: {sum(len(pack['samples']) for pack in packs)} samples in {len(packs)} "

@@ -1,4 +1,4 @@
-"""Line charts as SVG text, for pages that must open anywhere without a script or a library."""
+"""Line charts as SVG text, for pages without scripts or libraries."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class _Axis:
 
 
 def line_chart(lines: Sequence[Curve], x_label: str, y_label: str) -> str:
-    """Draw curves over one pair of axes; the y axis starts at 0 unless a value is below.
+    """Draw curves over one pair of axes; the y axis starts at 0 unless a value is negative.
 
     Returns:
-        An `<svg>` element; a note in its place if no curve has a finite point.
+        An `<svg>` element; a `<p>` element if no curve has a finite point.
     """
     points = [point for line in lines for point in line.points if math.isfinite(point[1])]
     if not points:

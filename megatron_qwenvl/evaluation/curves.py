@@ -1,4 +1,4 @@
-"""The loss curves of a run, from its metrics file."""
+"""Loss curves of a run, from its metrics file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .report import Chart
 
 
 def loss_chart(run: Path, title: str) -> Chart:
-    """Training and validation loss of a run over its steps.
+    """Make the chart of training and validation loss of a run over its steps.
 
-    A step that was trained twice, after a run went back to an older checkpoint, counts as it was trained last.
+    The last record counts for a step that was trained again after the run went back to an older checkpoint.
 
     Args:
         run: a run directory; without metrics the chart is empty.

@@ -1,4 +1,4 @@
-"""Scores of generated text against what was expected; pure functions."""
+"""Scores of generated text against reference answers; pure functions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CLOSING = ".。!！?？"
 
 
 def normalize_answer(text: str) -> str:
-    """NFKC, lower case, single blanks, no blanks around, no closing full stop or mark."""
+    """Normalize an answer: NFKC, lower case, single blanks, no final punctuation mark."""
     folded = " ".join(unicodedata.normalize("NFKC", text).lower().split())
     return folded.rstrip(_CLOSING).rstrip()
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """Share of answers that equal the expected ones after `normalize_answer`.
+    """Compute the share of answers that equal the expected ones after `normalize_answer`.
 
     Raises:
         ValueError: different numbers of answers and expectations, or none.
@@ -52,7 +52,7 @@ def box_iou(a: NormalizedBox, b: NormalizedBox) -> float:
 
 
 def box_accuracy(answers: Sequence[str], expected: Sequence[NormalizedBox], iou: float = 0.5) -> float:
-    """Share of answers whose first box overlaps the expected one by at least `iou`.
+    """Compute the share of answers whose first box has an IoU of at least `iou` with the expected one.
 
     Args:
         answers: generated texts.
@@ -68,13 +68,13 @@ def box_accuracy(answers: Sequence[str], expected: Sequence[NormalizedBox], iou:
 
 
 def derange_within_groups(groups: Sequence[str], rng: Random) -> list[int]:
-    """A permutation that moves every element to another place of its own group.
+    """Draw a permutation that moves every element to another place of its own group.
 
-    Exchanging images only between equal questions keeps each question sensible for the image that it is
-    asked about, and keeps the distribution of the answers: only the link between the two is cut.
+    With images exchanged only between equal questions, each question still makes sense for its image and the
+    distribution of answers is unchanged: only the relation of image and answer is lost.
 
     Returns:
-        For each place the index of the element that comes there; a group of one stays as it is.
+        For each place the index of the element that moves there; the element of a group of one stays.
     """
     members = defaultdict(list)
     for index, group in enumerate(groups):
@@ -88,7 +88,7 @@ def derange_within_groups(groups: Sequence[str], rng: Random) -> list[int]:
 
 
 def blind_accuracy(questions: Sequence[str], expected: Sequence[str]) -> float:
-    """Chance level: the exact match of the best answers that depend on the question alone.
+    """Compute the chance level: the exact match of the best answers that depend only on the question.
 
     Raises:
         ValueError: different numbers of questions and expectations, or none.

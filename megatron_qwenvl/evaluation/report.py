@@ -1,7 +1,7 @@
-"""A report as one self-contained HTML page: loss curves, scores, and images with questions and answers.
+"""Report as one self-contained HTML page: loss curves, scores, and images with questions and answers.
 
-The page holds its images and charts itself and runs no script, so it can be mailed, archived or opened from any disk.
-Whatever comes from a model or a data set is escaped.
+Images and charts are embedded and there are no scripts, so that the page can be mailed or archived. All text of models
+and data sets is escaped.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Example:
         question: the text of the prompt.
         answer: the model's text.
         expected: the reference answer; empty if there is none.
-        right: whether the answer counts as correct; None where that is not decided.
+        right: whether the answer counts as correct; None if it is not scored.
         true_shapes: reference boxes or quads as corner points in [0, 1000).
-        predicted_shapes: those of the answer.
+        predicted_shapes: boxes or quads of the answer, likewise.
     """
 
     image: bytes | None
@@ -77,12 +77,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Report:
-    """Content of a page.
+    """Content of the page.
 
     Attributes:
         title: heading of the page.
         summary: one or more sentences below it.
-        charts: curves, in their order.
+        charts: curves, in order.
         scores: value by name; numbers are printed with three digits.
         examples: cards by section title.
     """
@@ -95,9 +95,9 @@ class Report:
 
 
 def find_shapes(text: str) -> tuple[Polygon, ...]:
-    """Boxes (two corners) and quads (four corners) in a text, as polygons in the text's units.
+    """Find boxes (two corners) and quads (four corners) in a text, as polygons in the text's units.
 
-    Other numbers of points are passed over.
+    Other numbers of points are ignored.
     """
     found: list[Polygon] = []
     for match in _SHAPE.finditer(text):
@@ -116,7 +116,7 @@ def box_polygon(box: tuple[float, float, float, float]) -> Polygon:
 
 
 def render_report(report: Report) -> str:
-    """The page as HTML text.
+    """Render the page as HTML text.
 
     Raises:
         SampleError: an image cannot be decoded.
@@ -189,7 +189,7 @@ def _polygons(shapes: Sequence[Polygon], kind: str) -> str:
 
 
 def _data_url(data: bytes, side: int) -> str:
-    """The image as the model's own decoder sees it, a square PNG that the page stretches to its true proportions."""
+    """Encode the image, resized to a square as for the model, as a PNG; the page restores its aspect ratio."""
     pixels = load_pixels(data, side, _MAX_PIXELS).transpose(1, 2, 0)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")

@@ -26,13 +26,13 @@ from .prompt import Prompt
 
 
 class Generator:
-    """Answers prompts with one whole model on one device.
+    """Greedy generator of answers, with one whole model on one device.
 
     Args:
         stage: a pipeline stage that holds the whole model (no tensor or pipeline parallelism).
-        tokenizer: its vocabulary; ids beyond it are padding rows and never produced.
-        device: where the model is.
-        context: extension of prompts beyond its trained length; None: the family's own.
+        tokenizer: vocabulary of the model; ids beyond it are padding rows and never generated.
+        device: device of the model.
+        context: extension of prompts beyond the trained length; None: that of the decoder's family.
     """
 
     def __init__(
@@ -49,29 +49,29 @@ class Generator:
 
     @classmethod
     def load(cls, checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, runtime: Runtime) -> Generator:
-        """Build the model of `config` (one process) and fill it from a checkpoint of any layout.
+        """Build the model of `config` in one process and load the weights of a checkpoint of any parallel layout.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or it is of another model.
-            ValueError: the runtime divides the model.
+            CheckpointError: the checkpoint is missing, damaged or of another model.
+            ValueError: the runtime has tensor or pipeline parallelism.
         """
         stage, context = load_stage(config, runtime, checkpoint)
         return cls(stage, tokenizer, runtime.device, context)
 
     @classmethod
     def of(cls, model: LoadedModel) -> Generator:
-        """Generator of a model that `load_model` gave."""
+        """Make the generator of a model from `load_model`."""
         return cls(model.stage, model.tokenizer, model.runtime.device, model.context)
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int = 64) -> list[str]:
-        """Answer prompts in words, without blanks around them; arguments as `generate`."""
+        """Generate the answers as text, stripped of surrounding blanks; arguments as `generate`."""
         return [self._tokenizer.decode(ids).strip() for ids in self.generate(prompts, max_new_tokens)]
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-        """Most likely continuation of every prompt, up to and without `<|endoftext|>` or `<|im_end|>`.
+        """Generate the greedy continuation of every prompt, up to and excluding `<|endoftext|>` or `<|im_end|>`.
 
-        The result of a prompt does not depend on the prompts beside it: each is extended by its own length.
+        The result of a prompt does not depend on the other prompts: its context extension depends on its own length.
 
         Args:
             prompts: at least one.
@@ -93,7 +93,7 @@ class Generator:
     def _generate(
         self, prompts: Sequence[Prompt], extension: ContextExtension, max_new_tokens: int
     ) -> list[list[int]]:
-        """Answers to prompts with the same extension: rotary angles belong to a whole batch."""
+        """Generate the answers to prompts with the same extension: the rotary angles are common to a batch."""
         features = [self._encode_images(prompt) for prompt in prompts]
         sequences = [list(prompt.tokens) for prompt in prompts]
         unanswered = list(range(len(prompts)))
@@ -127,7 +127,7 @@ class Generator:
         return likeliest
 
     def _pack(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-        """Sequences with their image positions, one isolated segment each."""
+        """Pack sequences with their image positions, one isolated segment each."""
         lengths = [len(tokens) for tokens, _ in sequences]
         bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
         starts = [bound + at for (_, images), bound in zip(sequences, bounds, strict=False) for at in images]

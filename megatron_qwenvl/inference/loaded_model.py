@@ -1,4 +1,4 @@
-"""A whole model in one process, for notebooks and evaluations: loaded, used, closed, as often as wanted."""
+"""Whole model in one process, for notebooks and evaluations; can be loaded and closed repeatedly."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ _NO_PIXELS = np.empty((0, 3, 1, 1), np.uint8)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An undivided model on one device. A context manager: leaving it closes the model."""
+    """Undivided model on one device; a context manager that closes the model at its end."""
 
     config: RunConfig
     """The configuration, with all parallel sizes 1."""
     stage: QwenVLStage
     """The model: one pipeline stage that holds all layers."""
     context: LongContext
-    """How it reads positions beyond its trained length."""
+    """Context extension beyond the trained length."""
     tokenizer: Tokenizer
-    """Its vocabulary."""
+    """Vocabulary of the model."""
     runtime: Runtime
-    """The engine's place in this process."""
+    """Device and process groups."""
     _cleanup: ExitStack
-    """Stops the engine and puts torch's settings back."""
+    """Stops the engine and restores torch's settings."""
 
     def prompt(self, record: TaskRecord | dict[str, Any], images: Sequence[str | Path] = ()) -> Prompt:
         """Make a prompt of a record without its answer, such as `{"task": "vqa", "question": "How many?"}`.
 
         Args:
-            record: what the sample's `json` file would hold.
+            record: content of a sample's `json` file.
             images: image files, in the order of the record.
 
         Raises:
@@ -66,7 +66,7 @@ class LoadedModel:
         return make_prompt(self.config, self.tokenizer, parsed, encoded)
 
     def close(self) -> None:
-        """Stop the engine; torch is left as it was before the model was loaded. The model is of no more use."""
+        """Stop the engine and restore torch's settings; the model cannot be used afterwards."""
         self._cleanup.close()
 
     def __enter__(self) -> Self:
@@ -83,8 +83,8 @@ def make_prompt(
 
     Args:
         config: gives image size and slots per image.
-        tokenizer: the model's vocabulary.
-        record: what is asked.
+        tokenizer: vocabulary of the model.
+        record: task and question.
         images: file name and encoded bytes of each image.
 
     Raises:
@@ -99,14 +99,14 @@ def make_prompt(
 
 
 def load_model(config: RunConfig, checkpoint: str | Path | None = None) -> LoadedModel:
-    """Start the engine in this process, build the model and fill it from a checkpoint of any layout.
+    """Start the engine in this process, build the model and load a checkpoint of any parallel layout.
 
     Args:
         config: the model and its data; the parallel sizes are not used.
-        checkpoint: checkpoint directory, a run's checkpoints folder or a run's directory; none: fresh weights.
+        checkpoint: checkpoint directory, a run's checkpoints folder or a run's directory; None: fresh weights.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is damaged, or it is of another model.
+        CheckpointError: the checkpoint is missing, damaged or of another model.
         DataError: the vocabulary cannot be read.
         RuntimeError: this process has an engine running: a model that is not closed, or a training run.
     """
@@ -128,11 +128,11 @@ def load_model(config: RunConfig, checkpoint: str | Path | None = None) -> Loade
 def load_stage(
     config: RunConfig, runtime: Runtime, checkpoint: Path | None
 ) -> tuple[QwenVLStage, LongContext]:
-    """Build the undivided model and fill it, unless `checkpoint` is None.
+    """Build the undivided model and load `checkpoint`, unless it is None.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is of another model.
-        ValueError: the runtime divides the model.
+        CheckpointError: the checkpoint is missing, damaged or of another model.
+        ValueError: the runtime has tensor or pipeline parallelism.
     """
     if runtime.tensor_size * runtime.pipeline_size > 1:
         raise ValueError(

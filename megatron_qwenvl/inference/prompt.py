@@ -1,4 +1,4 @@
-"""A prompt as the model takes it."""
+"""Prompt with image pixels, the input of the generator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt for the model.
+    """Tokens and image pixels of a prompt.
 
     Attributes:
         tokens: token ids, image slots included.

@@ -58,7 +58,7 @@ def tree(tmp_path: Path) -> Path:
     (tools / "report.py").write_text(REPORT)
     shutil.copy(ROOT / "megatron_qwenvl/runtime/processes.py", package)
     (package / "runtime").mkdir()
-    for name in ("__init__", "exit_codes", "interrupt", "leave", "torchrun"):
+    for name in ("__init__", "exit_codes", "exit_process", "stop_signals", "torchrun"):
         shutil.copy(ROOT / f"megatron_qwenvl/runtime/{name}.py", package / "runtime")
     return tmp_path
 
