@@ -7,6 +7,7 @@ In a program or notebook of one process (examples/notebook.py):
 The names are imported when they are used: `import megatron_qwenvl` takes no time.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,4 +31,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("Generator", "load_model"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"megatron\.core")  # about kernels that are absent
+            import_module(f"{__name__}.engine.start")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

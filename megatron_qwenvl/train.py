@@ -66,6 +66,8 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     warnings.filterwarnings(
         "ignore", module=r"megatron\.core"
     )  # what it says on import of kernels that are absent
+    # What megatron-core still calls of torch.distributed under an old name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
     from megatron_qwenvl.data.errors import DataError
     from megatron_qwenvl.engine.backends import LayerBackendError

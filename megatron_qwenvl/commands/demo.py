@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, stage in enumerate(STAGES):
             train_stage(demo, stage, previous=STAGES[number - 1] if number else None)
     except subprocess.CalledProcessError as error:
-        print(
-            f"demo: {' '.join(error.cmd[1:4])} ... failed with exit code {error.returncode}", file=sys.stderr
-        )
+        print(f"demo: {name_program(error.cmd)} failed with exit code {error.returncode}", file=sys.stderr)
         return RUN_ERROR
     from megatron_qwenvl.demo.questioning import question_model
 
@@ -71,6 +69,12 @@ def print_result(report: dict[str, Any], out: Path) -> int:
         f"(chance is {report['vqa_chance']:.0%})."
     )
     return SUCCESS if learned else RUN_ERROR
+
+
+def name_program(command: Sequence[str]) -> str:
+    """Name a failed command by its module and arguments, without the interpreter and the launcher."""
+    start = len(command) - list(reversed(command)).index("-m")
+    return " ".join(command[start:])
 
 
 def run() -> NoReturn:

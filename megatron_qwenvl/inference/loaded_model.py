@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -117,6 +118,7 @@ def load_model(config: RunConfig, checkpoint: str | Path | None = None) -> Loade
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(torch.set_rng_state, torch.get_rng_state())
+        stack.callback(setattr, sys, "excepthook", sys.excepthook)  # which joining the process group wraps
         stack.callback(stop_engine)
         runtime = start_engine(single, ONE_PROCESS)
         with warnings.catch_warnings():

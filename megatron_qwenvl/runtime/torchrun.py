@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from .exit_codes import INTERRUPTED
+from .exit_codes import INTERRUPTED, SUCCESS
 from .stop_signals import STOP_SIGNALS
 
 
@@ -37,8 +38,12 @@ def forward_signal(number: int, _: FrameType | None) -> None:
         os.kill(os.getpid(), number)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nOptions before the program: `python -m torch.distributed.run --help`.")
+        return SUCCESS
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -47,7 +52,7 @@ def main() -> int:
         # torchrun would leave a log directory of its own behind.
         with tempfile.TemporaryDirectory(prefix="torchelastic_") as logs:
             # torchrun itself ends its processes at these two signals.
-            torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", "--log-dir", logs, *sys.argv[1:]])
+            torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", "--log-dir", logs, *arguments])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode != INTERRUPTED:
@@ -56,7 +61,7 @@ def main() -> int:
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
-    return 0
+    return SUCCESS
 
 
 def run() -> NoReturn:

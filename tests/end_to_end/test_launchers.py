@@ -27,6 +27,7 @@ def launch(script: str, run_dir: Path, data: Path) -> None:
     command = [ROOT / "launch" / script, "--recipe", "tiny_stage2", *run_arguments(data, run_dir, *LAYOUT)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr, result.stderr
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="Open MPI is not installed")

@@ -63,6 +63,7 @@ def state_of_torch() -> dict[str, Any]:
         and not name.startswith("_CUDA_RNG_STATE_TRACKER")
     }
     settings = {"threads": torch.get_num_threads(), "random": torch.get_rng_state().tolist()}
+    settings["excepthook"] = sys.excepthook
     return {**attributes, **settings}
 
 
@@ -121,6 +122,12 @@ def test_the_example_runs(
     shown = capsys.readouterr().out
     assert "step 0 micro-batch 0: " in shown and "step 1 micro-batch 0: " in shown and "step 2" not in shown
     assert " parameters on cpu\n" in shown and shown.splitlines()[-1].startswith("What colour? ")
+
+
+def test_the_engine_is_imported_without_warnings() -> None:
+    script = "from megatron_qwenvl import Generator, build_loader, load_config, load_model"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

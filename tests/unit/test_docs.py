@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from .test_architecture import ROOMS
+
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 CODE = re.compile(r"`([^`\n]+)`")
@@ -139,5 +141,9 @@ def test_the_map_in_the_readme_is_the_tree() -> None:
     (tree,) = re.findall(r"^```\nmegatron_qwenvl/\n(.*?)^```", readme, re.M | re.S)
     inside = set(re.findall(r"^  ([\w.]+)/? ", tree, re.M))
     assert inside == rooms | modules
+    early = {"config.schema", "checkpoint.storage"}
+    order = list(dict.fromkeys(room.partition(".")[0] for room in ROOMS if room not in early))
+    assert re.findall(r"^  (\w+)(?:/|\.py) ", tree, re.M) == order
+    assert all(name in readme for name in ("`config/schema.py` before", "`checkpoint/storage/` before"))
     for folder in re.findall(r"^(\w+)/ ", tree, re.M):
         assert (ROOT / folder).is_dir()
