@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from megatron_qwenvl.checkpoint.storage.file_checks import OnBytes
 from megatron_qwenvl.checkpoint.storage.manifest import read_manifest
 from megatron_qwenvl.checkpoint.storage.new_directory import check_places
 from megatron_qwenvl.checkpoint.storage.run_folder import find_checkpoint
+from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.config.recipes import RECIPES
+from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, SUCCESS
 
 
@@ -34,8 +37,9 @@ def next_stage(arguments: argparse.Namespace) -> int:
 
 def import_parts(arguments: argparse.Namespace) -> int:
     """Make the initial weights of stage 1 from a published ViT and decoder."""
-    recipe = RECIPES[arguments.recipe]()
-    return _import(arguments, plan_parts(arguments.vit, arguments.llm, recipe, arguments.seed))
+    config = load_config(arguments.recipe)
+    digests = {} if arguments.recipe in RECIPES else {"recipe": _digest_model(config)}
+    return _import(arguments, plan_parts(arguments.vit, arguments.llm, config, arguments.seed), digests)
 
 
 def import_qwenvl(arguments: argparse.Namespace) -> int:
@@ -84,7 +88,12 @@ def verify_checkpoint(arguments: argparse.Namespace) -> int:
     return RUN_ERROR if problems else SUCCESS
 
 
-def _import(arguments: argparse.Namespace, plan: Import) -> int:
+def _digest_model(config: RunConfig) -> str:
+    """Digest the model of a recipe's file, which may be edited between two runs of a command."""
+    return hashlib.sha256(config.model.model_dump_json().encode()).hexdigest()
+
+
+def _import(arguments: argparse.Namespace, plan: Import, digests: Mapping[str, str] | None = None) -> int:
     _print_lines(plan.notes)
     work = partial(execute_import, plan, arguments.out)
 
@@ -95,9 +104,9 @@ def _import(arguments: argparse.Namespace, plan: Import) -> int:
             for file in content_files(source)
         }
         progress = ProgressLine("digests of the sources", sum(file.stat().st_size for file in files.values()))
-        digests = digest_files(files, progress.add)
+        found = digest_files(files, progress.add)
         progress.finish()
-        return digests
+        return {**found, **(digests or {})}
 
     return _convert(arguments, plan.sources, plan.total_bytes, work, digest)
 

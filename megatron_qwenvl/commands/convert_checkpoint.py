@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_qwenvl.config.load import ConfigError
 from megatron_qwenvl.config.options import OptionParser
 from megatron_qwenvl.config.recipes import RECIPES
 from megatron_qwenvl.runtime.console import escape_undecodable_names
-from megatron_qwenvl.runtime.exit_codes import RUN_ERROR
+from megatron_qwenvl.runtime.exit_codes import RUN_ERROR, USAGE_ERROR
 
 from .entry import run_program
 
@@ -56,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         "--llm", type=Path, required=True, help="Hugging Face directory of the language model"
     )
     command.add_argument(
-        "--recipe", choices=sorted(RECIPES), default="stage1", help="gives the model's shape"
+        "--recipe",
+        metavar="NAME|FILE",
+        default="stage1",
+        help=f"gives the model's shape: a YAML file or one of {', '.join(RECIPES)}",
     )
     command.add_argument("--seed", type=int, default=1234, help="seed of the adapter")
     _add_output(command)
@@ -118,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     escape_undecodable_names()
     try:
         return COMMANDS[arguments.command](arguments)
+    except ConfigError as error:
+        print(f"{arguments.command}: {error}", file=sys.stderr)
+        return USAGE_ERROR
     except (CheckpointError, OSError) as error:
         print(f"{arguments.command}: {error}", file=sys.stderr)
         return RUN_ERROR

@@ -100,3 +100,56 @@ def test_a_class_function_or_alias_has_one_meaning() -> None:
     assert len(places) > 500
     found = {name: files for name, files in places.items() if len(files) > 1 and name not in NAMED_TWICE}
     assert found == {}, "names that stand for two things"
+
+
+ELSEWHERE = {
+    "CLIPVisionCfg", "CLIPVisionConfig", "bbox", "custom_generate", "dp", "get_2d_sincos_pos_embed", "npy", "pax",
+    "sun_path", "tarfile", "xml", "_per_device",
+}  # fmt: skip
+"""Names in docstrings that stand for something outside of the code, or for a part of a name."""
+
+
+def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
+    """The text of every docstring, those below attributes included."""
+    for node in ast.walk(tree):
+        for statement in getattr(node, "body", ()) if not isinstance(node, ast.Lambda | ast.IfExp) else ():
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value
+
+
+def identifiers(tree: ast.AST, apart: set[int]) -> Iterator[str]:
+    """Every name in the code, and every word in a text that is no docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in apart:
+            yield from re.findall(r"\w+", node.value)
+        for field in ("id", "attr", "arg", "name"):
+            if isinstance(value := getattr(node, field, None), str):
+                yield from value.split(".")
+
+
+def test_names_in_docstrings_exist() -> None:
+    named: list[tuple[str, str]] = []
+    known = set(ELSEWHERE)
+    files = [*(ROOT / "megatron_qwenvl").rglob("*.py"), *(ROOT / "slurm").rglob("*.py")]
+    for path in sorted(files):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts = list(docstrings(tree))
+        known |= {path.stem, path.parent.name, *identifiers(tree, {id(text) for text in texts})}
+        for text in texts:
+            place = f"{path.relative_to(ROOT)}:{text.lineno}"
+            named += [(place, name) for name in re.findall(r"`([A-Za-z_]\w*)`", str(text.value))]
+    assert len(named) > 500
+    found = [f"{place}: {name}" for place, name in named if name not in known]
+    assert found == [], "\n".join(found)
+
+
+def test_every_room_names_its_modules() -> None:
+    missing = []
+    for file in sorted((ROOT / "megatron_qwenvl").glob("*/**/__init__.py")):
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        below = {path.stem for path in file.parent.glob("*.py")} - {"__init__"}
+        if file.parent.name not in ("commands", "runtime"):  # named for what they are, one by one
+            missing += [f"{file.relative_to(ROOT)}: {name}" for name in sorted(below) if name not in text]
+        assert text, file
+    assert missing == [], "\n".join(missing)

@@ -45,7 +45,7 @@ def check_run_start_order(checkpoint: Path, manifest: Manifest, stage: Stage) ->
     Weights of the run's own stage are accepted: they may go through it once more, finished or not.
 
     Raises:
-        CheckpointError: see `check_order`.
+        CheckpointError: see `check_stage_order`.
     """
     if manifest.kind == "training" and manifest.origin != stage:
         remedy = (

@@ -245,7 +245,7 @@ def open_training_sampler(
         config: the run.
         tokenizer: fingerprint of its tokenizer.
         verify_digests: compare every shard's digest (slow).
-        history: of its data (`training_history`); none: its data has not changed since it began.
+        history: of its data (`resume_data`); none: its data has not changed since it began.
 
     Raises:
         DataError: see `open_directory`.

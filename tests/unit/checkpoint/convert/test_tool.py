@@ -143,6 +143,27 @@ def test_dry_run_writes_nothing_and_nothing_is_overwritten(
     assert sorted(path.stat().st_mtime_ns for path in out.rglob("*")) == before
 
 
+def test_a_recipe_of_parts_may_be_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    vit, llm = write_parts(tmp_path / "parts", TINY, vocab=96)
+    base = convert_checkpoint.RECIPES["tiny_stage1"]().model_copy(update={"model": TINY})
+    monkeypatch.setitem(convert_checkpoint.RECIPES, "tiny_stage1", lambda: base)
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("base: tiny_stage1\nmodel: {init_std: 0.01}\n")
+    arguments = ("import-parts", "--vit", vit, "--llm", llm, "--recipe", recipe, "--out", tmp_path / "out")
+    assert run(monkeypatch, *arguments) == 0
+    assert read_manifest(tmp_path / "out").model == TINY.model_copy(update={"init_std": 0.01})
+    assert run(monkeypatch, *arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    recipe.write_text("base: tiny_stage1\nmodel: {init_std: 0.02}\n")
+    assert run(monkeypatch, *arguments) == 1, "made with another content of the file"
+    recipe.write_text("base: tiny_stage1\nmodle: {init_std: 0.02}\n")
+    capsys.readouterr()
+    assert run(monkeypatch, *arguments) == 2
+    assert "modle" in capsys.readouterr().err
+
+
 def test_inspect_tells_what_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path
 ) -> None:
