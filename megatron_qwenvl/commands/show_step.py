@@ -52,17 +52,17 @@ def open_sampler(arguments: argparse.Namespace, overrides: list[str]) -> StepSam
         ConfigError, DataError, CheckpointError: it cannot be made.
     """
     from megatron_qwenvl.checkpoint.run.start import find_start
-    from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+    from megatron_qwenvl.data.rendering.tokenizer import load_decoder_tokenizer
     from megatron_qwenvl.data.sampling.resume import resume_data
     from megatron_qwenvl.data.sampling.sampler import open_training_sampler, training_sampler
     from megatron_qwenvl.data.sampling.sources import open_training_sources
 
     if arguments.run is None:
         config = load_config(arguments.recipe, overrides)
-        return open_training_sampler(config, load_tokenizer(config.data.tokenizer).fingerprint)
+        return open_training_sampler(config, load_decoder_tokenizer(config).fingerprint)
     own = ["--run_dir", str(arguments.run), "--checkpoint.init_from", "null"]
     config = load_config(str(arguments.run / "config.yaml"), [*own, *overrides])
-    sources = open_training_sources(config, load_tokenizer(config.data.tokenizer).fingerprint)
+    sources = open_training_sources(config, load_decoder_tokenizer(config).fingerprint)
     start = find_start(config)
     if start.checkpoint is None or start.manifest is None:
         return training_sampler(config, sources)

@@ -31,7 +31,6 @@ def find_problems(config: RunConfig, world_size: int | None) -> list[str]:
         *_world_problems(config, world_size),
         *_image_problems(config),
         *_length_problems(config),
-        *_tokenizer_problems(config),
         *_source_problems(config),
         *_skip_problems(config),
         *_training_problems(config),
@@ -150,16 +149,6 @@ def _length_problems(config: RunConfig) -> Iterator[str]:
         name = "data.pack_length" if packed else "data.max_sample_length"
         length = data.pack_length if packed else data.max_sample_length
         yield from _indivisible(name, length, "parallel.tensor", parallel.tensor)
-
-
-def _tokenizer_problems(config: RunConfig) -> Iterator[str]:
-    """Check that vocabulary and decoder are of one family; otherwise the ids of special tokens would not match."""
-    family, path = family_of(config.model.decoder), config.data.tokenizer
-    if path is not None and path.endswith(".json") != (family.tokenizer_file.endswith(".json")):
-        yield (
-            f"data.tokenizer: expected a vocabulary such as {family.tokenizer_file} with model.decoder.family "
-            f"{family.name}, found {path}"
-        )
 
 
 def _source_problems(config: RunConfig) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwenvl.config.load import load_config
-from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import load_decoder_tokenizer
 from megatron_qwenvl.engine.start import start_engine, stop_engine
 from megatron_qwenvl.evaluation.curves import loss_chart
 from megatron_qwenvl.evaluation.report import Example, Report, render_report
@@ -37,7 +37,7 @@ def question_model(demo: DemoRun) -> dict[str, Any]:
 
     config = load_config("tiny_stage3", ["--data.root", str(demo.data.resolve())])
     runtime = start_engine(config)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_decoder_tokenizer(config)
     generator = Generator.load(demo.out / "stage3", config, tokenizer, runtime)
     answer = Answers(generator, config, tokenizer)
     tests = {task: read_questions(demo.data / "test" / task) for task in TEST_TASKS}

@@ -20,7 +20,7 @@ from megatron_qwenvl.data.images import image_size, load_pixels
 from megatron_qwenvl.data.records.tasks import TaskRecord, parse_record
 from megatron_qwenvl.data.rendering.renderer import Renderer
 from megatron_qwenvl.data.rendering.token_builder import ImageInfo
-from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_decoder_tokenizer
 from megatron_qwenvl.engine.start import Runtime, engine_is_running, start_engine, stop_engine
 from megatron_qwenvl.model.build import build_stage
 from megatron_qwenvl.model.long_context import LongContext, long_context
@@ -114,7 +114,7 @@ def load_model(config: RunConfig, checkpoint: str | Path | None = None) -> Loade
     if engine_is_running():
         raise RuntimeError("load_model: expected a process without a running engine: close the model before")
     single = config.model_copy(update={"parallel": ParallelConfig()})
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_decoder_tokenizer(config)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(torch.set_rng_state, torch.get_rng_state())

@@ -10,7 +10,7 @@ from megatron_qwenvl.checkpoint.storage.run_folder import checkpoints_of_run
 from megatron_qwenvl.config.cli import RunArguments
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
-from megatron_qwenvl.data.rendering.tokenizer import load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import load_decoder_tokenizer
 from megatron_qwenvl.data.sampling.resume import resume_data
 from megatron_qwenvl.data.sampling.sampler import StepSampler, open_validation_sampler, training_sampler
 from megatron_qwenvl.data.sampling.sources import open_training_sources
@@ -32,7 +32,7 @@ def check_inputs(run: RunArguments) -> list[Finding]:
 def check_data(config: RunConfig, start: Start) -> list[Finding]:
     """Check that data sources exist, are indexed and fit the tokenizer, and that their changes are permitted."""
     try:
-        tokenizer = load_tokenizer(config.data.tokenizer).fingerprint
+        tokenizer = load_decoder_tokenizer(config).fingerprint
         sources = open_training_sources(config, tokenizer)
         checkpoint, step = (
             (start.checkpoint, start.manifest.step) if start.own and start.manifest else (None, 0)

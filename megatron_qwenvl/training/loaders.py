@@ -11,7 +11,7 @@ from megatron_qwenvl.checkpoint.run.ranks import Ranks
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.loading.loader import StepLoader, build_loader
-from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_decoder_tokenizer
 from megatron_qwenvl.data.sampling.resume import DataStart, modified_lines, resume_data
 from megatron_qwenvl.data.sampling.sampler import StepSampler, training_sampler
 from megatron_qwenvl.data.sampling.sources import open_training_sources
@@ -72,7 +72,7 @@ def make_loaders(
     Raises:
         DataError: the data does not fit the configuration, or has changed although `data.on_change` is `stop`.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_decoder_tokenizer(config)
     sampler = make_sampler(config, tokenizer, checkpoint, first_step, ranks)
     needs = DataNeeds(
         pixels=stage.patch_embed is not None,

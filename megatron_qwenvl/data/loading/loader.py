@@ -20,7 +20,7 @@ from megatron_qwenvl.batch import Batch, DataNeeds
 from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.lru_cache import LruCache
-from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, load_decoder_tokenizer
 from megatron_qwenvl.data.sampling.sample_table import Skipped
 from megatron_qwenvl.data.sampling.sampler import (
     MicroBatch,
@@ -250,7 +250,7 @@ def build_loader(
     Raises:
         DataError: a directory, shard, index or tokenizer that does not fit.
     """
-    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer or load_decoder_tokenizer(config)
     if tokenizer.vocab_size > config.model.decoder.vocab_size:
         raise DataError(
             f"tokenizer {config.data.tokenizer or 'bytes'}: {tokenizer.vocab_size} tokens do not fit "

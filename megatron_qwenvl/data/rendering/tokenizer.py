@@ -17,6 +17,8 @@ from typing import Protocol
 
 import tiktoken
 
+from megatron_qwenvl.architecture.model import family_of
+from megatron_qwenvl.config.schema import RunConfig
 from megatron_qwenvl.data.errors import DataError, SampleError
 from megatron_qwenvl.runtime.retry import retry_read
 
@@ -136,6 +138,22 @@ def load_tokenizer(path: str | None = None) -> Tokenizer:
         missing = sorted(set(QWEN2.spellings()) - vocabulary.special_ids.keys())
         raise DataError(f"{path}: added_tokens: expected also {', '.join(missing)}")
     return Tokenizer(vocabulary, special, path)
+
+
+def load_decoder_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer of a run: that of `data.tokenizer`, which belongs to the family of the decoder.
+
+    Raises:
+        DataError: the file cannot be used, or is another family's: the ids of special tokens would not match.
+    """
+    path, family = config.data.tokenizer, family_of(config.model.decoder)
+    tokenizer = load_tokenizer(path)
+    if path is not None and path.endswith(".json") != family.tokenizer_file.endswith(".json"):
+        raise DataError(
+            f"data.tokenizer: expected a vocabulary such as {family.tokenizer_file} with model.decoder.family "
+            f"{family.name}, found {path}"
+        )
+    return tokenizer
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

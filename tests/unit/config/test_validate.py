@@ -96,16 +96,6 @@ CONTRADICTIONS = [
         "model.decoder.query_groups: expected none or model.decoder.heads (4) with model.decoder.family qwen, found 2",
     ),
     (
-        {"data.tokenizer": "Qwen2.5-7B/tokenizer.json"},
-        "data.tokenizer: expected a vocabulary such as qwen.tiktoken with model.decoder.family qwen, found "
-        "Qwen2.5-7B/tokenizer.json",
-    ),
-    (
-        {**GROUPED, "data.tokenizer": "qwen.tiktoken"},
-        "data.tokenizer: expected a vocabulary such as tokenizer.json with model.decoder.family qwen2, found "
-        "qwen.tiktoken",
-    ),
-    (
         {"model.vision.mlp_hidden": 383, "parallel.tensor": 2},
         "model.vision.mlp_hidden: expected a multiple of parallel.tensor (2), found 383; "
         "this model can have parallel.tensor 1",

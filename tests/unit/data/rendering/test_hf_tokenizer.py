@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 import tokenizers
 
+from megatron_qwenvl.config.load import load_config
 from megatron_qwenvl.data.errors import DataError
 from megatron_qwenvl.data.rendering.special_tokens import QWEN, QWEN2
 from megatron_qwenvl.data.rendering.token_builder import TokenizedSample
-from megatron_qwenvl.data.rendering.tokenizer import Tokenizer, _read_ranks, load_tokenizer
+from megatron_qwenvl.data.rendering.tokenizer import (
+    Tokenizer,
+    _read_ranks,
+    load_decoder_tokenizer,
+    load_tokenizer,
+)
 from megatron_qwenvl.data.shards.directory import open_directory
 from megatron_qwenvl.data.shards.indexing import IndexJob, index_directory
 from tests.unit.data.conftest import QWEN_VOCABULARY
@@ -38,6 +44,21 @@ def test_full_size_ids_are_those_of_qwen2_5(tmp_path: Path, qwen: Tokenizer) -> 
     for text in [*TEXTS, Path(__file__).read_text()]:
         assert tokenizer.encode(text) == qwen.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == qwen.decode(qwen.encode(text))
+
+
+@pytest.mark.parametrize("recipe", ["tiny_stage1", "tiny_qwen2_stage1"])
+def test_a_run_refuses_the_vocabulary_of_another_family(tmp_path: Path, recipe: str) -> None:
+    paths = {
+        "tiny_qwen2_stage1": str(write_vocabulary(tmp_path / "tokenizer.json", tokenizer_json(SMALL_RANKS)))
+    }
+    paths["tiny_stage1"] = QWEN_VOCABULARY
+    for owner, path in paths.items():
+        config = load_config(recipe, ["--data.tokenizer", path])
+        if owner == recipe:
+            load_decoder_tokenizer(config)
+        else:
+            with pytest.raises(DataError, match=r"data\.tokenizer: expected a vocabulary such as .* found "):
+                load_decoder_tokenizer(config)
 
 
 def test_the_documented_table_of_special_tokens(qwen: Tokenizer) -> None:
