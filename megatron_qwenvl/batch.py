@@ -92,6 +92,6 @@ class DataNeeds:
     """Fields of a sample that a rank's pipeline stage needs."""
 
     pixels: bool = True
-    """The stage holds the patch embedding."""
+    """The pipeline stage holds the patch embedding."""
     tokens: bool = True
-    """The stage holds the word embedding or the loss (tokens and labels come from the same bytes)."""
+    """The pipeline stage holds the word embedding or the loss (tokens and labels come from the same bytes)."""

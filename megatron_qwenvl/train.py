@@ -1,4 +1,4 @@
-"""Train one stage of Qwen-VL.
+"""Train one training stage of Qwen-VL.
 
     torchrun --nproc-per-node 4 -m megatron_qwenvl.train --recipe tiny_stage1 --parallel.tensor 2
 
@@ -53,7 +53,7 @@ def _run(argv: Sequence[str], stop: StopRequest) -> int:
     arguments = parse_start_arguments(
         argv,
         prog="python -m megatron_qwenvl.train",
-        description="Train one stage of Qwen-VL.",
+        description="Train one training stage of Qwen-VL.",
         world_size=process.world_size,
         quiet=process.rank > 0,
     )

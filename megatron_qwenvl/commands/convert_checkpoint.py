@@ -1,4 +1,4 @@
-"""Checkpoints from stage to stage, weights in and out of published formats, and what is in a checkpoint.
+"""Checkpoints from one training stage to the next, weights in and out of published formats, contents of checkpoints.
 
     python tools/convert_checkpoint.py next-stage --from runs/stage1 --to stage2 --out weights/stage2_start
     python tools/convert_checkpoint.py import-parts --vit CLIP-ViT-bigG-14 --llm Qwen-7B --out weights/stage1_start

@@ -2,7 +2,7 @@
 
 `stage1`, `stage2` and `stage3` carry the values of Table 8 of the Qwen-VL paper (arXiv 2308.12966) and the data
 mixture of Tables 2 and 3; `tiny_stage1..3` are the same architecture small enough for a laptop. `qwen2_5_7b_stage1..3`
-and `tiny_qwen2_stage1..3` are the same stages with Qwen2.5's decoder.
+and `tiny_qwen2_stage1..3` are the same training stages with Qwen2.5's decoder.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ TINY = ModelConfig(
 def _tiny(
     base: RunConfig, data: dict[str, Any], train: dict[str, Any], optimizer: dict[str, Any]
 ) -> RunConfig:
-    """A recipe of the same stage with the tiny model, a laptop's data and fp32."""
+    """A recipe of the same training stage with the tiny model, a laptop's data and fp32."""
     validation = tuple(source.model_copy(update={"path": f"val/{source.path}"}) for source in data["sources"])
     laptop = {
         "root": "data/demo",
@@ -231,7 +231,7 @@ TINY_QWEN2 = TINY.model_copy(
 
 
 def _with_model(base: RunConfig, model: ModelConfig, prefix: str) -> RunConfig:
-    """A recipe of the same stage with another model."""
+    """A recipe of the same training stage with another model."""
     update = {"name": f"{prefix}_{base.stage}", "run_dir": f"runs/{prefix}/{base.stage}", "model": model}
     return base.model_copy(update=update)
 

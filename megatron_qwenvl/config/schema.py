@@ -291,7 +291,7 @@ class RunConfig(Section):
     name: str = "stage1"
     """Name of the run, shown in logs."""
     stage: Stage = "stage1"
-    """Training stage; recorded in checkpoints and checked by stage transitions."""
+    """Training stage; recorded in checkpoints and checked where the next one starts."""
     run_dir: str = "runs/stage1"
     """Directory of the resolved configuration, metrics and checkpoints."""
     seed: int = Field(1234, ge=0)

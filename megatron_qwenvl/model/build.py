@@ -51,7 +51,7 @@ def named_tensors(stage: QwenVLStage) -> Iterator[tuple[str, ShardedTensor]]:
 
 
 def parameter_keys(stage: QwenVLStage) -> dict[nn.Parameter, str]:
-    """Checkpoint key of every parameter of the stage."""
+    """Checkpoint key of every parameter of the pipeline stage."""
     keys = {}
     for entry in stage.sharded_state_dict().values():
         keys[entry.data] = entry.key

@@ -42,10 +42,10 @@ class Partition:
 def balance(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     """Start indices of `stages` non-empty contiguous runs whose largest cost is smallest.
 
-    Exact dynamic program over (stages used, first layer), O(stages x layers^2).
+    Exact dynamic program over (pipeline stages used, first layer), O(`stages` x layers^2).
 
     Raises:
-        ValueError: fewer layers than stages.
+        ValueError: fewer layers than pipeline stages.
     """
     count = len(costs)
     if not 1 <= stages <= count:

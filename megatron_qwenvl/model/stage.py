@@ -165,13 +165,13 @@ class QwenVLStage(MegatronModule):
         Args:
             batch: the micro-batch on the device.
             positions: int64 `[m]`, the decoder positions whose losses or logits are wanted; read by the last
-                stage only.
+                pipeline stage only.
             features: the adapter's output for the batch's images from an earlier `encode_images`, in place of running
                 the vision layers.
             extension: scales positions beyond the trained length, at inference; None: they are as any other.
 
         Returns:
-            The boundary tensor; on the last stage float32 `[m]` losses of `batch.labels` at `positions`, or,
+            The boundary tensor; on the last pipeline stage float32 `[m]` losses of `batch.labels` at `positions`, or,
             for a batch without labels, logits `[m, vocab / tensor-parallel size]`.
         """
         x = features if features is not None else self._vision(batch, self.input_tensor)
@@ -192,7 +192,7 @@ class QwenVLStage(MegatronModule):
         return self.encode_images(batch, x) if batch.num_images else self._without_images(x)
 
     def encode_images(self, batch: Batch, x: Tensor | None = None) -> Tensor:
-        """Run the vision layers of this pipeline stage on the batch's pixels or on the previous stage's output."""
+        """Run this pipeline stage's vision layers on the batch's pixels or on the output of the one before."""
         if self.patch_embed is not None:
             x = self.patch_embed(batch.pixels)
         assert x is not None, "vision layers without pixels follow another pipeline stage"

@@ -56,7 +56,7 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
 
 
 def build_optimizer(model: DistributedDataParallel, config: RunConfig) -> MegatronOptimizer:
-    """Build megatron-core's optimizer of a wrapped stage: fp32 master weights and moments, optionally sharded."""
+    """Build megatron-core's optimizer of a wrapped pipeline stage: fp32 master weights and moments, or shards."""
     settings = config.optimizer
     bf16 = config.train.precision == "bf16"
     engine_config = OptimizerConfig(

@@ -153,3 +153,32 @@ def test_every_room_names_its_modules() -> None:
             missing += [f"{file.relative_to(ROOT)}: {name}" for name in sorted(below) if name not in text]
         assert text, file
     assert missing == [], "\n".join(missing)
+
+
+_BARE_STAGE = re.compile(
+    r"(?<![\w`./-])(?<!training )(?<!pipeline )(?<!three )(?<!, next )stages?(?! ?\d)(?![\w`./:=-])", re.I
+)
+"""A stage of which it is not said whether it is one of the training or one of the pipeline. The three stages are the
+paper's; `next stage` in a list is the conversion."""
+
+
+def bare_stages(text: str) -> list[str]:
+    """Find these in prose; names and blocks of code are left out."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+    prose = " ".join(
+        re.sub(r"^\w[\w, ]*  +", "", text, flags=re.M).split()
+    )  # without names of modules in a list
+    return [prose[max(0, at.start() - 40) : at.end() + 20] for at in _BARE_STAGE.finditer(prose)]
+
+
+def test_a_stage_is_one_of_training_or_of_the_pipeline() -> None:
+    found = []
+    for path in sorted((ROOT / "megatron_qwenvl").rglob("*.py")):
+        for text in docstrings(ast.parse(path.read_text(encoding="utf-8"))):
+            found += [f"{path.relative_to(ROOT)}:{text.lineno}: {s}" for s in bare_stages(str(text.value))]
+    for path in [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / page for page in PAGES)]:
+        found += [f"{path.relative_to(ROOT)}: {s}" for s in bare_stages(path.read_text(encoding="utf-8"))]
+    assert found == [], "\n".join(found)
+    assert bare_stages("The last\n    stage, stage 1, a pipeline\n stage, `stage`") == [
+        "The last stage, stage 1, a pipelin"
+    ]

@@ -1,4 +1,4 @@
-"""Transition between training stages: the weights of a finished stage become the start of the next one."""
+"""Transition between training stages: the weights of a finished one become the start of the next one."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def plan_transition(path: Path, target: Literal["stage2", "stage3"], force: bool
 
     Args:
         path: checkpoint directory, a run's checkpoints folder or a run's directory.
-        target: stage to start.
-        force: accept weights that did not go through the stage before, or not to its end.
+        target: training stage to start.
+        force: accept weights that did not go through the training stage before, or not to its end.
 
     Raises:
-        CheckpointError: there is no checkpoint, the stage before is another one, its run was not finished, the
-            checkpoint is incomplete, or the model cannot take images of the next stage's size.
+        CheckpointError: there is no checkpoint, the training stage before is another one, its run was not finished, the
+            checkpoint is incomplete, or the model cannot take images of the next training stage's size.
     """
     source = open_source(path)
     found = source.manifest

@@ -45,8 +45,8 @@ def load_training(
         ranks: all ranks.
 
     Raises:
-        CheckpointError: on every rank, if it is not a training checkpoint, is of another stage or model, or holds more
-            than data.
+        CheckpointError: on every rank, if it is not a training checkpoint, is of another training stage or model, or
+            holds more than data.
     """
 
     def read() -> Manifest:

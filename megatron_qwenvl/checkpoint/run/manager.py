@@ -42,8 +42,8 @@ class CheckpointManager:
 
     Args:
         directory: the run's checkpoints folder, on a file system that all ranks share.
-        config: the run; its stage, model and parallel layout are recorded, and `checkpoint` says which checkpoints are
-            kept and whether files are written in a thread while training goes on.
+        config: the run; its training stage, model and parallel layout are recorded, and `checkpoint` says which
+            checkpoints are kept and whether files are written in a thread while training goes on.
     """
 
     def __init__(self, directory: Path, config: RunConfig) -> None:
@@ -193,7 +193,7 @@ class CheckpointManager:
         """Load a training checkpoint into this rank's shards, at any parallel layout. See `load_training`.
 
         Raises:
-            CheckpointError: not a training checkpoint, of another stage or model, or it holds more than data.
+            CheckpointError: not a training checkpoint, of another training stage or model, or it holds more than data.
         """
         loaded = load_training(checkpoint, self._config, model, optimizer, self.ranks)
         self.hf_metadata = loaded.manifest.hf_metadata

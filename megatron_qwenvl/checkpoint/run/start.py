@@ -91,7 +91,7 @@ def check_start(checkpoint: Path, manifest: Manifest, config: RunConfig) -> None
     """Make sure that the checkpoint's weights fit the run.
 
     Raises:
-        CheckpointError: another model shape, made to start another stage, or a run's that does not come before.
+        CheckpointError: another model shape, made to start another training stage, or a run's that is not before it.
     """
     if differences := model_differences(manifest.model, config.model):
         raise CheckpointError(f"{checkpoint}: another model: " + "; ".join(differences))
@@ -106,7 +106,7 @@ def check_resume(checkpoint: Path, manifest: Manifest, config: RunConfig) -> Non
     """Make sure that the run can resume from one of its own checkpoints.
 
     Raises:
-        CheckpointError: not a training checkpoint, of another stage or of another model shape.
+        CheckpointError: not a training checkpoint, of another training stage or of another model shape.
     """
     if manifest.kind != "training" or manifest.origin != config.stage:
         raise CheckpointError(

@@ -22,11 +22,11 @@ def check_stage_order(checkpoint: Path, manifest: Manifest, stage: Stage, remedy
     Args:
         checkpoint: directory of the weights, for the message.
         manifest: its manifest.
-        stage: the stage to start.
+        stage: the training stage to start.
         remedy: how to start it anyway, for the message.
 
     Raises:
-        CheckpointError: another stage comes before, or the run that made the weights was not finished.
+        CheckpointError: another training stage comes before, or the run that made the weights was not finished.
     """
     if manifest.origin not in _STARTS_FROM[stage]:
         expected = " or ".join(_STARTS_FROM[stage])
@@ -42,7 +42,7 @@ def check_stage_order(checkpoint: Path, manifest: Manifest, stage: Stage, remedy
 def check_run_start_order(checkpoint: Path, manifest: Manifest, stage: Stage) -> None:
     """Make sure of the same for a run of `stage` that starts from a training checkpoint directly.
 
-    Weights of the run's own stage are accepted: they may go through it once more, finished or not.
+    Weights of the run's own training stage are accepted: they may go through it once more, finished or not.
 
     Raises:
         CheckpointError: see `check_stage_order`.

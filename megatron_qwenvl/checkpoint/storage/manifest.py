@@ -25,8 +25,8 @@ Origin = Literal["parts", "stage1", "stage2", "stage3", "published"]
 
 
 class HFMetadata(BaseModel):
-    """Metadata beside the weights of a Hugging Face directory. It is kept through stages and conversions, read by the
-    generator and written by an export. Code is not part of it."""
+    """Metadata beside the weights of a Hugging Face directory. It is kept through training stages and conversions, read
+    by the generator and written by an export. Code is not part of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,11 +64,11 @@ class Manifest(BaseModel):
     """Last origin of the weights: `parts` (OpenCLIP ViT, Qwen-7B, new adapter), a training stage, or
     `published` (an imported Qwen-VL)."""
     start_of: Stage | None = None
-    """The stage that a weights checkpoint was made to start; None: any."""
+    """The training stage that a weights checkpoint was made to start; None: any."""
     step: int = 0
-    """Optimizer steps done in the stage `origin`."""
+    """Optimizer steps done in the training stage `origin`."""
     steps: int | None = None
-    """Optimizer steps planned for the stage; None: unknown, or not a training run."""
+    """Optimizer steps planned for the training stage; None: unknown, or not a training run."""
     recipe: str
     """Name of the run's recipe, or of the command that made the weights."""
     image_size: int | None = None
