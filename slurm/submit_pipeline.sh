@@ -46,7 +46,11 @@ while (($#)); do
     --from) first="$2" && shift ;;
     --to) last="$2" && shift ;;
     --site) SITE="$(realpath "$2")" && shift ;;
-    --dry_run | --dry-run) dry_run=yes ;;
+    --dry_run) dry_run=yes ;;
+    --dry-run) # the spelling of version 0.2
+      echo "submit_pipeline.sh: --dry-run is written --dry_run; the next version takes that alone" >&2
+      dry_run=yes
+      ;;
     --help | -h) usage && exit 0 ;;
     --) overrides=("${@:2}") && break ;;
     -*) die "unknown option $1 (--help shows them)" ;;

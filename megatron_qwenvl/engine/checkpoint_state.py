@@ -5,6 +5,7 @@ Relies on these parts of `megatron.core.dist_checkpointing`, which are not its d
 - `save_preprocess` splits a state dict into shards and a common rest, and `without_data` describes a shard;
 - `_replace_state_dict_keys_with_sharded_keys` and `mcore_to_pyt_state_dict` make shards into torch's own;
 - `MCoreSavePlanner` plans without collectives: a local plan each, and a global plan that makes the index;
+- a sharded optimizer's state names its format by `param_state_sharding_type` (`tests/unit/engine/test_optimizer.py`);
 - `load` reads what is written this way at any layout; in 0.16 the ranks read together, in 0.19 each alone.
 
 megatron-core's own writer is not used: it forks processes, and when one rank fails to write, the others wait for it.

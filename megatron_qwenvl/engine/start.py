@@ -1,7 +1,8 @@
 """Start and stop of the parallel engine: device, process groups, megatron-core's parallel state, kernels.
 
 Relies on `parallel_state` making all process groups, on `ProcessGroupCollection.use_mpu_process_groups` handing them
-out by name (`tp`, `pp`, `dp`, `mp`), and on the seeds of `model_parallel_cuda_manual_seed`. Held by
+out by name (`tp`, `pp`, `dp`, `mp`), on the random states that `model_parallel_cuda_manual_seed` adds to its
+tracker, and on the texts with which gloo reports that another process is gone. Held by
 `tests/unit/engine/test_start.py`.
 """
 

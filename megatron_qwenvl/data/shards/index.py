@@ -128,7 +128,13 @@ def index_command(directory: Path, vocabulary: str | None = None, *options: str)
         options: further options of the tool.
     """
     tokenizer = ["--tokenizer", vocabulary] if vocabulary else []
-    return shlex.join(["python", "tools/index_shards.py", str(directory), *tokenizer, *options])
+    return shlex.join([*_indexing_program(), str(directory), *tokenizer, *options])
+
+
+def _indexing_program() -> list[str]:
+    """Command of the indexing tool: the script of a checkout, or the console script of an installed package."""
+    script = "tools/index_shards.py"
+    return ["python", script] if (Path(__file__).parents[3] / script).is_file() else ["qwenvl-index"]
 
 
 def file_digest(file: BinaryIO) -> str:

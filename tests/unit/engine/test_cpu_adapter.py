@@ -45,7 +45,11 @@ def test_cuda_is_answered_by_the_cpu_and_everything_is_put_back() -> None:
         assert torch.cuda.current_device() == torch.device("cpu")
         assert optimizer.torch.tensor([1], device="cuda").device == torch.device("cpu")
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+        torch.cuda.synchronize()
+        assert torch.cuda.current_stream() is None
+        torch.cuda.manual_seed(7)
         state = torch.cuda.get_rng_state()
+        assert torch.equal(state, torch.manual_seed(7).get_state())
         drawn = torch.rand(3)
         torch.cuda.set_rng_state(state)
         assert torch.equal(torch.rand(3), drawn)

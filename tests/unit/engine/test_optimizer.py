@@ -11,6 +11,7 @@ from megatron.core.optimizer import optimizer as core_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_qwenvl.config.schema import RunConfig
+from megatron_qwenvl.engine.checkpoint_state import is_gathered
 from megatron_qwenvl.engine.optimizer import (
     apply_gradients,
     initialize_moments,
@@ -127,6 +128,18 @@ def rates_by_step(process: ProcessInfo, config: RunConfig) -> None:
     assert len(set(groups)) > 2, "the multipliers of the groups are obeyed"
     assert [set_rates(optimizer, scheduler, step) for step in (30, 5, 1)] == forward[::-1]
     assert len(set(forward)) == 3
+
+
+def stored_as_gathered(process: ProcessInfo, config: RunConfig) -> bool:
+    runner, optimizer = with_gradients(process, config)
+    apply_gradients(optimizer, 0.0, True)
+    return is_gathered(optimizer_state(optimizer, runner.model.module.sharded_state_dict()))
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "not sharded"])
+def test_a_gathered_state_is_recognised(sharded: bool) -> None:
+    """megatron-core names the format of a sharded optimizer's state by `param_state_sharding_type`."""
+    assert run_ranks(1, stored_as_gathered, optimizing_config(sharded)) == [sharded]
 
 
 def test_the_step_number_is_the_whole_state_of_the_schedule() -> None:

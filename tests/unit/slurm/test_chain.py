@@ -40,6 +40,13 @@ def test_a_chain_in_a_place_with_an_odd_name(site: Site) -> None:
     assert submitted[-4:-1] == hard and "--dependency=afterok:101" in submitted
 
 
+def test_the_dashed_spelling_of_an_option_works_with_a_warning(site: Site) -> None:
+    for option, warned in (("--dry_run", ""), ("--dry-run", "--dry-run is written --dry_run; ")):
+        done = submit(site, "--to", "import", option)
+        assert done.returncode == 0 and (warned in done.stderr if warned else not done.stderr)
+    assert not any(call.startswith("sbatch") for call in site.clients)
+
+
 @pytest.mark.parametrize("squeue", [AWAY, "exit 1", "exit 0"])
 def test_nothing_is_submitted_twice_because_slurm_cannot_be_asked(site: Site, squeue: str) -> None:
     assert submit(site, "--to", "import").returncode == 0

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,22 @@ def test_the_command_that_a_message_names_helps(
     with pytest.raises(DataError, match=reason) as caught:
         open_all(run)
     monkeypatch.setattr(sys, "argv", named_command(str(caught.value))[1:])
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert index_shards.main() == 0
+    assert open_all(run) >= 10
+
+
+def test_an_installed_package_names_its_console_script(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    missing_manifest(Path(run.data.root, "my data"))
+    monkeypatch.setattr(index_module, "__file__", str(tmp_path / "megatron_qwenvl/data/shards/index.py"))
+    with pytest.raises(DataError) as caught:
+        open_all(run)
+    command = shlex.split(str(caught.value).rpartition("; run ")[2])
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts[command[0]] == "megatron_qwenvl.commands.index_shards:run"
+    monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert index_shards.main() == 0
     assert open_all(run) >= 10
