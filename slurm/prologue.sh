@@ -87,12 +87,17 @@ mark_phase() {
 
 # Runs a command to its end, whatever signals arrive meanwhile; returns its exit code.
 run_phase() { # COMMAND...
-  [[ -z "$received_signal" ]] || return "$BY_SIGTERM"
+  local pipe seen code
   mark_phase
-  "$@" &
+  [[ -z "$received_signal" ]] || return "$BY_SIGTERM"
+  exec {pipe}<> <(:)
+  { echo >&"$pipe" && exec "$@" {pipe}>&-; } &
   phase_pid=$!
-  [[ -z "$received_signal" ]] || kill -USR1 "$phase_pid" 2>/dev/null || true # it came just now
-  local seen code
+  # bash forgets a signal that reaches its child process between the fork and the first command. From that command on
+  # a signal ends the child or is handled, so what came before is passed on then.
+  until read -r -t 1 -u "$pipe" || ! kill -0 "$phase_pid" 2>/dev/null; do :; done
+  exec {pipe}>&-
+  [[ -z "$received_signal" ]] || kill -USR1 "$phase_pid" 2>/dev/null || true
   while
     seen=$signal_count code=0
     wait "$phase_pid" || code=$?

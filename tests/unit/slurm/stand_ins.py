@@ -13,10 +13,11 @@ PATIENCE = 300
 
 SRUN = """
 while [[ "$1" == --* ]]; do shift; done
-signals=0
-trap 'signals=$((signals + 1)); kill -USR1 "$task" 2>/dev/null' USR1 # srun passes signals on to its tasks
+signals=0 task=""
+trap 'signals=$((signals + 1)); [[ -z "$task" ]] || kill -USR1 "$task" 2>/dev/null' USR1 # srun passes signals on
 "$@" &
 task=$!
+((signals == 0)) || kill -USR1 "$task" 2>/dev/null # the task may work, and a signal come, before this line
 while
   before=$signals code=0
   wait "$task" || code=$?

@@ -167,6 +167,35 @@ def test_a_signal_to_the_shell_reaches_the_phase_or_keeps_it_from_starting(
     assert [call[0] for call in site.calls][-1] == place
 
 
+def test_a_signal_between_two_phases_keeps_the_next_one_from_starting(site: Site) -> None:
+    """It comes while the shell notes the size of the log, before preflight."""
+    site.does("preflight", "exit 0")
+    wait = f'touch "$HERE/there"; ({UNTIL_TOLD})'
+    site._program("stat", f'[[ ! -e "$HERE/calls" ]] || {{ {wait}; }}\nexec /usr/bin/stat "$@"')
+    job = start_and_wait(site)
+    job.send_signal(signal.SIGUSR1)
+    (site.folder / "go").touch()
+    assert job.wait(PATIENCE) == 75
+    assert [call[0] for call in site.calls] == ["configure"]
+    assert "to be started again: interrupted by SIGUSR1 during preflight" in site.status and site.requeued
+
+
+FORK = """
+source "$SLURM_SUBMIT_DIR/slurm/prologue.sh"
+set -o functrace
+trap '[[ "$BASH_COMMAND" != "exec {pipe}"* ]] || { trap - DEBUG; kill -USR1 $$; }' DEBUG
+code=0
+run_phase /bin/sleep 20 || code=$?
+exit "$code"
+"""
+"""A batch script that gets SIGUSR1 after it has found no signal, and before it starts the phase."""
+
+
+def test_a_signal_while_a_phase_is_forked_reaches_it(site: Site) -> None:
+    (site.folder / "slurm/fork.sbatch").write_text(FORK)
+    assert site.run("fork.sbatch") == 138
+
+
 # --- clients that fail ------------------------------------------------------------------------------------------------
 
 AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
