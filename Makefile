@@ -61,6 +61,7 @@ test-engine: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/python docs/generate_job_states.py
 	$(BIN)/properdocs build --strict --quiet
 	@echo 'Open site/index.html'
 

@@ -1,6 +1,6 @@
 """The states of a Slurm job and the events that lead from one to another (used by restart_policy.py).
 
-docs/slurm.md draws them; a test compares the drawing with `TRANSITIONS`. Python 3.6 or newer, standard library only.
+docs/job_states.svg is generated from them. Python 3.6 or newer, standard library only.
 """
 
 from enum import Enum
@@ -8,7 +8,7 @@ from typing import Dict, Tuple
 
 
 class State(Enum):
-    """Where a job is. The values are the names in docs/slurm.md."""
+    """Where a job is. The values are the names in the drawing."""
 
     PENDING = "pending"
     PREFLIGHT = "preflight"
@@ -23,7 +23,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What happens to a job. The values are the labels in docs/slurm.md."""
+    """What happens to a job. The values are the labels in the drawing."""
 
     STARTED = "started by Slurm"
     PASSED = "checks passed"

@@ -1,4 +1,4 @@
-"""The documentation: it builds without a broken link, its generated part is current, and what it names exists."""
+"""The documentation: it builds without a broken link, its generated parts are current, and what it names exists."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in (tmp_path / "site").glob("*.html"):
         loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', page.read_text())
         assert loaded == [], f"{page.name} needs a network"
+        assert "mermaid" not in page.read_text(), f"{page.name}: no script on the site draws this"
 
 
 def test_broken_links_and_anchors_fail_the_build(tmp_path: Path) -> None:
@@ -53,14 +55,29 @@ def test_broken_links_and_anchors_fail_the_build(tmp_path: Path) -> None:
         assert missing in messages
 
 
-def test_the_configuration_reference_is_current() -> None:
-    path = ROOT / "docs/generate_configuration.py"
-    spec = importlib.util.spec_from_file_location("generate_configuration", path)
+def generator(name: str) -> ModuleType:
+    """The script docs/`name`.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     assert spec is not None and spec.loader is not None
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
-    current = (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == generator.render()
-    assert current, "docs/configuration.md is not current: run `python docs/generate_configuration.py`"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("script", "file"),
+    [("generate_configuration", "configuration.md"), ("generate_job_states", "job_states.svg")],
+)
+def test_a_generated_part_is_current(script: str, file: str) -> None:
+    current = (ROOT / "docs" / file).read_text(encoding="utf-8") == generator(script).render()
+    assert current, f"docs/{file} is not current: run `python docs/{script}.py`"
+
+
+def test_an_arrow_that_cannot_be_drawn_is_named() -> None:
+    states = generator("generate_job_states")
+    states.ROUTES.pop(((states.State.FAILED,), states.State.REQUEUED))
+    with pytest.raises(ValueError, match="failed -> requeued$"):
+        states.render()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -142,24 +142,29 @@ def test_a_task_that_is_killed_gets_three_attempts() -> None:
 # --- states -----------------------------------------------------------------------------------------------------------
 
 
-def drawn_transitions() -> list[tuple[str, str, str]]:
-    """From, event and to of every arrow in the documentation; `[*]` stands for the outside."""
-    text = (ROOT / "docs/slurm.md").read_text()
-    (drawing,) = re.findall(r"```mermaid\nstateDiagram-v2\n(.*?)```", text, re.DOTALL)
-    arrows = []
-    for line in filter(None, map(str.strip, drawing.splitlines())):
-        start, end, events = re.fullmatch(r"(\S+) --> (\S+?)(?:: (.+))?", line).groups()
-        arrows += [(start, event, end) for event in (events or "").split("<br/>")]
-    return arrows
+def drawn() -> str:
+    return (ROOT / "docs/job_states.svg").read_text(encoding="utf-8")
 
 
 def test_the_documentation_draws_the_states_of_the_code() -> None:
-    ends = set(State) - {state for state, _ in TRANSITIONS}
-    expected = [
-        (state.value, event.value, following.value) for (state, event), following in TRANSITIONS.items()
+    arrows = re.findall(r"<title>(.+) -&gt; (.+): (.+)</title><path class=\"line\"[^>]*/>(.*)</g>", drawn())
+    transitions = [
+        (state, event, following)
+        for states, following, events, _ in arrows
+        for state in states.split(", ")
+        for event in events.split("; ")
     ]
-    expected += [("[*]", "", "pending"), *((end.value, "", "[*]") for end in ends)]
-    assert sorted(drawn_transitions()) == sorted(expected)
+    assert sorted(transitions) == sorted(
+        (state.value, event.value, following.value) for (state, event), following in TRANSITIONS.items()
+    )
+    for *_, events, label in arrows:
+        assert " ".join(re.findall(r"<text[^>]*>([^<]+)<", label)) == events.replace(";", "")
+    assert set(re.findall(r'class="name"[^>]*>([^<]+)<', drawn())) == {state.value for state in State}
+
+
+def test_the_ends_of_a_job_are_drawn() -> None:
+    ends = set(State) - {state for state, _ in TRANSITIONS}
+    assert set(re.findall("<title>(.+) is an end</title>", drawn())) == {end.value for end in ends}
 
 
 def test_every_event_is_drawn_and_every_state_can_be_reached() -> None:
