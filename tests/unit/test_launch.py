@@ -18,6 +18,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 500
+"""Seconds until a program counts as hanging."""
 REPORT = """
 import dataclasses, json, sys
 from pathlib import Path
@@ -82,7 +84,7 @@ def run(tree: Path, script: str, *arguments: str, **environment: str) -> subproc
     clean = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     return subprocess.run(
         [tree / "launch" / script, *arguments],
-        cwd="/", env={**clean, **environment}, capture_output=True, text=True, timeout=120,
+        cwd="/", env={**clean, **environment}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 
@@ -146,7 +148,7 @@ def test_other_mpi_launchers_are_asked_through_mpi4py(tree: Path) -> None:
     command = ["mpirun", "-np", "2", "--host", "localhost:2", "env", *hidden, sys.executable]
     command += [str(tree / "tools/report.py"), "--name", "two words", "--seed=3"]
     env = {**os.environ, **AS_ROOT, "PYTHONPATH": str(tree)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     reports = [json.loads((tree / f"rank-{rank}.json").read_text()) for rank in range(2)]
     check(reports, "mpi")
@@ -154,7 +156,7 @@ def test_other_mpi_launchers_are_asked_through_mpi4py(tree: Path) -> None:
     assert reports[0]["init_method"].rpartition(":")[2] != "0"
     # One rank's wrong number stops them all, also the one that has no complaint and would wait for ever.
     env["RANK"] = "0"
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode != 0
     assert "RANK=0 contradicts mpi4py's rank=1" in result.stderr
 
@@ -172,15 +174,26 @@ import signal, sys, time
 from pathlib import Path
 from megatron_qwenvl.processes import detect_process
 rank = detect_process().rank
+folder = Path(__file__).parent
 def save(number, frame):
-    time.sleep(1)
+    (folder / f"saving-{rank}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.02)
     sys.exit(75)
+signal.alarm(500)  # nothing may be left of a test that failed
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
     signal.signal(number, save)
-Path(__file__).with_name(f"ready-{rank}").touch()
-time.sleep(60)
-sys.exit(1)
+(folder / f"ready-{rank}").touch()
+while True:
+    signal.pause()
 """
+
+
+def wait_for_both(launcher: subprocess.Popen[str], folder: Path, event: str) -> None:
+    """Wait until two ranks have told `event`."""
+    while len(list(folder.glob(f"{event}-*"))) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
@@ -188,12 +201,11 @@ def test_a_signal_to_torchrun_alone_lets_the_ranks_save(tree: Path, number: sign
     (tree / "tools/saves.py").write_text(SAVES)
     env = {**os.environ, "PYTHON": sys.executable, "NPROC": "2", "PROGRAM": "tools/saves.py"}
     with subprocess.Popen([tree / "launch/local.sh"], env=env, stderr=subprocess.PIPE, text=True) as launcher:
-        end = time.monotonic() + 120
-        while len(list((tree / "tools").glob("ready-*"))) < 2:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_for_both(launcher, tree / "tools", "ready")
         launcher.send_signal(number)
-        _, said = launcher.communicate(timeout=60)
+        wait_for_both(launcher, tree / "tools", "saving")
+        (tree / "tools/go").touch()
+        _, said = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 75, said
     assert "Traceback" not in said
 
