@@ -201,11 +201,13 @@ class Trainer:
             raise OwnershipLost(f"{self.config.run_dir}: the run was taken over by another start")
 
     def _record(self, report: StepReport, step: int, data: StepData, lr: float) -> None:
-        """Log a step with the largest data wait and the largest peak memory of all ranks."""
-        longest, peak = self.runtime.all_max([data.waited, self.runtime.peak_memory_bytes()])
+        """Log a step with the largest time, data wait and peak memory of all ranks."""
+        seconds, longest, peak = self.runtime.all_max(
+            [time.monotonic() - data.began, data.waited, self.runtime.peak_memory_bytes()]
+        )
         self.runtime.reset_peak_memory()
         repeated = self.data_log.take_repeated_reads()
-        cost = StepCost(time.monotonic() - data.began, longest, int(peak), repeated)
+        cost = StepCost(seconds, longest, int(peak), repeated)
         world, reference = self.runtime.process.world_size, mfu_reference(self.config, self.runtime)
         self.metrics.train(step_metrics(self.config, report, cost, step, lr, world, reference))
 
