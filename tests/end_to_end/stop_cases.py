@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import signal
 import sys
 import time
@@ -21,6 +22,9 @@ from megatron_qwenvl.runtime.exit_process import exit_process
 from megatron_qwenvl.runtime.processes import ProcessInfo
 
 Prepare = Callable[[], None]
+
+PATIENCE = 500
+"""Seconds until a process counts as hanging: less than pytest's limit, and more than a busy machine needs."""
 
 
 def signal_at(place: str, number: int = signal.SIGTERM) -> None:
@@ -87,14 +91,13 @@ def start_ranks(
     ]
 
 
-def wait(child: int, seconds: float = 120) -> int:
+def wait(child: int, seconds: float = PATIENCE) -> int:
     """The exit code of a child, of a signal negative; kills what takes longer."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"process {child} did not end within {seconds} s")
+    end = os.pidfd_open(child)
+    in_time, _, _ = select.select([end], [], [], seconds)
+    os.close(end)
+    if not in_time:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert in_time, f"process {child} did not end within {seconds} s"
+    return os.waitstatus_to_exitcode(status)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from megatron_qwenvl.runtime.processes import ProcessInfo
 from megatron_qwenvl.training.loop import Trainer
 from tests.distributed.harness import run_ranks
 
+from .stop_cases import PATIENCE
 from .training_cases import WatchdogClock, records, run_config, train, write_data
 
 ROOT = Path(__file__).parents[2]
@@ -45,37 +48,41 @@ def start(config: RunConfig, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=env, stdout=output, stderr=output)
 
 
-def wait_for_step(run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run_dir / "metrics.jsonl").is_file() and len(records(run_dir)) >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{run_dir}: no step {step}")
+def wait_until(launcher: subprocess.Popen[bytes], log: Path, has_come: Callable[[], bool]) -> None:
+    """Wait for something that a run does."""
+    while not has_come():
+        assert launcher.poll() is None, log.read_text()
+        time.sleep(0.02)
+
+
+def has_trained(run_dir: Path, steps: int) -> bool:
+    return (run_dir / "metrics.jsonl").is_file() and len(records(run_dir)) >= steps
 
 
 def signal_all(launcher: subprocess.Popen[bytes], number: signal.Signals) -> None:
     """What Slurm does: the signal goes to every process of the job, loader workers included."""
     for process in psutil.Process(launcher.pid).children(recursive=True):
-        process.send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            process.send_signal(number)
 
 
 def test_a_signal_saves_and_the_next_start_goes_on_exactly(tmp_path: Path) -> None:
     """The second signal comes while the first one's save may be going on. Nothing temporary remains."""
     write_data(tmp_path)
     config = run_config(tmp_path, tmp_path / "run", "--train.steps", "60", "--data.workers", "1", world=2)
-    first = start(config, tmp_path / "log")
-    wait_for_step(tmp_path / "run", 3)
+    log = tmp_path / "log"
+    first = start(config, log)
+    wait_until(first, log, lambda: has_trained(tmp_path / "run", 3))
     signal_all(first, signal.SIGTERM)
-    time.sleep(0.1)
+    wait_until(first, log, lambda: "asked to stop (SIGTERM): saving" in log.read_text())
     signal_all(first, signal.SIGTERM)
-    assert first.wait(60) == INTERRUPTED, (tmp_path / "log").read_text()
+    assert first.wait(PATIENCE) == INTERRUPTED, log.read_text()
     (saved,) = records(tmp_path / "run", "save")
     steps = [record["step"] for record in records(tmp_path / "run")]
     assert 3 <= saved["step"] < 60 and steps == list(range(saved["step"]))
 
     assert list((tmp_path / "log.tmp").iterdir()) == []
-    assert start(config, tmp_path / "log").wait(120) == 0, (tmp_path / "log").read_text()
+    assert start(config, log).wait(PATIENCE) == 0, log.read_text()
     assert list((tmp_path / "log.tmp").iterdir()) == []
     assert [record["step"] for record in records(tmp_path / "run")] == list(range(60))
     straight = run_config(tmp_path, tmp_path / "straight", "--train.steps", "60", world=2)

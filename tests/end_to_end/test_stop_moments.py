@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_qwenvl import train
 from megatron_qwenvl.runtime.exit_codes import INTERRUPTED
 from megatron_qwenvl.runtime.processes import ProcessInfo
 
-from .stop_cases import before, signal_at, start, start_ranks, wait
+from .stop_cases import PATIENCE, before, signal_at, start, start_ranks, wait
 from .training_cases import records, run_arguments, write_data
 
 START = (
@@ -131,14 +132,20 @@ def test_a_start_that_waits_for_a_rank_that_does_not_come(
 ) -> None:
     """Python's own handlers do not run while the main thread is inside the rendezvous."""
     monkeypatch.setattr(train, "START_SECONDS", 0.2)
-    log, alone = tmp_path / "log", ProcessInfo(0, 2, 0, 2, f"file://{tmp_path}/meeting", "test")
+    log, meeting = tmp_path / "log", tmp_path / "meeting"
+    alone = ProcessInfo(0, 2, 0, 2, f"file://{meeting}", "test")
 
-    def signal_later() -> None:
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    def signal_in_the_rendezvous() -> None:
+        while not (meeting.exists() and meeting.stat().st_size):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def watch() -> None:
+        threading.Thread(target=signal_in_the_rendezvous, daemon=True).start()
 
     arguments = run_of(data, tmp_path / "run")
-    child = start(arguments, log, lambda: before("engine.start:_join_processes", signal_later), alone)
-    assert wait(child, 60) == INTERRUPTED, log.read_text()
+    child = start(arguments, log, lambda: before("engine.start:_join_processes", watch), alone)
+    assert wait(child) == INTERRUPTED, log.read_text()
     assert "Traceback" not in log.read_text() and "before the first step" in log.read_text()
 
 
@@ -155,7 +162,7 @@ MOMENTS = {
 
 
 def test_real_processes(data: Path, tmp_path: Path) -> None:
-    """All at the same time; the last one is signalled at a random moment of its start."""
+    """All at the same time; the last one is signalled at a random moment of its start, by its own processor time."""
     processes = {}
     for moment in MOMENTS:
         more = ("--print_config",) if moment == "print-config" else ()
@@ -163,22 +170,28 @@ def test_real_processes(data: Path, tmp_path: Path) -> None:
         with (tmp_path / f"{moment}.log").open("w") as log:
             command = [sys.executable, "-W", "ignore", "-m", "megatron_qwenvl.train", *arguments]
             processes[moment] = subprocess.Popen(command, stdout=log, stderr=log)
-    random_time = time.monotonic() + random.uniform(0, 8)
+    random_time = random.uniform(0, 8)
     waiting = dict(processes)
     while waiting:
         for moment, process in list(waiting.items()):
             sign, number = MOMENTS[moment]
-            late = moment != "some time" or time.monotonic() > random_time
+            late = moment != "some time" or processor_time(process.pid) > random_time
             if process.poll() is not None or (
                 late and has_come(process.pid, sign, tmp_path / f"{moment}.log")
             ):
                 process.send_signal(number)
                 del waiting[moment]
-        time.sleep(0.005)
+        time.sleep(0.01)
     for moment, process in processes.items():
         said = (tmp_path / f"{moment}.log").read_text()
-        assert process.wait(120) == INTERRUPTED, f"{moment}: {said}"
+        assert process.wait(PATIENCE) == INTERRUPTED, f"{moment}: {said}"
         assert "Traceback" not in said and "FAILED" not in said, f"{moment}: {said}"
+
+
+def processor_time(process: int) -> float:
+    """Seconds of processor time that a process has used."""
+    times = psutil.Process(process).cpu_times()
+    return times.user + times.system
 
 
 def has_come(process: int, sign: str, log: Path) -> bool:
