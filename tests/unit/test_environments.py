@@ -155,30 +155,33 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
 @pytest.fixture
 def torch_package(tmp_path: Path) -> Path:
-    """A package as torch's CUDA build: a library that links two of CUDA's, which are not there any more."""
+    """A package as torch's CUDA build: a library that links two of CUDA's, which are not there any more.
+
+    They bear names of their own, because the process that tests may have loaded torch's stand-ins.
+    """
     lib = tmp_path / "torch/lib"
     lib.mkdir(parents=True)
     versions = tmp_path / "versions"
-    versions.write_text("libcublas.so.13 { global: cublasCreate_v2; };\n")
+    versions.write_text("libcutest.so.7 { global: cutestCreate; };\n")
     compile_library(
-        lib / "libcublas.so.13", "int cublasCreate_v2(void) {return 0;}", f"-Wl,--version-script={versions}"
+        lib / "libcutest.so.7", "int cutestCreate(void) {return 0;}", f"-Wl,--version-script={versions}"
     )
     compile_library(
-        lib / "libnccl.so.2",
-        'int ncclSend(void) {return 0;} const char *ncclGetErrorString(int i) {return "";}',
+        lib / "libnvtest.so.1",
+        'int nvtestSend(void) {return 0;} const char *nvtestGetErrorString(int i) {return "";}',
     )
     compile_library(
         lib / "libtorch_cuda.so",
-        "int cublasCreate_v2(void), ncclSend(void); const char *ncclGetErrorString(int);"
-        "int calls(void) {return cublasCreate_v2() + ncclSend();}"
-        "const char *says(void) {return ncclGetErrorString(1);}",
+        "int cutestCreate(void), nvtestSend(void); const char *nvtestGetErrorString(int);"
+        "int calls(void) {return cutestCreate() + nvtestSend();}"
+        "const char *says(void) {return nvtestGetErrorString(1);}",
         f"-L{lib}",
-        "-l:libcublas.so.13",
-        "-l:libnccl.so.2",
+        "-l:libcutest.so.7",
+        "-l:libnvtest.so.1",
         "-Wl,-z,now,-rpath,$ORIGIN",
     )
-    (lib / "libcublas.so.13").unlink()
-    (lib / "libnccl.so.2").unlink()
+    (lib / "libcutest.so.7").unlink()
+    (lib / "libnvtest.so.1").unlink()
     return lib.parent
 
 
@@ -186,7 +189,7 @@ def torch_package(tmp_path: Path) -> Path:
 def test_torch_loads_with_stand_ins_that_answer_no_device(torch_package: Path) -> None:
     library = str(torch_package / "lib/libtorch_cuda.so")
     libraries = linked_cuda_libraries(torch_package)
-    assert libraries == ["libcublas.so.13", "libnccl.so.2"]
+    assert libraries == ["libcutest.so.7", "libnvtest.so.1"]
     with pytest.raises(OSError, match="cannot open shared object file"):
         ctypes.CDLL(library)
     for _ in range(2):  # made again over the first ones by the next `make setup`
@@ -203,7 +206,7 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(
 ) -> None:
     monkeypatch.setenv("PATH", str(torch_package))
     with pytest.raises(StandInError, match="readelf is needed .*apt-get install gcc"):
-        make_stand_ins(torch_package, ["libnccl.so.2"])
+        make_stand_ins(torch_package, ["libnvtest.so.1"])
 
 
 def test_a_cpu_build_needs_no_stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
