@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from megatron_qwenvl.engine import versions
+
+from .test_architecture import imported_modules
 
 ROOT = Path(__file__).parents[2]
 PYTHONS = [(3, 11), (3, 12)]
@@ -99,6 +103,18 @@ def test_the_container_holds_the_tested_versions() -> None:
     image = re.search(r"ARG NGC_TAG=(\S+)-py3", dockerfile)
     assert image is not None
     assert dict(table_rows())["NGC image"][1].startswith(f"{image[1]}:")
+
+
+def test_the_container_holds_every_package_that_is_imported() -> None:
+    image = {"torch", "triton", "transformer_engine", "numpy", "tensorboard", "megatron", "packaging"}
+    dists = {"PIL": "pillow", "yaml": "PyYAML"}
+    imported = {
+        name.partition(".")[0]
+        for path in (ROOT / "megatron_qwenvl").rglob("*.py")
+        for _, name in imported_modules(ast.parse(path.read_text()), "megatron_qwenvl")
+    }
+    others = imported - sys.stdlib_module_names - image - {"megatron_qwenvl"}
+    assert {canonicalize_name(dists.get(name, name)) for name in others} <= pins("container.txt").keys()
 
 
 @pytest.mark.parametrize(("column", "python"), list(enumerate(PYTHONS)))
