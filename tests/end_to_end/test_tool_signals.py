@@ -130,7 +130,7 @@ def test_preflight(tmp_path: Path, number: signal.Signals) -> None:
     """The signal comes while this rank's file lies in the run directory."""
 
     def check() -> int:
-        before("preflight.run:_Preflight._step", lambda: os.kill(os.getpid(), number))
+        before("preflight.run:_Preflight._check_shared_files", lambda: os.kill(os.getpid(), number))
         return preflight.main(["--directory", str(tmp_path / "run")])
 
     code, said = in_a_fork(check, tmp_path / "log")
