@@ -8,7 +8,7 @@ from typing import Dict, Tuple
 
 
 class State(Enum):
-    """Where a job is. The values are the names in the drawing."""
+    """State of a job. The values are the names in the drawing."""
 
     PENDING = "pending"
     PREFLIGHT = "preflight"
@@ -23,7 +23,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What happens to a job. The values are the labels in the drawing."""
+    """Event in the life of a job. The values are the labels in the drawing."""
 
     STARTED = "started by Slurm"
     PASSED = "checks passed"

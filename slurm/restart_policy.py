@@ -71,14 +71,14 @@ class Phase(NamedTuple):
 
 
 class RestartLimits(NamedTuple):
-    """When a job gives up: failures of one job, and failures without a new checkpoint in between."""
+    """Limits at which a job gives up: failures of one job, and failures without a new checkpoint in between."""
 
     failures: int
     without_progress: int
 
 
 class Decision(NamedTuple):
-    """What follows: `state` is REQUEUED, GIVEN_UP or STOPPED; `failure` is to be noted in failures.tsv."""
+    """Consequence of an event: `state` is REQUEUED, GIVEN_UP or STOPPED; `failure` is to be noted in failures.tsv."""
 
     state: State
     reason: str

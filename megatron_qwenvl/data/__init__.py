@@ -1,6 +1,6 @@
-"""From records in tar shards to typed micro-batches. The rooms, in the order of their imports:
+"""Way from records in tar shards to typed micro-batches. The rooms, in the order of their imports:
 
-    records    what a record may hold: tasks, dialogues, markup, coordinates, text
+    records    accepted content of records: tasks, dialogues, markup, coordinates, text
     rendering  records to token ids with a loss mask
     shards     tars on disk, their samples and indices
     sampling   the batch of step k

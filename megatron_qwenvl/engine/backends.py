@@ -22,7 +22,7 @@ class LayerBackend:
     """`te`: Transformer Engine layers, norms, attention and FusedAdam; `apex`: megatron-core layers with apex
     norms and FusedAdam; `torch`: megatron-core layers with torch norms and a plain AdamW."""
     reasons: tuple[str, ...] = ()
-    """Why better kernels were passed over."""
+    """Reason why better kernels were passed over."""
 
     def describe(self) -> str:
         """One line for the log."""

@@ -31,7 +31,7 @@ INDEX_VERSION = "1.0.0"
 """torch's number for this file layout."""
 
 StoredPlace = _StorageInfo
-"""Where an item lies: `relative_path` of its file, `offset` and `length` in bytes."""
+"""Place of an item: `relative_path` of its file, `offset` and `length` in bytes."""
 
 StoredItem = tuple[MetadataIndex, StoredPlace]
 """An item and where it lies."""

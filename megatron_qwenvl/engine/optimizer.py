@@ -29,7 +29,7 @@ OPTIMIZER_METADATA: dict[str, Any] = {
     "chained_optim_avoid_prefix": True,
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
-"""For `sharded_state_dict` of the optimizer: state laid out like the parameters, readable at any layout."""
+"""Argument of the optimizer's `sharded_state_dict`: state laid out like the parameters, readable at any layout."""
 
 
 @dataclass(frozen=True)

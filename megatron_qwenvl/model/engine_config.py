@@ -21,7 +21,7 @@ class EngineConfigs:
 
     vit: TransformerConfig
     full_sequence: TransformerConfig
-    """For the adapter and the output layer, which see whole sequences also under sequence parallelism."""
+    """Configuration for the adapter and the output layer, which see whole sequences also under sequence parallelism."""
     decoder: TransformerConfig
     """Also the configuration that the pipeline schedule and DDP read."""
 

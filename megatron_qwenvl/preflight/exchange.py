@@ -90,13 +90,13 @@ class Exchange:
             raise self._broken(error) from error
 
     def gather(self, topic: str, seconds: float) -> dict[int, Any]:
-        """On rank 0: wait for the values of all ranks; returns those that were sent within the time."""
+        """Wait, on rank 0, for the values of all ranks; returns those that were sent within the time."""
         keys = {rank: f"{topic}/{rank}" for rank in range(self.process.world_size)}
         self._wait(list(keys.values()), seconds)
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._has(key)}
 
     def broadcast(self, topic: str, value: Any) -> None:
-        """On rank 0: send a value to all ranks."""
+        """Send, on rank 0, a value to all ranks."""
         self._store.set(topic, json.dumps(value))
 
     def receive(self, topic: str, seconds: float) -> Any:

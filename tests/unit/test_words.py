@@ -182,3 +182,13 @@ def test_a_stage_is_one_of_training_or_of_the_pipeline() -> None:
     assert bare_stages("The last\n    stage, stage 1, a pipeline\n stage, `stage`") == [
         "The last stage, stage 1, a pipelin"
     ]
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    found, opening = [], re.compile(r"\s*(What|How|Why|Where|When|On|For|From|Those|That|All that)\b")
+    for place in ("megatron_qwenvl", "slurm", "tools", "launch", "benchmarks", "examples"):
+        for path in sorted((ROOT / place).rglob("*.py")):
+            for text in docstrings(ast.parse(path.read_text(encoding="utf-8"))):
+                if match := opening.match(str(text.value)):
+                    found.append(f"{path.relative_to(ROOT)}:{text.lineno}: {match[1]}")
+    assert found == [], "\n".join(found)

@@ -59,7 +59,7 @@ class Export:
     source: WeightsSource
     """The checkpoint."""
     mapped: tuple[MappedSource, ...]
-    """What is read, with the rules that map it."""
+    """The source, with the rules that map it."""
     specs: dict[str, TensorSpec]
     """The tensors of the result."""
     tokenizer: tuple[Path, ...]

@@ -41,7 +41,7 @@ class Import:
     """A checked import, ready to be executed."""
 
     mapped: tuple[MappedSource, ...]
-    """What is read, with the rules that map it."""
+    """The sources, with the rules that map it."""
     specs: dict[str, TensorSpec]
     """The checkpoint's tensors."""
     manifest: Manifest

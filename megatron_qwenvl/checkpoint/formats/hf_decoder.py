@@ -38,7 +38,7 @@ class HFDecoder(ABC):
     output_layer: ClassVar[str]
     """Tensor of the output layer."""
     layers: ClassVar[str]
-    """What stands before the number of a layer in the names of its tensors."""
+    """Prefix of the number of a layer in the names of its tensors."""
     layer_tensors: ClassVar[dict[str, str]]
     """Tensors of a layer that both formats store in the same way, megatron name to hf name."""
     qkv: ClassVar[tuple[str, ...]]

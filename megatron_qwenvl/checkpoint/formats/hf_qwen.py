@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from megatron_qwenvl.architecture.model import family_of
 from megatron_qwenvl.architecture.tower import Tower
 from megatron_qwenvl.checkpoint.storage.manifest import HFMetadata
 from megatron_qwenvl.config.schema import DecoderConfig, Family
@@ -93,7 +94,7 @@ class HFQwen(HFDecoder):
             **{key: hf_metadata.config[key] for key in self.kept if key in hf_metadata.config},
             "hidden_size": decoder.hidden,
             "intermediate_size": self.mlp_factor * decoder.ffn_hidden,
-            "kv_channels": decoder.hidden // decoder.heads,
+            "kv_channels": family_of(decoder).tower(decoder).head_size,
             "layer_norm_epsilon": decoder.norm_eps,
             "no_bias": True,
             "num_attention_heads": decoder.heads,
@@ -104,7 +105,7 @@ class HFQwen(HFDecoder):
         }
 
     def generation(self, chat: bool) -> dict[str, Any]:
-        """That of Qwen-VL-Chat (ChatML, sampling) or of the pre-trained Qwen-VL (plain text, greedy)."""
+        """The settings of Qwen-VL-Chat (ChatML, sampling) or of the pre-trained Qwen-VL (plain text, greedy)."""
         common = {
             "eos_token_id": 151643,
             "max_new_tokens": 512,

@@ -107,7 +107,7 @@ class HFQwen2(HFDecoder):
         }
 
     def generation(self, chat: bool) -> dict[str, Any]:
-        """That of Qwen2.5-7B-Instruct (sampling) or of Qwen2.5-7B (greedy), with the chat format as in Qwen-VL's."""
+        """The settings of Qwen2.5-7B-Instruct (sampling) or Qwen2.5-7B (greedy), with a chat format as in Qwen-VL's."""
         common = {"bos_token_id": 151643, "pad_token_id": 151643}
         if chat:
             sampling = {

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_qwenvl.architecture.vit import describe_vit
 from megatron_qwenvl.config.schema import ModelConfig
 from megatron_qwenvl.model.pixels import CLIP_MEAN, CLIP_STD
 
@@ -33,22 +34,22 @@ _CLIP_DEFAULTS = {
 
 
 def _vision_table(model: ModelConfig, *eps: float) -> dict[str, Expected]:
-    vision = model.vision
+    vit, patch = describe_vit(model.vision), model.vision.patch_size
     ratio = Expected(
-        f"{vision.mlp_hidden} / {vision.width}",
-        lambda found: is_number(found) and int(vision.width * found) == vision.mlp_hidden,  # type: ignore[operator]
+        f"{vit.ffn_hidden} / {vit.hidden}",
+        lambda found: is_number(found) and int(vit.hidden * found) == vit.ffn_hidden,  # type: ignore[operator]
     )
     return {
         "architectures": named_classes("CLIP"),
         "model_type": one_of("clip", "clip_vision_model"),
-        "layers": one_of(vision.layers),
-        "width": one_of(vision.width),
-        "heads": one_of(vision.heads),
-        "head_width": one_of(vision.width // vision.heads),
-        "kv_heads": one_of(vision.heads),
-        "mlp": one_of(vision.mlp_hidden),
+        "layers": one_of(vit.layers),
+        "width": one_of(vit.hidden),
+        "heads": one_of(vit.heads),
+        "head_width": one_of(vit.head_size),
+        "kv_heads": one_of(vit.query_groups),
+        "mlp": one_of(vit.ffn_hidden),
         "mlp_ratio": ratio,
-        "patch": one_of(vision.patch_size, [vision.patch_size] * 2),
+        "patch": one_of(patch, [patch] * 2),
         "channels": one_of(3),
         "norm": one_of("layernorm", "layer_norm", "LayerNorm", "nn.LayerNorm"),
         "norm_eps": one_of(*eps),
@@ -56,8 +57,8 @@ def _vision_table(model: ModelConfig, *eps: float) -> dict[str, Expected]:
         "approximate": one_of("none"),
         "quick_gelu": one_of(False),
         "positions": one_of("learnable", "learned", "absolute"),
-        "bias": one_of(True),
-        "qkv_bias": one_of(True),
+        "bias": one_of(vit.bias),
+        "qkv_bias": one_of(vit.qkv_bias),
         "scaled_scores": one_of(True),
         "no_ln_pre": one_of(False),
         "mean": _near(CLIP_MEAN),

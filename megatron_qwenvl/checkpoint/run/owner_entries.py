@@ -33,9 +33,9 @@ class OwnerEntry:
     process: ProcessIdentity | None
     """The process that made the entry; None: the file is damaged."""
     since: str = "an unknown time"
-    """When the run was taken."""
+    """Time at which the run was taken."""
     released: str | None = None
-    """When the owner ended; None: it has not, or without saying so."""
+    """Time at which the owner ended; None: it has not, or without saying so."""
 
 
 def entry_path(folder: Path, number: int) -> Path:

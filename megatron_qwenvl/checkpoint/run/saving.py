@@ -45,7 +45,7 @@ class PendingSave:
     writing: Future[Exception | None]
     """Ends when this rank has written its files, with the error if it failed."""
     began: float
-    """When training stopped for this save, by `time.monotonic`."""
+    """Time at which training stopped for this save, by `time.monotonic`."""
     stall: float
     """Seconds until training went on."""
 

@@ -30,7 +30,7 @@ class TensorSpec:
 
 
 Region = tuple[slice, ...]
-"""Where a chunk lies in its full tensor."""
+"""Place of a chunk in its full tensor."""
 
 
 class TensorSource(Protocol):

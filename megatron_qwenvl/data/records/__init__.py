@@ -1,4 +1,4 @@
-"""What a record may hold: the content of a sample's `json` or `txt` file, checked and typed.
+"""Accepted records: the content of a sample's `json` or `txt` file, checked and typed.
 
 tasks         the record of each task, and `decode_record`, the front of the room
 dialogues     which dialogues are accepted, and how they are read

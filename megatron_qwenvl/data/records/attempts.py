@@ -34,7 +34,7 @@ _LOCATION_WITHOUT_TAG = re.compile(r"\s*[(\[{]+\s*[-+.]?\d[\d.]*\s*,\s*[-+.]?\d"
 _MAY_HOLD_TAGS = re.compile("[<&\uff1c\ufe64]")
 _NEAR = 30
 _BETWEEN = re.compile(r"[\s:;,.=~>-]*")
-"""What may stand between a name and its location."""
+"""Text that may stand between a name and its location."""
 
 
 def find_attempt(text: str, before: str | None, grounded: bool) -> str | None:

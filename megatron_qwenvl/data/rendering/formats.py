@@ -160,7 +160,7 @@ def _required(value: _T | None, key: str) -> _T:
 
 @dataclass(frozen=True)
 class TaskFormat:
-    """How the records of a task become tokens, and how many images they have."""
+    """Functions that render the records of a task, and the numbers of images that these may have."""
 
     write_prompt: Callable[[TokenBuilder, Any], None]
     write_answer: Callable[[TokenBuilder, Any], None]

@@ -63,7 +63,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _find_problem(content: dict[str, Any]) -> str | None:
-    """Why the content is not a byte-level BPE vocabulary with added tokens."""
+    """Reason why the content is not a byte-level BPE vocabulary with added tokens."""
     model, added = content.get("model"), content.get("added_tokens")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         return "model: expected a BPE vocabulary"
@@ -89,7 +89,7 @@ def _is_token(token: object) -> bool:
 
 
 def _last_step(step: object) -> dict[str, Any]:
-    """What a pre-tokenizer does last; empty: nothing that is known."""
+    """Last step of a pre-tokenizer; empty: none that is known."""
     if isinstance(step, dict) and step.get("type") == "Sequence":
         inner = step.get("pretokenizers")
         return _last_step(inner[-1] if isinstance(inner, list) and inner else None)

@@ -58,7 +58,7 @@ QWEN2 = SpecialTokens(
     box=("<|box_start|>", "<|box_end|>"),
     quad=("<|quad_start|>", "<|quad_end|>"),
 )
-"""Those of Qwen2.5 (and of Qwen2-VL, Qwen2.5-VL and Qwen3)."""
+"""Special tokens of Qwen2.5 (and of Qwen2-VL, Qwen2.5-VL and Qwen3)."""
 
 VOCABULARIES = (QWEN2, QWEN)
 """Looked for in a `tokenizer.json` in this order; the first one that is complete there is used."""

@@ -23,7 +23,7 @@ class ImageInfo:
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """How the records of a directory are rendered; chosen when it is indexed, and kept in its index.
+    """Options for rendering the records of a directory; chosen when it is indexed, and kept in its index.
 
     Attributes:
         unparsed_markup: leave out a dialogue with text that looks like markup and does not parse, or keep it as text.

@@ -24,7 +24,7 @@ class CurrentSource:
 
 @dataclass(frozen=True)
 class CurrentData:
-    """All that the order of samples depends on, as a run is started with it."""
+    """Everything that the order of samples depends on, as a run is started with it."""
 
     samples_per_step: int
     sources: tuple[CurrentSource, ...]

@@ -104,7 +104,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class DataHistory:
-    """All that the order of a run's samples depends on, apart from the step.
+    """Everything that the order of a run's samples depends on, apart from the step.
 
     Attributes:
         segments: from old to new; where two begin at one step, the later one counts.

@@ -23,7 +23,7 @@ from .skipped import SkippedKind, merge, tally
 
 @dataclass(frozen=True)
 class IndexJob:
-    """How a shard is indexed; sent to worker processes."""
+    """Settings for indexing a shard; sent to worker processes."""
 
     tokenizer: str | None = None
     verify_images: bool = False
