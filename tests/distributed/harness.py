@@ -62,18 +62,19 @@ def _fork(folder: Path, rank: int, ranks: int, function: Callable[..., Any], arg
 
 def _wait(children: list[int], folder: Path, timeout: float) -> None:
     """Wait for all ranks; once one fails or the time runs out, kill the others."""
-    deadline, running, failed = time.monotonic() + timeout, set(children), False
+    deadline, running, failed, late = time.monotonic() + timeout, set(children), False, False
     while running:
         for child in tuple(running):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 running.discard(child)
                 failed |= status != 0
-        if running and (failed or time.monotonic() > deadline):
+        late |= not failed and time.monotonic() > deadline
+        if running and (failed or late):
             for child in running:
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.01)
     for rank in range(len(children)):
         if not (folder / f"result-{rank}").exists():
-            reason = "killed because another rank failed" if failed else f"no result within {timeout} s"
+            reason = f"no result within {timeout} s" if late else "killed because another rank failed"
             (folder / f"result-{rank}").write_bytes(pickle.dumps((False, reason)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import runpy
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import megatron_qwenvl
 from megatron_qwenvl import Generator, build_loader, load_config, load_model
 from megatron_qwenvl.checkpoint.storage.errors import CheckpointError
 from megatron_qwenvl.inference.loaded_model import LoadedModel
+from megatron_qwenvl.runtime.processes import ProcessInfo
 from tests.distributed.harness import run_ranks
 from tests.unit.data.data_cases import png_image
 
@@ -85,6 +88,12 @@ def ask(model: LoadedModel, run: Path) -> list[list[int]]:
 
 
 def test_models_come_and_go_and_leave_torch_as_it_was(run: Path) -> None:
+    run_ranks(
+        1, models_come_and_go, run
+    )  # in a fork: a process that has computed is no parent of other tests' ranks
+
+
+def models_come_and_go(_: ProcessInfo, run: Path) -> None:
     config = load_config(str(run / "config.yaml"))
     assert config.parallel.tensor == 2
     pristine = state_of_torch()
@@ -113,15 +122,19 @@ def test_a_loader_needs_no_engine(run: Path) -> None:
         assert first.real_tokens > 0 and first.pixels is not None
 
 
-def test_the_example_runs(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    example = ROOT / "examples/notebook.py"
-    monkeypatch.setattr(sys, "argv", [str(example), str(run), str(run.parent / "image.png"), "What colour?"])
-    runpy.run_path(str(example), run_name="__main__")
-    shown = capsys.readouterr().out
+def test_the_example_runs(run: Path) -> None:
+    (shown,) = run_ranks(1, run_example, run)
     assert "step 0 micro-batch 0: " in shown and "step 1 micro-batch 0: " in shown and "step 2" not in shown
     assert " parameters on cpu\n" in shown and shown.splitlines()[-1].startswith("What colour? ")
+
+
+def run_example(_: ProcessInfo, run: Path) -> str:
+    """What the example prints."""
+    example = ROOT / "examples/notebook.py"
+    sys.argv = [str(example), str(run), str(run.parent / "image.png"), "What colour?"]
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        runpy.run_path(str(example), run_name="__main__")
+    return shown.getvalue()
 
 
 def test_the_engine_is_imported_without_warnings() -> None:
