@@ -263,6 +263,7 @@ def test_a_contradiction_with_an_unreadable_value_is_not_reported() -> None:
         ('base: "a\\0.yaml"\n', "cannot be read: embedded null byte"),
         ("train: [\n", "not valid YAML: "),
         ("a: " + "[" * 1000, "not valid YAML: maximum recursion depth exceeded"),
+        ('name: "\\ud800"\n', "holds half of a surrogate pair"),
         ("seed: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
         (
             "base: stage1\ndata: {sources: {sbu: {weight: heavy}}}",
