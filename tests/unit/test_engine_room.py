@@ -133,7 +133,7 @@ def test_every_touch_point_says_what_it_relies_on_and_names_its_contract_test() 
         tree = ast.parse(path.read_text())
         touches = any(module.startswith(ENGINE_MODULES) for _, module in imported_modules(tree, PACKAGE))
         docstring = ast.get_docstring(tree) or ""
-        tests = [word.strip("`.,") for word in docstring.split() if "tests/unit/engine/" in word]
+        tests = [word.strip("`.,;()") for word in docstring.split() if "tests/unit/engine/" in word]
         there = all((ROOT.parent / test).is_file() for test in tests)
         if touches and ("Relies on" not in docstring or not tests or not there):
             silent.append(path.name)
