@@ -47,17 +47,6 @@ class RunArguments:
     """Resume from the run's checkpoint of this step; None: from its newest one."""
 
 
-def parse_run_arguments(
-    argv: Sequence[str],
-    prog: str,
-    description: str,
-    world_size: int | None = None,
-    quiet: bool = False,
-) -> RunConfig:
-    """Parse the configuration of a run; arguments as `parse_start_arguments`."""
-    return parse_start_arguments(argv, prog, description, world_size, quiet).config
-
-
 def parse_start_arguments(
     argv: Sequence[str],
     prog: str,

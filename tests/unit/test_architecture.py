@@ -121,6 +121,13 @@ def violations(root: Path) -> list[str]:
     ]
 
 
+def plant(root: Path, file: str, source: str) -> None:
+    """Write a module below `root`."""
+    path = root / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+
+
 def test_the_package_keeps_the_rules() -> None:
     root = Path(__file__).parents[2] / PACKAGE
     modules = (".".join(path.relative_to(root).with_suffix("").parts) for path in root.rglob("*.py"))
@@ -171,9 +178,7 @@ def test_the_package_keeps_the_rules() -> None:
     ],
 )
 def test_a_planted_violation_is_named(tmp_path: Path, file: str, source: str, found: str) -> None:
-    path = tmp_path / file
-    path.parent.mkdir(parents=True)
-    path.write_text(source)
+    plant(tmp_path, file, source)
     assert found in "\n".join(violations(tmp_path))
 
 
@@ -188,9 +193,7 @@ def test_a_planted_violation_is_named(tmp_path: Path, file: str, source: str, fo
     ],
 )
 def test_what_is_allowed_is_not_named(tmp_path: Path, file: str, source: str) -> None:
-    path = tmp_path / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source)
+    plant(tmp_path, file, source)
     assert violations(tmp_path) == []
 
 

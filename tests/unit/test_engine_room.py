@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_architecture import PACKAGE, imported_modules
+from .test_architecture import PACKAGE, imported_modules, plant
 
 CORE = "megatron.core"
 ENGINE_MODULES = (CORE, "torch.distributed")
@@ -163,9 +163,7 @@ def test_every_touch_point_says_what_it_relies_on_and_names_its_contract_test() 
     ],
 )
 def test_a_planted_violation_is_named(tmp_path: Path, file: str, source: str, found: str) -> None:
-    path = tmp_path / file
-    path.parent.mkdir(parents=True)
-    path.write_text(source)
+    plant(tmp_path, file, source)
     assert found in "\n".join(violations(tmp_path))
 
 
@@ -179,7 +177,5 @@ def test_a_planted_violation_is_named(tmp_path: Path, file: str, source: str, fo
     ],
 )
 def test_what_is_allowed_is_not_named(tmp_path: Path, file: str, source: str) -> None:
-    path = tmp_path / file
-    path.parent.mkdir(parents=True)
-    path.write_text(source)
+    plant(tmp_path, file, source)
     assert violations(tmp_path) == []

@@ -12,7 +12,6 @@ import pytest
 from megatron_qwenvl.config.cli import (
     HEAD_START_SECONDS,
     describe_fields,
-    parse_run_arguments,
     parse_start_arguments,
     show_value,
 )
@@ -21,8 +20,8 @@ from megatron_qwenvl.config.load import load_config
 
 PROGRAM = """
 import sys
-from megatron_qwenvl.config.cli import parse_run_arguments
-config = parse_run_arguments(sys.argv[1:], "train", "Train a model.", world_size=1)
+from megatron_qwenvl.config.cli import parse_start_arguments
+config = parse_start_arguments(sys.argv[1:], "train", "Train a model.", world_size=1).config
 print(config.name, config.train.steps, sorted({"torch", "megatron", "numpy"} & set(sys.modules)))
 """
 
@@ -68,7 +67,7 @@ def test_print_value_prints_anything_else_as_json() -> None:
 
 def test_a_value_that_looks_like_an_option_is_a_value() -> None:
     arguments = ["--recipe", "stage1", "--name", "-h", "--run_dir", "- a"]
-    config = parse_run_arguments(arguments, "train", "Train a model.")
+    config = parse_start_arguments(arguments, "train", "Train a model.").config
     assert (config.name, config.run_dir) == ("-h", "- a")
 
 
@@ -138,7 +137,10 @@ def test_an_older_step_is_no_field_of_the_configuration() -> None:
         ["--recipe", "tiny_stage1", "--from_step", "20", "--seed", "3"], "train", ""
     )
     assert (arguments.from_step, arguments.config.seed) == (20, 3)
-    assert arguments.config == parse_run_arguments(["--recipe", "tiny_stage1", "--seed", "3"], "train", "")
+    assert (
+        arguments.config
+        == parse_start_arguments(["--recipe", "tiny_stage1", "--seed", "3"], "train", "").config
+    )
     assert parse_start_arguments(["--recipe", "tiny_stage1"], "train", "").from_step is None
 
 
@@ -148,7 +150,7 @@ def test_only_one_process_needs_to_speak_and_the_others_let_it_finish(
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(SystemExit) as stopped:
-        parse_run_arguments(["--recipe", "stage1", "--seed", "x"], "train", "", quiet=True)
+        parse_start_arguments(["--recipe", "stage1", "--seed", "x"], "train", "", quiet=True)
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", "")
     assert waited == [HEAD_START_SECONDS]
